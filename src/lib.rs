@@ -1,0 +1,18 @@
+//! Amortised geostatistics: survey tables in, prevalence and uncertainty maps out.
+//!
+//! Two verbs carry the library: [`Process::condition`] on a context, then ask the posterior
+//! [`Posterior::at`] some sites. Neural processes and exact Gaussian processes answer both.
+#![deny(missing_docs, unused_must_use)]
+
+pub mod error;
+pub mod predictive;
+pub mod process;
+pub mod registry;
+pub mod rng;
+pub mod sites;
+
+pub use error::{Error, Result};
+pub use predictive::{Draws, Link, Marginals, Of, Predictive};
+pub use process::{Posterior, Process};
+pub use rng::Stream;
+pub use sites::{Observations, Sites, Task};

@@ -1,0 +1,326 @@
+//! Posterior predictive marginals, and joint draws.
+//!
+//! On the link scale every target has a mixture of Gaussians (one component is the plain
+//! Gaussian). [`Predictive`] is the differentiable form, in tensors; [`Marginals`] is the host
+//! form in f64, which answers in outcome units by quadrature.
+
+use candle_core::{D, DType, Tensor};
+use rayon::prelude::*;
+use statrs::function::erf::{erfc, erfc_inv};
+
+use crate::error::{Error, Result};
+
+/// How the link scale, on which surfaces live, relates to the outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Link {
+    /// The outcome itself.
+    Identity,
+    /// Outcome = 1 / (1 + exp(−link)): prevalence.
+    Logit,
+    /// Outcome = exp(link): rates.
+    Log,
+}
+
+impl Link {
+    /// Link scale → outcome.
+    pub fn outcome(self, link: f64) -> f64 {
+        match self {
+            Link::Identity => link,
+            Link::Logit => 1.0 / (1.0 + (-link).exp()),
+            Link::Log => link.exp(),
+        }
+    }
+
+    /// Outcome → link scale; ±∞ at and beyond the ends of the outcome's range.
+    pub fn link(self, outcome: f64) -> f64 {
+        match self {
+            Link::Identity => outcome,
+            Link::Logit if outcome <= 0.0 => f64::NEG_INFINITY,
+            Link::Logit if outcome >= 1.0 => f64::INFINITY,
+            Link::Logit => (outcome / (1.0 - outcome)).ln(),
+            Link::Log if outcome <= 0.0 => f64::NEG_INFINITY,
+            Link::Log => outcome.ln(),
+        }
+    }
+}
+
+/// What a predictive distribution is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Of {
+    /// The latent surface: what a map shows.
+    Surface,
+    /// The surface plus the nugget: a new village's prevalence, or a new noisy value.
+    Observation,
+}
+
+/// The posterior predictive at targets, on the link scale, as tensors that carry gradients.
+///
+/// Surface and observation share weights and means; the observation's sd includes the nugget.
+#[derive(Debug, Clone)]
+pub struct Predictive {
+    /// Link between this scale and the outcome.
+    pub link: Link,
+    /// Log mixture weights `[batch, target, component]`, normalised over components.
+    pub log_weight: Tensor,
+    /// Component means `[batch, target, component]`.
+    pub mean: Tensor,
+    /// Component sds of the surface `[batch, target, component]`.
+    pub surface_sd: Tensor,
+    /// Component sds of a new observation `[batch, target, component]`, ≥ `surface_sd`.
+    pub observation_sd: Tensor,
+}
+
+impl Predictive {
+    /// One Gaussian per target: `mean`, `surface_sd`, `observation_sd` `[batch, target, 1]`.
+    pub fn gaussian(link: Link, mean: Tensor, surface_sd: Tensor, observation_sd: Tensor) -> Result<Self> {
+        Ok(Predictive { link, log_weight: mean.zeros_like()?, mean, surface_sd, observation_sd })
+    }
+
+    /// Log density of `value` `[batch, target, 1]` on the link scale; returns `[batch, target]`.
+    pub fn log_prob(&self, of: Of, value: &Tensor) -> Result<Tensor> {
+        let sd = self.sd(of);
+        let z = self.mean.broadcast_sub(value)?.div(sd)?;
+        let terms = ((&self.log_weight - sd.log()?)? - (z.sqr()? * 0.5)?)?;
+        let half_log_tau = 0.5 * (2.0 * std::f64::consts::PI).ln();
+        Ok((terms.log_sum_exp(D::Minus1)? - half_log_tau)?)
+    }
+
+    /// Component sds of the surface or of a new observation.
+    pub fn sd(&self, of: Of) -> &Tensor {
+        match of {
+            Of::Surface => &self.surface_sd,
+            Of::Observation => &self.observation_sd,
+        }
+    }
+
+    /// Targets in each row.
+    pub fn len(&self) -> usize {
+        self.mean.dims()[1]
+    }
+
+    /// No targets at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The marginals of row `row` on the host.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if a parameter is not finite: a silent NaN must never reach a map.
+    pub fn marginals(&self, row: usize, of: Of) -> Result<Marginals> {
+        let host = |x: &Tensor| -> Result<Vec<f64>> {
+            Ok(x.narrow(0, row, 1)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?)
+        };
+        let weight: Vec<f64> = host(&self.log_weight)?.iter().map(|w| w.exp()).collect();
+        let (mean, sd) = (host(&self.mean)?, host(self.sd(of))?);
+        let sound = |x: &[f64]| x.iter().all(|v| v.is_finite());
+        if !(sound(&weight) && sound(&mean) && sound(&sd)) {
+            return Err(Error::input("the process returned values that are not finite")
+                .try_this("check the observations for extreme values, and the model with `isopleth inspect`"));
+        }
+        Ok(Marginals {
+            link: self.link,
+            of,
+            components: *self.mean.dims().last().expect("three axes"),
+            weight,
+            mean,
+            sd,
+        })
+    }
+}
+
+/// Mixture-of-Gaussians marginals on the link scale, in f64 on the host; answers in outcome units.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Marginals {
+    /// Link between this scale and the outcome.
+    pub link: Link,
+    /// What these are the marginals of.
+    pub of: Of,
+    /// Components per target.
+    pub components: usize,
+    /// Weights, target-major: target `i` owns `i·components … (i+1)·components`.
+    pub weight: Vec<f64>,
+    /// Means, link scale.
+    pub mean: Vec<f64>,
+    /// Standard deviations, link scale, > 0.
+    pub sd: Vec<f64>,
+}
+
+/// Φ: the standard normal distribution function.
+pub fn normal_cdf(z: f64) -> f64 {
+    0.5 * erfc(-z / std::f64::consts::SQRT_2)
+}
+
+/// Φ⁻¹: the standard normal quantile, for p in (0, 1).
+pub fn normal_quantile(p: f64) -> f64 {
+    -std::f64::consts::SQRT_2 * erfc_inv(2.0 * p)
+}
+
+/// Nodes and weights of 20-point Gauss–Hermite quadrature for a standard normal (Golub & Welsch
+/// 1969), from the three-term recurrence by Newton's method. Exact for polynomials to degree 39.
+pub fn gauss_hermite() -> &'static [(f64, f64)] {
+    static RULE: std::sync::OnceLock<Vec<(f64, f64)>> = std::sync::OnceLock::new();
+    RULE.get_or_init(|| {
+        const N: usize = 20;
+        // Orthonormal probabilists' Hermite polynomials: √(k+1) h(k+1) = x h(k) − √k h(k−1).
+        let hermite = |x: f64| {
+            let (mut previous, mut current) = (0.0, 1.0);
+            for k in 0..N {
+                let next = (x * current - (k as f64).sqrt() * previous) / ((k + 1) as f64).sqrt();
+                (previous, current) = (current, next);
+            }
+            (current, previous)
+        };
+        // Roots are simple and separated by more than 0.2: bracket on a grid, then bisect.
+        let mut roots = Vec::with_capacity(N);
+        let (steps, limit) = (4000, 10.0);
+        for i in 0..steps {
+            let mut low = -limit + 2.0 * limit * i as f64 / steps as f64;
+            let mut high = -limit + 2.0 * limit * (i + 1) as f64 / steps as f64;
+            if hermite(low).0.signum() == hermite(high).0.signum() {
+                continue;
+            }
+            for _ in 0..80 {
+                let middle = 0.5 * (low + high);
+                if hermite(middle).0.signum() == hermite(low).0.signum() {
+                    low = middle;
+                } else {
+                    high = middle;
+                }
+            }
+            roots.push(0.5 * (low + high));
+        }
+        roots
+            .into_iter()
+            .map(|x| {
+                let below = hermite(x).1;
+                (x, 1.0 / (N as f64 * below * below))
+            })
+            .collect()
+    })
+}
+
+impl Marginals {
+    /// Number of targets.
+    pub fn len(&self) -> usize {
+        self.mean.len() / self.components.max(1)
+    }
+
+    /// No targets at all.
+    pub fn is_empty(&self) -> bool {
+        self.mean.is_empty()
+    }
+
+    /// Components of target `i`: (weight, mean, sd) on the link scale.
+    pub fn components(&self, i: usize) -> impl Iterator<Item = (f64, f64, f64)> + '_ {
+        let range = i * self.components..(i + 1) * self.components;
+        range.map(|j| (self.weight[j], self.mean[j], self.sd[j]))
+    }
+
+    /// Undoes standardisation of a continuous outcome: link values become `mean + sd · value`.
+    pub fn rescale(mut self, mean: f64, sd: f64) -> Self {
+        self.mean.iter_mut().for_each(|m| *m = mean + sd * *m);
+        self.sd.iter_mut().for_each(|s| *s *= sd);
+        self
+    }
+
+    /// `E[g(link)]` of target `i`, by quadrature within each component.
+    pub fn expect(&self, i: usize, g: impl Fn(f64) -> f64) -> f64 {
+        self.components(i)
+            .map(|(w, m, s)| {
+                w * gauss_hermite().iter().map(|(x, u)| u * g(m + s * x)).sum::<f64>()
+            })
+            .sum()
+    }
+
+    /// Mean and sd of target `i`, outcome units.
+    pub fn mean_sd(&self, i: usize) -> (f64, f64) {
+        let (first, second) = match self.link {
+            Link::Identity => self.components(i).fold((0.0, 0.0), |(a, b), (w, m, s)| {
+                (a + w * m, b + w * (m * m + s * s))
+            }),
+            Link::Log => self.components(i).fold((0.0, 0.0), |(a, b), (w, m, s)| {
+                (a + w * (m + 0.5 * s * s).exp(), b + w * (2.0 * m + 2.0 * s * s).exp())
+            }),
+            Link::Logit => {
+                let mut sums = (0.0, 0.0);
+                for (w, m, s) in self.components(i) {
+                    for (x, u) in gauss_hermite() {
+                        let p = self.link.outcome(m + s * x);
+                        sums.0 += w * u * p;
+                        sums.1 += w * u * p * p;
+                    }
+                }
+                sums
+            }
+        };
+        (first, (second - first * first).max(0.0).sqrt())
+    }
+
+    /// P(outcome ≤ `value`) of target `i`, `value` in outcome units.
+    pub fn cdf(&self, i: usize, value: f64) -> f64 {
+        self.link_cdf(i, self.link.link(value))
+    }
+
+    /// P(outcome > `threshold`) of target `i`, `threshold` in outcome units.
+    pub fn exceedance(&self, i: usize, threshold: f64) -> f64 {
+        let t = self.link.link(threshold);
+        self.components(i).map(|(w, m, s)| w * normal_cdf((m - t) / s)).sum()
+    }
+
+    /// P(link ≤ `value`) of target `i`, link scale.
+    pub fn link_cdf(&self, i: usize, value: f64) -> f64 {
+        self.components(i).map(|(w, m, s)| w * normal_cdf((value - m) / s)).sum()
+    }
+
+    /// Log density of target `i` at `value`, both on the link scale.
+    pub fn link_log_density(&self, i: usize, value: f64) -> f64 {
+        let terms: Vec<f64> = self
+            .components(i)
+            .map(|(w, m, s)| w.ln() - s.ln() - 0.5 * ((value - m) / s).powi(2))
+            .collect();
+        let top = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        top + terms.iter().map(|t| (t - top).exp()).sum::<f64>().ln()
+            - 0.5 * (2.0 * std::f64::consts::PI).ln()
+    }
+
+    /// The `level` quantile of target `i`, outcome units; `level` in (0, 1).
+    pub fn quantile(&self, i: usize, level: f64) -> f64 {
+        self.link.outcome(self.link_quantile(i, level))
+    }
+
+    /// The `level` quantile of target `i`, link scale; bisection to 1e-10 of the bracket.
+    pub fn link_quantile(&self, i: usize, level: f64) -> f64 {
+        let z = normal_quantile(level);
+        if self.components == 1 {
+            return self.mean[i] + z * self.sd[i];
+        }
+        // The mixture's quantile lies between the smallest and the largest component quantile.
+        let (mut low, mut high) = self
+            .components(i)
+            .map(|(_, m, s)| m + z * s)
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), q| (a.min(q), b.max(q)));
+        let tolerance = 1e-10 * (1.0 + high - low);
+        while high - low > tolerance {
+            let middle = 0.5 * (low + high);
+            if self.link_cdf(i, middle) < level { low = middle } else { high = middle }
+        }
+        0.5 * (low + high)
+    }
+
+    /// `f(self, i)` for every target, in parallel, in target order.
+    pub fn map<T: Send>(&self, f: impl Fn(&Self, usize) -> T + Sync) -> Vec<T> {
+        (0..self.len()).into_par_iter().map(|i| f(self, i)).collect()
+    }
+}
+
+/// Surfaces drawn jointly over targets, link scale.
+#[derive(Debug, Clone)]
+pub struct Draws {
+    /// Link between this scale and the outcome.
+    pub link: Link,
+    /// `[draw, target, outcome]`.
+    pub values: Tensor,
+}

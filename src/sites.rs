@@ -1,0 +1,157 @@
+//! Where, what was seen, and what is asked: `Sites`, `Observations`, `Task`.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+
+/// Places that can be observed, in model units.
+#[derive(Debug, Clone)]
+pub struct Sites {
+    /// Coordinates `[batch, site, 2]` (or `[batch, site, 1]` on a line), model units.
+    pub s: Tensor,
+    /// Time `[batch, site, 1]`, model units.
+    pub t: Option<Tensor>,
+    /// Covariates `[batch, site, feature]`, standardised.
+    pub x: Option<Tensor>,
+}
+
+impl Sites {
+    /// Sites with coordinates only.
+    pub fn new(s: Tensor) -> Self {
+        Sites { s, t: None, x: None }
+    }
+
+    /// One row of planar sites from host coordinates in model units.
+    pub fn plane(xy: &[[f64; 2]], device: &Device) -> Result<Self> {
+        let flat: Vec<f32> = xy.iter().flat_map(|p| [p[0] as f32, p[1] as f32]).collect();
+        Ok(Self::new(Tensor::from_vec(flat, (1, xy.len(), 2), device)?))
+    }
+
+    /// Rows in the batch.
+    pub fn batch(&self) -> usize {
+        self.s.dims()[0]
+    }
+
+    /// Sites in each row.
+    pub fn len(&self) -> usize {
+        self.s.dims()[1]
+    }
+
+    /// No sites at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Sites `start … start + len` of every row.
+    pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(1, start, len);
+        Ok(Sites {
+            s: part(&self.s)?,
+            t: self.t.as_ref().map(part).transpose()?,
+            x: self.x.as_ref().map(part).transpose()?,
+        })
+    }
+
+    /// Coordinates on the host in f64: `[batch][site][dimension]`.
+    pub fn host(&self) -> Result<Vec<Vec<Vec<f64>>>> {
+        Ok(self.s.to_dtype(DType::F64)?.to_vec3::<f64>()?)
+    }
+}
+
+/// What was seen at some sites.
+#[derive(Debug, Clone)]
+pub struct Observations {
+    /// Where.
+    pub sites: Sites,
+    /// `[batch, site, outcome]`: standardised values, or counts.
+    pub y: Tensor,
+    /// `[batch, site]`, 1 = observed, 0 = padding.
+    pub mask: Tensor,
+    /// `[batch, site]`: people tested, for counts.
+    pub trials: Option<Tensor>,
+}
+
+impl Observations {
+    /// Observations without padding.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if `y` or `trials` disagree with the sites.
+    pub fn new(sites: Sites, y: Tensor, trials: Option<Tensor>) -> Result<Self> {
+        let (batch, len) = (sites.batch(), sites.len());
+        if y.dims().len() != 3 || y.dims()[..2] != [batch, len] {
+            return Err(Error::axis(
+                "outcomes and sites, [batch, site]",
+                format!("{:?}", y.dims()),
+                format!("[{batch}, {len}]"),
+            ));
+        }
+        if let Some(trials) = &trials
+            && trials.dims() != [batch, len]
+        {
+            return Err(Error::axis(
+                "trials and sites, [batch, site]",
+                format!("{:?}", trials.dims()),
+                format!("[{batch}, {len}]"),
+            ));
+        }
+        let mask = Tensor::ones((batch, len), y.dtype(), y.device())?;
+        Ok(Observations { sites, y, mask, trials })
+    }
+
+    /// Sites in each row, padding included.
+    pub fn len(&self) -> usize {
+        self.sites.len()
+    }
+
+    /// No sites at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// One context with its target.
+#[derive(Debug, Clone)]
+pub struct Task {
+    /// What the process sees.
+    pub context: Observations,
+    /// What it is asked, with the answer.
+    pub target: Observations,
+    /// The true surface at the targets `[batch, target, 1]`, link scale.
+    pub surface: Tensor,
+    /// The true surface plus the nugget at the targets `[batch, target, 1]`, link scale: a new
+    /// village's logit prevalence, or a new noisy value.
+    pub noisy: Tensor,
+}
+
+/// The affine map that brings planar coordinates to model units: centre and metres (or whatever
+/// the coordinates are in) per unit. One unit is half the longer side of the bounding box, so the
+/// sites span [−1, 1] along it. Training and mapping both use this function.
+///
+/// ```
+/// let (centre, unit) = isopleth::sites::unit_box(&[[0.0, 0.0], [4.0, 1.0], [1.0, 2.0]]).unwrap();
+/// assert_eq!((centre, unit), ([2.0, 1.0], 2.0));
+/// ```
+///
+/// Returns `None` when the sites do not span a box: fewer than two places, or not finite.
+pub fn unit_box(xy: &[[f64; 2]]) -> Option<([f64; 2], f64)> {
+    let mut low = [f64::INFINITY; 2];
+    let mut high = [f64::NEG_INFINITY; 2];
+    for p in xy {
+        for d in 0..2 {
+            low[d] = low[d].min(p[d]);
+            high[d] = high[d].max(p[d]);
+        }
+    }
+    let unit = 0.5 * (high[0] - low[0]).max(high[1] - low[1]);
+    let centre = [0.5 * (low[0] + high[0]), 0.5 * (low[1] + high[1])];
+    (unit.is_finite() && unit > 0.0).then_some((centre, unit))
+}
+
+/// Mean and standard deviation (divisor n) used to standardise a continuous outcome. A constant
+/// outcome has sd 1, so that standardising never divides by zero.
+pub fn mean_sd(values: &[f64]) -> (f64, f64) {
+    let n = values.len().max(1) as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let sd = (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n).sqrt();
+    (mean, if sd > 1e-12 * mean.abs().max(1e-300) { sd } else { 1.0 })
+}
