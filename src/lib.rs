@@ -4,7 +4,9 @@
 //! [`Posterior::at`] some sites. Neural processes and exact Gaussian processes answer both.
 #![deny(missing_docs, unused_must_use)]
 
+pub mod attention;
 pub mod error;
+pub mod fused;
 pub mod likelihood;
 pub mod predictive;
 pub mod process;
