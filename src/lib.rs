@@ -13,12 +13,14 @@ pub mod likelihood;
 pub mod linalg;
 pub mod model;
 pub mod predictive;
+pub mod prior;
 pub mod process;
 pub mod recipe;
 pub mod registry;
 pub mod rng;
 pub mod score;
 pub mod sites;
+pub mod task;
 
 pub use error::{Error, Result};
 pub use predictive::{Draws, Link, Marginals, Of, Predictive};
