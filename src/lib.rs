@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod baseline;
+pub mod checkpoint;
 pub mod error;
 pub mod fused;
 pub mod kernel;
@@ -21,6 +22,7 @@ pub mod rng;
 pub mod score;
 pub mod sites;
 pub mod task;
+pub mod train;
 
 pub use error::{Error, Result};
 pub use predictive::{Draws, Link, Marginals, Of, Predictive};

@@ -4,7 +4,7 @@
 //! lose badly on real surveys. Length scales are in region units, where the region's longer
 //! half-side is 1; the Matérn argument is √(2ν)·r/ℓ.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -181,7 +181,7 @@ impl Gp {
 /// A kernel of sill 1 shared by several rules, times a sill.
 #[derive(Debug, Clone)]
 struct Scaled {
-    shape: std::sync::Arc<dyn Kernel>,
+    shape: Arc<dyn Kernel>,
     sill: f64,
 }
 
@@ -196,14 +196,14 @@ impl Kernel for Scaled {
 
 impl Prior for Gp {
     fn rule(&self, rng: &mut Stream) -> Rule {
-        let shape: std::sync::Arc<dyn Kernel> = self.shape(rng).into();
+        let shape: Arc<dyn Kernel> = self.shape(rng).into();
         let (sill, nugget, mean) = self.levels(rng);
-        Rule { kernel: Box::new(Scaled { shape, sill }), nugget, mean }
+        Rule { kernel: Arc::new(Scaled { shape, sill }), nugget, mean }
     }
 
     /// The rules share one kernel up to the sill, so one factorisation serves them all.
     fn surfaces(&self, xy: &[[f64; 2]], count: usize, rng: &mut Stream) -> Result<Vec<(Rule, Surface)>> {
-        let shape: std::sync::Arc<dyn Kernel> = self.shape(rng).into();
+        let shape: Arc<dyn Kernel> = self.shape(rng).into();
         let n = xy.len();
         let mut covariance = faer::Mat::zeros(n, n);
         for j in 0..n {
@@ -218,7 +218,7 @@ impl Prior for Gp {
             let latent: Vec<f64> =
                 factor.colour(&rng.normals(n)).iter().map(|v| mean + sd * v).collect();
             let noisy = latent.iter().map(|v| v + nugget.sqrt() * rng.normal()).collect();
-            let kernel = Box::new(Scaled { shape: shape.clone(), sill });
+            let kernel = Arc::new(Scaled { shape: shape.clone(), sill });
             (Rule { kernel, nugget, mean }, Surface { latent, noisy })
         };
         Ok((0..count).map(|_| draw(rng)).collect())

@@ -1,5 +1,7 @@
 //! Priors: laws of surfaces, from which training draws. Registry: [`PRIORS`].
 
+use std::sync::Arc;
+
 use crate::{
     error::{Error, Result},
     kernel::Kernel,
@@ -11,10 +13,10 @@ pub mod gp;
 pub mod hyper;
 
 /// What rules one drawn surface.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Rule {
     /// Covariance of the surface, link scale², sites in region units.
-    pub kernel: Box<dyn Kernel>,
+    pub kernel: Arc<dyn Kernel>,
     /// Variance of the village effect, or of the noise, link scale².
     pub nugget: f64,
     /// Mean of the surface, link scale.

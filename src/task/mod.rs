@@ -1,5 +1,7 @@
 //! Prior and design make tasks: what training and calibration are fed with.
 
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -105,10 +107,27 @@ pub struct Batch {
     pub frames: Vec<([f64; 2], f64, f64, f64)>,
 }
 
+impl Batch {
+    /// Row `row` alone, as a batch of one.
+    pub fn row(&self, row: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, row, 1)?.contiguous();
+        Ok(Batch {
+            task: Task {
+                context: self.task.context.row(row)?,
+                target: self.task.target.row(row)?,
+                surface: part(&self.task.surface)?,
+                noisy: part(&self.task.noisy)?,
+            },
+            rules: vec![self.rules[row].clone()],
+            frames: vec![self.frames[row]],
+        })
+    }
+}
+
 /// A kernel seen from another frame: coordinates and values rescaled.
 #[derive(Debug)]
 struct Reframed {
-    kernel: Box<dyn Kernel>,
+    kernel: Arc<dyn Kernel>,
     unit: f64,
     scale: f64,
 }
@@ -242,7 +261,7 @@ impl Tasks {
             noisy.extend(draw.noisy[context..].iter().map(value));
             trials.extend(draw.trials.iter().flatten().map(|n| *n as f32));
             rules.push(Rule {
-                kernel: Box::new(Reframed { kernel: draw.rule.kernel, unit, scale: 1.0 / (sd * sd) }),
+                kernel: Arc::new(Reframed { kernel: draw.rule.kernel, unit, scale: 1.0 / (sd * sd) }),
                 nugget: draw.rule.nugget / (sd * sd),
                 mean: (draw.rule.mean - mean) / sd,
             });
