@@ -4,6 +4,7 @@
 //! [`Posterior::at`] some sites. Neural processes and exact Gaussian processes answer both.
 #![deny(missing_docs, unused_must_use)]
 
+pub mod cli;
 pub mod error;
 pub mod likelihood;
 pub mod predictive;
