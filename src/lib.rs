@@ -6,6 +6,7 @@
 
 pub mod cli;
 pub mod error;
+pub mod kernel;
 pub mod likelihood;
 pub mod predictive;
 pub mod process;

@@ -1,0 +1,4 @@
+//! Laws of kernels, scores and exact Gaussian processes, over everything registered.
+
+#[path = "contract/kernels.rs"]
+mod kernels;
