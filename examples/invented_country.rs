@@ -18,13 +18,12 @@ use gdal::{
 use isopleth::{
     Stream,
     kernel::{self, Kernel, Matern, Metric, Smoothness, Sum},
-    linalg::Cholesky,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 type Point = [f64; 2]; // km east and north of the south-west corner of the grid
 
-const SEED: u64 = 20;
+const SEED: u64 = 11;
 const EPSG: u32 = 32630; // UTM 30N: the sea south of Ghana, where no country is in the way
 const CORNER: [f64; 2] = [260_000.0, 0.0]; // south-west corner of the grid, metres
 const PIXEL: f64 = 2.0; // km
@@ -34,8 +33,8 @@ const LATTICE: f64 = 5.0; // km between the nodes where surfaces are drawn
 
 const VILLAGES: usize = 140;
 const TOWNS: usize = 9;
-const MEAN_LOGIT: f64 = -0.9; // at sea level
-const PER_KM_UP: f64 = -1.6; // logits: the vector does not like the cold
+const MEAN_LOGIT: f64 = -1.3; // at sea level
+const PER_KM_UP: f64 = -1.2; // logits: the vector does not like the cold
 const VILLAGE_SD: f64 = 0.45; // logits, between neighbouring villages
 
 // ---- the land --------------------------------------------------------------------------------
@@ -95,7 +94,7 @@ fn roughen(corners: &[(f64, f64, Edge)], rng: &mut Stream) -> Vec<Point> {
         for (i, &(a, edge)) in line.iter().enumerate() {
             let (b, _) = line[(i + 1) % line.len()];
             let aside = match edge {
-                Edge::Coast => 0.13 * rng.normal().clamp(-2.0, 2.0),
+                Edge::Coast => 0.17 * rng.normal().clamp(-2.0, 2.0),
                 Edge::River => 0.09 * rng.normal().clamp(-2.0, 2.0),
                 Edge::Treaty => 0.0,
             };
@@ -107,8 +106,10 @@ fn roughen(corners: &[(f64, f64, Edge)], rng: &mut Stream) -> Vec<Point> {
         }
         line = finer;
     }
-    // Whole decametres: nobody surveyed it better.
-    line.iter().map(|(p, _)| p.map(|c| (100.0 * c).round() / 100.0)).collect()
+    // Decametres: nobody surveyed it better.
+    line.iter()
+        .map(|(p, _)| p.map(|c| (100.0 * c).round() / 100.0))
+        .collect()
 }
 
 /// Inside an odd number of rings: the lake is not land.
@@ -137,20 +138,19 @@ struct Lattice {
 }
 
 impl Lattice {
-    fn new(rings: &[Vec<Point>]) -> Self {
+    /// The corners of every cell that holds a pixel of land or a vertex of the shore.
+    fn new(rings: &[Vec<Point>], land: &[Point]) -> Self {
         let cols = (COLS as f64 * PIXEL / LATTICE) as usize + 2;
         let rows = (ROWS as f64 * PIXEL / LATTICE) as usize + 2;
-        let (mut nodes, mut index) = (Vec::new(), Vec::new());
-        for k in 0..rows * cols {
-            let p = [(k % cols) as f64 * LATTICE, (k / cols) as f64 * LATTICE];
-            let near = [-1.0, 0.0, 1.0].iter().any(|dy| {
-                [-1.0, 0.0, 1.0]
-                    .iter()
-                    .any(|dx| is_land(rings, [p[0] + dx * LATTICE, p[1] + dy * LATTICE]))
-            });
-            index.push(near.then_some(nodes.len()));
-            if near {
-                nodes.push(p.to_vec());
+        let mut index = vec![None; rows * cols];
+        let mut nodes = Vec::new();
+        for p in land.iter().chain(rings.iter().flatten()) {
+            let (i, j) = ((p[0] / LATTICE) as usize, (p[1] / LATTICE) as usize);
+            for (i, j) in [(i, j), (i + 1, j), (i, j + 1), (i + 1, j + 1)] {
+                index[j * cols + i].get_or_insert_with(|| {
+                    nodes.push(vec![i as f64 * LATTICE, j as f64 * LATTICE]);
+                    nodes.len() - 1
+                });
             }
         }
         Lattice { nodes, index, cols }
@@ -158,10 +158,16 @@ impl Lattice {
 
     /// One draw of a Gaussian process at the nodes.
     fn draw(&self, kernel: &dyn Kernel, rng: &mut Stream) -> Result<Vec<f64>> {
-        let factor = Cholesky::factor(kernel::matrix(kernel, &self.nodes, &self.nodes))?;
-        let lower = factor.lower();
+        let mut k = kernel::matrix(kernel, &self.nodes, &self.nodes);
+        for i in 0..self.nodes.len() {
+            k[(i, i)] += 1e-8;
+        }
+        let f = k.llt(faer::Side::Lower).map_err(|e| format!("{e:?}"))?;
+        let lower = f.L();
         let white = rng.normals(self.nodes.len());
-        Ok((0..white.len()).map(|i| (0..=i).map(|j| lower[(i, j)] * white[j]).sum()).collect())
+        Ok((0..white.len())
+            .map(|i| (0..=i).map(|j| lower[(i, j)] * white[j]).sum())
+            .collect())
     }
 
     /// Bilinear between the four nodes around `p`, which must be near land.
@@ -169,14 +175,21 @@ impl Lattice {
         let (u, v) = (p[0] / LATTICE, p[1] / LATTICE);
         let (i, j) = (u as usize, v as usize);
         let (fu, fv) = (u.fract(), v.fract());
-        let node = |i, j| values[self.index[j * self.cols + i].expect("the lattice covers the land")];
+        let node = |i: usize, j: usize| {
+            values[self.index[j * self.cols + i].expect("the lattice covers the land")]
+        };
         (1.0 - fv) * ((1.0 - fu) * node(i, j) + fu * node(i + 1, j))
             + fv * ((1.0 - fu) * node(i, j + 1) + fu * node(i + 1, j + 1))
     }
 }
 
 fn matern(smoothness: Smoothness, length_scale: f64, sill: f64) -> Matern {
-    Matern { smoothness, length_scale, sill, metric: Metric::Euclidean }
+    Matern {
+        smoothness,
+        length_scale,
+        sill,
+        metric: Metric::Euclidean,
+    }
 }
 
 // ---- people ----------------------------------------------------------------------------------
@@ -188,10 +201,16 @@ struct Town {
 }
 
 fn place_name(rng: &mut Stream) -> String {
-    const START: &[&str] = &["A", "Be", "Da", "E", "Ka", "Lo", "Ma", "Mo", "Na", "O", "Sa", "Te", "To", "Wa"];
-    const MIDDLE: &[&str] = &["ba", "de", "gu", "ki", "la", "mi", "ndo", "re", "ru", "shi", "ta", "wo"];
+    const START: &[&str] = &[
+        "A", "Be", "Da", "E", "Ka", "Lo", "Ma", "Mo", "Na", "O", "Sa", "Te", "To", "Wa",
+    ];
+    const MIDDLE: &[&str] = &[
+        "ba", "de", "gu", "ki", "la", "mi", "ndo", "re", "ru", "shi", "ta", "wo",
+    ];
     const END: &[&str] = &["", "ba", "ko", "ma", "ne", "no", "ra", "ri", "so", "ve"];
-    [START, MIDDLE, END].map(|part| part[rng.below(part.len())]).concat()
+    [START, MIDDLE, END]
+        .map(|part| part[rng.below(part.len())])
+        .concat()
 }
 
 /// A name not given before.
@@ -225,12 +244,31 @@ fn main() -> Result<()> {
     gdal::config::set_config_option("OGR_CURRENT_DATE", "2026-01-01T00:00:00.000Z")?;
 
     let rng = |purpose| Stream::new(SEED, purpose, 0);
-    let mut outline = rng("outline");
-    let rings = [MAINLAND, ISLAND, LAKE].map(|corners| roughen(corners, &mut outline));
+    // A rough outline may cross itself: take the first that does not.
+    let (rings, shape) = (0..)
+        .map(|attempt| {
+            let mut rng = Stream::new(SEED, "outline", attempt);
+            let rings = [MAINLAND, ISLAND, LAKE].map(|corners| roughen(corners, &mut rng));
+            let shape = outline(&rings);
+            (rings, shape)
+        })
+        .find(|(_, shape)| shape.as_ref().map_or(true, Geometry::is_valid))
+        .expect("attempts do not end");
+
+    let pixels: Vec<Option<Point>> = (0..ROWS * COLS)
+        .map(|k| {
+            let centre = [(k % COLS) as f64 + 0.5, (ROWS - k / COLS) as f64 - 0.5];
+            Some(centre.map(|c| c * PIXEL)).filter(|&p| is_land(&rings, p))
+        })
+        .collect();
+    let land: Vec<Point> = pixels.iter().flatten().copied().collect();
 
     // Surfaces: how high, how many people, how much disease.
-    let lattice = Lattice::new(&rings);
-    let hills = lattice.draw(&matern(Smoothness::FiveHalves, 35.0, 1.0), &mut rng("hills"))?;
+    let lattice = Lattice::new(&rings, &land);
+    let hills = lattice.draw(
+        &matern(Smoothness::FiveHalves, 35.0, 1.0),
+        &mut rng("hills"),
+    )?;
     let crowd = lattice.draw(&matern(Smoothness::Half, 25.0, 1.0), &mut rng("crowd"))?;
     let disease: Vec<Box<dyn Kernel>> = vec![
         Box::new(matern(Smoothness::ThreeHalves, 60.0, 0.8)),
@@ -238,16 +276,21 @@ fn main() -> Result<()> {
     ];
     let risk = lattice.draw(&Sum(disease), &mut rng("risk"))?;
 
-    let shore = |p: Point| rings.iter().flatten().map(|&q| distance(p, q)).fold(f64::MAX, f64::min);
+    let shore = |p: Point| {
+        rings
+            .iter()
+            .flatten()
+            .map(|&q| distance(p, q))
+            .fold(f64::MAX, f64::min)
+    };
     let elevation = |p: Point| {
         // One range along the east, one massif in the north, plains that rise from the shore. Metres.
         let range = 900.0 * (-((p[0] - 330.0 - 0.25 * (p[1] - 250.0)) / 38.0).powi(2) / 2.0).exp();
         let massif = 700.0 * (-(distance(p, [190.0, 400.0]) / 45.0).powi(2) / 2.0).exp();
         let rise = (shore(p) / 25.0).min(1.0);
-        5.0 + rise * (90.0 + (range + massif) * (0.4 * lattice.at(&hills, p)).exp())
+        5.0 + rise * (80.0 + range + massif) * (0.5 * lattice.at(&hills, p)).exp()
     };
-    let logit =
-        |p: Point| MEAN_LOGIT + PER_KM_UP * elevation(p) / 1000.0 + lattice.at(&risk, p);
+    let logit = |p: Point| MEAN_LOGIT + PER_KM_UP * elevation(p) / 1000.0 + lattice.at(&risk, p);
     let logistic = |x: f64| 1.0 / (1.0 + (-x).exp());
 
     // Towns, well apart and not on the mountains; each smaller than the one before.
@@ -259,7 +302,11 @@ fn main() -> Result<()> {
         let at = anywhere(&rings, &mut place);
         if elevation(at) < 500.0 && towns.iter().all(|town| distance(town.at, at) > 70.0) {
             let people = 900_000.0 / (1.0 + towns.len() as f64);
-            towns.push(Town { name: new_name(&mut taken, &mut names), at, people });
+            towns.push(Town {
+                name: new_name(&mut taken, &mut names),
+                at,
+                people,
+            });
         }
     }
     let people = |p: Point| {
@@ -277,9 +324,12 @@ fn main() -> Result<()> {
     let to_lonlat = CoordTransform::new(&crs(EPSG)?, &crs(4326)?)?;
     let (mut all_tested, mut all_positive, mut sites) = (0, 0, Vec::new());
     while sites.len() < VILLAGES {
-        let p = if visit.unit() < 0.65 {
+        let p = if visit.unit() < 0.55 {
             let town = &towns[visit.below(TOWNS)];
-            [town.at[0] + 20.0 * visit.normal(), town.at[1] + 20.0 * visit.normal()]
+            [
+                town.at[0] + 22.0 * visit.normal(),
+                town.at[1] + 22.0 * visit.normal(),
+            ]
         } else {
             anywhere(&rings, &mut visit)
         };
@@ -287,16 +337,26 @@ fn main() -> Result<()> {
             continue;
         }
         let tested = visit.log_uniform(20.0, 121.0) as u64;
-        let positive = visit.binomial(tested, logistic(logit(p) + VILLAGE_SD * visit.normal()));
+        let village_effect = VILLAGE_SD * visit.normal();
+        let positive = visit.binomial(tested, logistic(logit(p) + village_effect));
         // Two villages had left for the dry season: real tables have such rows.
-        let (tested, positive) = if [36, 101].contains(&sites.len()) { (0, 0) } else { (tested, positive) };
-        let nearest = towns.iter().min_by(|a, b| distance(a.at, p).total_cmp(&distance(b.at, p)));
+        let (tested, positive) = if [36, 101].contains(&sites.len()) {
+            (0, 0)
+        } else {
+            (tested, positive)
+        };
+        let nearest = towns
+            .iter()
+            .min_by(|a, b| distance(a.at, p).total_cmp(&distance(b.at, p)));
         let district = &nearest.expect("there are towns").name;
         let village = new_name(&mut taken, &mut names);
         let mut lon = [CORNER[0] + 1000.0 * p[0]];
         let mut lat = [CORNER[1] + 1000.0 * p[1]];
         to_lonlat.transform_coords(&mut lon, &mut lat, &mut [])?;
-        survey += &format!("{village},{district},{:.5},{:.5},{tested},{positive}\n", lon[0], lat[0]);
+        survey += &format!(
+            "{village},{district},{:.5},{:.5},{tested},{positive}\n",
+            lon[0], lat[0]
+        );
         all_tested += tested;
         all_positive += positive;
         sites.push(p);
@@ -304,31 +364,47 @@ fn main() -> Result<()> {
     fs::write(directory.join("survey.csv"), survey)?;
 
     // Rasters: one value for each pixel of land, none elsewhere.
-    let pixels: Vec<Option<Point>> = (0..ROWS * COLS)
-        .map(|k| {
-            let centre = [(k % COLS) as f64 + 0.5, (ROWS - k / COLS) as f64 - 0.5];
-            Some(centre.map(|c| c * PIXEL)).filter(|&p| is_land(&rings, p))
-        })
-        .collect();
     let over_land = |f: &dyn Fn(Point) -> f64| -> Vec<Option<f64>> {
         pixels.iter().map(|p| p.map(f)).collect()
     };
-    let land = over_land(&|_| 1.0);
+    let mask = over_land(&|_| 1.0);
     // Four decimals: enough for a prevalence, and the file compresses.
     let truth = over_land(&|p| (1e4 * logistic(logit(p))).round() / 1e4);
     let height = over_land(&|p| elevation(p).round());
     let population = over_land(&|p| people(p).round());
-    write_raster(&directory.join("grid.tif"), "land", "", &land, 0u8, |v| v as u8)?;
-    write_raster(&directory.join("truth.tif"), "prevalence", "1", &truth, -1f32, |v| v as f32)?;
-    write_raster(&directory.join("elevation.tif"), "elevation", "m", &height, -9999i16, |v| v as i16)?;
-    write_raster(&directory.join("population.tif"), "people", "people", &population, -1i32, |v| v as i32)?;
-    write_country(&directory.join("country.gpkg"), &rings)?;
+    write_raster(&directory.join("grid.tif"), "land", &mask, 0u8, |v| v as u8)?;
+    write_raster(
+        &directory.join("truth.tif"),
+        "prevalence",
+        &truth,
+        -1f32,
+        |v| v as f32,
+    )?;
+    write_raster(
+        &directory.join("elevation.tif"),
+        "elevation",
+        &height,
+        -9999i16,
+        |v| v as i16,
+    )?;
+    write_raster(
+        &directory.join("population.tif"),
+        "people",
+        &population,
+        -1i32,
+        |v| v as i32,
+    )?;
+    write_country(&directory.join("country.gpkg"), shape?)?;
 
     let inside: Vec<f64> = truth.iter().flatten().copied().collect();
     let low = inside.iter().copied().fold(f64::MAX, f64::min);
     let high = inside.iter().copied().fold(f64::MIN, f64::max);
     println!("{VILLAGES} villages, {all_tested} people tested, {all_positive} positive");
-    println!("{} pixels of land, {:.0} people", inside.len(), population.iter().flatten().sum::<f64>());
+    println!(
+        "{} pixels of land, {:.0} people",
+        inside.len(),
+        population.iter().flatten().sum::<f64>()
+    );
     println!(
         "true prevalence {low:.3} to {high:.3}, mean {:.3}",
         inside.iter().sum::<f64>() / inside.len() as f64
@@ -348,7 +424,6 @@ fn crs(epsg: u32) -> Result<SpatialRef> {
 fn write_raster<T: GdalType + Copy + Into<f64>>(
     path: &Path,
     name: &str,
-    unit: &str,
     values: &[Option<f64>],
     nothing: T,
     convert: impl Fn(f64) -> T,
@@ -364,28 +439,33 @@ fn write_raster<T: GdalType + Copy + Into<f64>>(
     let mut band = raster.rasterband(1)?;
     band.set_no_data_value(Some(nothing.into()))?;
     gdal::Metadata::set_description(&mut band, name)?;
-    gdal::Metadata::set_metadata_item(&mut band, "UNITTYPE", unit, "")?;
     band.write((0, 0), (COLS, ROWS), &mut Buffer::new((COLS, ROWS), data))?;
     Ok(())
 }
 
-/// One feature, two parts: the mainland with its lake, and the island.
-fn write_country(path: &Path, [mainland, island, lake]: &[Vec<Point>; 3]) -> Result<()> {
+/// Two parts: the mainland with its lake, and the island. Whole metres.
+fn outline([mainland, island, lake]: &[Vec<Point>; 3]) -> Result<Geometry> {
     let ring = |points: &[Point]| {
         let corners: Vec<String> = points
             .iter()
             .chain(&points[..1])
-            .map(|p| format!("{:.0} {:.0}", CORNER[0] + 1000.0 * p[0], CORNER[1] + 1000.0 * p[1]))
+            .map(|p| {
+                format!(
+                    "{:.0} {:.0}",
+                    CORNER[0] + 1000.0 * p[0],
+                    CORNER[1] + 1000.0 * p[1]
+                )
+            })
             .collect();
         format!("({})", corners.join(","))
     };
-    let shape = Geometry::from_wkt(&format!(
-        "MULTIPOLYGON(({},{}),({}))",
-        ring(mainland),
-        ring(lake),
-        ring(island)
-    ))?;
-    assert!(shape.is_valid(), "the outline crosses itself: take another seed");
+    let (mainland, island, lake) = (ring(mainland), ring(island), ring(lake));
+    Ok(Geometry::from_wkt(&format!(
+        "MULTIPOLYGON(({mainland},{lake}),({island}))"
+    ))?)
+}
+
+fn write_country(path: &Path, shape: Geometry) -> Result<()> {
     let mut file = DriverManager::get_driver_by_name("GPKG")?.create_vector_only(path)?;
     let mut layer = file.create_layer(LayerOptions {
         name: "country",
