@@ -18,6 +18,7 @@ use gdal::{
 use isopleth::{
     Stream,
     kernel::{self, Kernel, Matern, Metric, Smoothness, Sum},
+    linalg::Cholesky,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -158,16 +159,8 @@ impl Lattice {
 
     /// One draw of a Gaussian process at the nodes.
     fn draw(&self, kernel: &dyn Kernel, rng: &mut Stream) -> Result<Vec<f64>> {
-        let mut k = kernel::matrix(kernel, &self.nodes, &self.nodes);
-        for i in 0..self.nodes.len() {
-            k[(i, i)] += 1e-8;
-        }
-        let f = k.llt(faer::Side::Lower).map_err(|e| format!("{e:?}"))?;
-        let lower = f.L();
-        let white = rng.normals(self.nodes.len());
-        Ok((0..white.len())
-            .map(|i| (0..=i).map(|j| lower[(i, j)] * white[j]).sum())
-            .collect())
+        let covariance = kernel::matrix(kernel, &self.nodes, &self.nodes);
+        Ok(Cholesky::factor(covariance)?.colour(&rng.normals(self.nodes.len())))
     }
 
     /// Bilinear between the four nodes around `p`, which must be near land.

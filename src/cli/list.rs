@@ -5,8 +5,10 @@ use serde_json::json;
 use super::say;
 use crate::{
     error::{Error, Result},
+    kernel::KERNELS,
     likelihood::LIKELIHOODS,
     registry::{self, Named},
+    score::SCORES,
 };
 
 /// Show what there is to choose from, and where each comes from
@@ -32,11 +34,23 @@ struct Entry {
 }
 
 /// Every registry. A new one is one entry here.
-const SHELVES: &[Shelf] = &[Shelf {
-    name: "likelihoods",
-    about: "how an observation reads the surface",
-    entries: || entries(LIKELIHOODS),
-}];
+const SHELVES: &[Shelf] = &[
+    Shelf {
+        name: "kernels",
+        about: "how alike two sites are",
+        entries: || entries(KERNELS),
+    },
+    Shelf {
+        name: "likelihoods",
+        about: "how an observation reads the surface",
+        entries: || entries(LIKELIHOODS),
+    },
+    Shelf {
+        name: "scores",
+        about: "how good a forecast was",
+        entries: || entries(SCORES),
+    },
+];
 
 impl Named for Shelf {
     fn name(&self) -> &str {
