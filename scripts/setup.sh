@@ -77,7 +77,13 @@ if ! rust_is_ready; then
         say "Rust ${found:-absent}, $RUST_AT_LEAST needed: installing it with rustup in ${CARGO_HOME:-$HOME/.cargo}"
         installer=$(mktemp)
         trap 'rm -f "$installer"' EXIT
-        curl --proto '=https' --tlsv1.2 --retry 3 -sSf https://sh.rustup.rs -o "$installer" || stop "$offline" "$by_hand"
+        # The second address is the same script on the server that Rust itself comes from.
+        for address in https://sh.rustup.rs https://static.rust-lang.org/rustup/rustup-init.sh; do
+            fetched=yes
+            curl --proto '=https' --tlsv1.2 --retry 2 --connect-timeout 20 -sSfL "$address" -o "$installer" && break
+            fetched=no
+        done
+        [ $fetched = yes ] || stop "$offline" "$by_hand"
         # An older cargo of the system may stay: ours comes first in PATH here and in the Makefile.
         RUSTUP_INIT_SKIP_PATH_CHECK=yes sh "$installer" -y -q --profile minimal --no-modify-path \
             --default-toolchain stable </dev/null || stop "$offline" "$by_hand"
