@@ -2,3 +2,5 @@
 
 #[path = "contract/kernels.rs"]
 mod kernels;
+#[path = "golden/surveys.rs"]
+mod surveys;
