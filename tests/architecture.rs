@@ -9,8 +9,16 @@ use std::{
 
 /// Modules of the crate, lowest layer first. An import points to a lower layer, or stays in its module.
 const LAYERS: &[&[&str]] = &[
-    &["error", "registry", "rng", "sites", "predictive", "process"],
-    &["linalg", "kernel", "likelihood", "geo"],
+    &[
+        "error",
+        "registry",
+        "rng",
+        "sites",
+        "predictive",
+        "process",
+        "recipe",
+    ],
+    &["linalg", "fused", "kernel", "likelihood", "geo"],
     &["prior", "attention", "baseline", "product", "score"],
     &["task", "model"],
     &["checkpoint"],

@@ -7,6 +7,7 @@ use crate::{
     error::{Error, Result},
     kernel::KERNELS,
     likelihood::LIKELIHOODS,
+    model::MODELS,
     registry::{self, Named},
     score::SCORES,
 };
@@ -35,6 +36,11 @@ struct Entry {
 
 /// Every registry. A new one is one entry here.
 const SHELVES: &[Shelf] = &[
+    Shelf {
+        name: "models",
+        about: "neural processes that can be trained",
+        entries: || entries(MODELS),
+    },
     Shelf {
         name: "kernels",
         about: "how alike two sites are",
