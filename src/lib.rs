@@ -7,6 +7,7 @@
 pub mod attention;
 pub mod baseline;
 pub mod checkpoint;
+pub mod cli;
 pub mod error;
 pub mod fused;
 pub mod kernel;
