@@ -40,8 +40,10 @@ fn draw(rng: &mut Stream, parts: &[(f64, f64, f64)]) -> f64 {
     mean + sd * rng.normal()
 }
 
-/// A forecaster of the kinds one meets: right, biased, too sure, too vague.
-fn distortions() -> [(&'static str, fn(f64, f64) -> (f64, f64)); 4] {
+/// How a forecaster can be wrong, and what that does to a mean and an sd.
+type Distortion = (&'static str, fn(f64, f64) -> (f64, f64));
+
+fn distortions() -> [Distortion; 4] {
     [
         ("biased up", |m, s| (m + 0.5, s)),
         ("biased down", |m, s| (m - 0.5, s)),
