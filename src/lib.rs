@@ -4,13 +4,17 @@
 //! [`Posterior::at`] some sites. Neural processes and exact Gaussian processes answer both.
 #![deny(missing_docs, unused_must_use)]
 
+pub mod attention;
 pub mod baseline;
 pub mod error;
+pub mod fused;
 pub mod kernel;
 pub mod likelihood;
 pub mod linalg;
+pub mod model;
 pub mod predictive;
 pub mod process;
+pub mod recipe;
 pub mod registry;
 pub mod rng;
 pub mod score;
