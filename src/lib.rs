@@ -8,6 +8,7 @@ pub mod attention;
 pub mod baseline;
 pub mod error;
 pub mod fused;
+pub mod geo;
 pub mod kernel;
 pub mod likelihood;
 pub mod linalg;
