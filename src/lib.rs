@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod baseline;
+pub mod cli;
 pub mod error;
 pub mod fused;
 pub mod geo;
