@@ -10,6 +10,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod error;
 pub mod fused;
+pub mod geo;
 pub mod kernel;
 pub mod likelihood;
 pub mod linalg;
