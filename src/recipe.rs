@@ -1,42 +1,12 @@
-//! Reading TOML strictly: an unknown key is an error that names the nearest known one.
+//! A whole recipe: what to build, what to draw, how to train.
 
 use serde::de::DeserializeOwned;
 
 use crate::{
     error::{Error, Result},
-    registry,
+    registry, settings,
+    task::Tasks,
 };
-
-/// Deserialises one table of a recipe.
-///
-/// # Errors
-/// [`Error::Input`] naming the table, the key, and the nearest known key.
-pub fn parse_table<T: DeserializeOwned>(place: &str, table: &toml::Table) -> Result<T> {
-    T::deserialize(toml::Value::Table(table.clone())).map_err(|e| explain(place, &e.to_string()))
-}
-
-/// Turns serde's message about an unknown field or value into ours.
-fn explain(place: &str, message: &str) -> Error {
-    let message = message.trim();
-    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-    if message.starts_with("unknown field") || message.starts_with("unknown variant") {
-        let what = if message.starts_with("unknown field") {
-            "setting"
-        } else {
-            "value"
-        };
-        let known: Vec<String> = quoted.iter().skip(1).map(|s| s.to_string()).collect();
-        let name = quoted.first().copied().unwrap_or("?");
-        let help = match registry::nearest(name, &known) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None => format!("known: {}", known.join(", ")),
-        };
-        return Error::input(format!("unknown {what} `{name}` in {place}")).try_this(help);
-    }
-    Error::input(format!("{place} of the recipe cannot be read"))
-        .fact("reason", message.lines().next().unwrap_or(message))
-        .try_this("compare with the recipes in models/")
-}
 
 /// A whole recipe: what to build, what to draw, how to train.
 #[derive(Debug, Clone)]
@@ -45,8 +15,9 @@ pub struct Recipe {
     table: toml::Table,
 }
 
-const TABLES: [&str; 8] =
-    ["name", "predicts", "model", "prior", "design", "trials", "task", "train"];
+const TABLES: [&str; 8] = [
+    "name", "predicts", "model", "prior", "design", "trials", "task", "train",
+];
 
 impl Recipe {
     /// Reads a recipe file.
@@ -65,7 +36,9 @@ impl Recipe {
     /// [`Error::Input`] for TOML that does not parse or a table that is not known.
     pub fn parse(text: &str) -> Result<Self> {
         let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
-            let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
+            let line = e
+                .span()
+                .map_or(1, |s| text[..s.start].lines().count().max(1));
             Error::input("the recipe is not valid TOML")
                 .fact("line", line)
                 .fact("reason", e.message())
@@ -79,7 +52,10 @@ impl Recipe {
             };
             return Err(Error::input(format!("unknown table `{key}` in the recipe")).try_this(help));
         }
-        Ok(Recipe { text: text.to_string(), table })
+        Ok(Recipe {
+            text: text.to_string(),
+            table,
+        })
     }
 
     /// The text it was read from.
@@ -92,10 +68,13 @@ impl Recipe {
     /// # Errors
     /// [`Error::Input`] if the recipe lacks it.
     pub fn table(&self, name: &str) -> Result<&toml::Table> {
-        self.table.get(name).and_then(|v| v.as_table()).ok_or_else(|| {
-            Error::input(format!("the recipe has no [{name}] table"))
-                .try_this("compare with the recipes in models/")
-        })
+        self.table
+            .get(name)
+            .and_then(|v| v.as_table())
+            .ok_or_else(|| {
+                Error::input(format!("the recipe has no [{name}] table"))
+                    .try_this("compare with the recipes in models/")
+            })
     }
 
     /// A string at the top of the recipe.
@@ -104,8 +83,8 @@ impl Recipe {
     }
 
     /// The law of tasks.
-    pub fn tasks(&self) -> Result<crate::task::Tasks> {
-        crate::task::Tasks::new(&self.table)
+    pub fn tasks(&self) -> Result<Tasks> {
+        Tasks::new(&self.table)
     }
 
     /// Name of the likelihood.
@@ -116,7 +95,11 @@ impl Recipe {
     /// The settings under `name`, defaults where the table is absent.
     pub fn settings<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let empty = toml::Table::new();
-        let table = self.table.get(name).and_then(|v| v.as_table()).unwrap_or(&empty);
-        parse_table(&format!("[{name}]"), table)
+        let table = self
+            .table
+            .get(name)
+            .and_then(|v| v.as_table())
+            .unwrap_or(&empty);
+        settings::parse_table(&format!("[{name}]"), table)
     }
 }

@@ -11,7 +11,7 @@ mod scan;
 
 pub use bias::{Bias, Term};
 pub use full::full;
-pub use scan::{CHUNK, Start, scan};
+pub use scan::{CHUNK, Start, resoften, scan, soften, softmax_gradient};
 
 /// How softmax attention is computed. All give the same answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
