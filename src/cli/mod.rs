@@ -5,6 +5,7 @@ use std::{fmt::Display, io::Write};
 use crate::error::{Error, Result};
 
 pub mod list;
+pub mod validate;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
 #[derive(clap::Parser)]
@@ -23,6 +24,7 @@ First steps:
 /// Every subcommand, in the order of a first week. To add one: its file, and three lines here.
 #[derive(clap::Subcommand)]
 enum Command {
+    Validate(validate::Args),
     List(list::Args),
 }
 
@@ -33,6 +35,7 @@ enum Command {
 /// [`std::io::ErrorKind::BrokenPipe`] in [`Error::Io`].
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
+        Command::Validate(args) => validate::run(args),
         Command::List(args) => list::run(args),
     }
 }
