@@ -231,8 +231,8 @@ impl Folds {
             true => table
                 .numbers("row")?
                 .iter()
-                .map(|row| *row as usize + 1)
-                .collect(),
+                .map(|row| counted(*row, file))
+                .collect::<Result<_>>()?,
             false => (1..=table.len()).collect(),
         };
         let label = |row: &usize| {
@@ -296,6 +296,18 @@ impl Folds {
         let of = each.iter().map(place).collect();
         Ok(Folds { labels, of })
     }
+}
+
+/// A row of the survey as the surveys count them, from 1; folds name them from 0.
+fn counted(row: f64, file: &str) -> Result<usize> {
+    if row >= 0.0 && row.fract() == 0.0 && row < 1e12 {
+        return Ok(row as usize + 1);
+    }
+    Err(
+        Error::input("column `row` of the folds must count the survey's rows from 0")
+            .fact("folds", file)
+            .fact("row", row),
+    )
 }
 
 /// What was seen, link scale: values, or empirical logits ln((k + ½)/(n − k + ½)).
