@@ -5,6 +5,7 @@ use std::{fmt::Display, io::Write};
 use crate::error::{Error, Result};
 
 pub mod list;
+pub mod train;
 pub mod validate;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
@@ -24,6 +25,7 @@ First steps:
 /// Every subcommand, in the order of a first week. To add one: its file, and three lines here.
 #[derive(clap::Subcommand)]
 enum Command {
+    Train(train::Args),
     Validate(validate::Args),
     List(list::Args),
 }
@@ -35,6 +37,7 @@ enum Command {
 /// [`std::io::ErrorKind::BrokenPipe`] in [`Error::Io`].
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
+        Command::Train(args) => train::run(args),
         Command::Validate(args) => validate::run(args),
         Command::List(args) => list::run(args),
     }
