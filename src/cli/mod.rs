@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 
 pub mod list;
 pub mod train;
+pub mod validate;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
 #[derive(clap::Parser)]
@@ -25,6 +26,7 @@ First steps:
 #[derive(clap::Subcommand)]
 enum Command {
     Train(train::Args),
+    Validate(validate::Args),
     List(list::Args),
 }
 
@@ -36,6 +38,7 @@ enum Command {
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
         Command::Train(args) => train::run(args),
+        Command::Validate(args) => validate::run(args),
         Command::List(args) => list::run(args),
     }
 }
