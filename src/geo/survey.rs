@@ -638,19 +638,19 @@ impl Reading<'_> {
                     .fact("the row's x and y", format!("{}, {}", x[i], y[i]))
                     .fact("coordinate system", places.crs.name());
                 let swapped = lat(x[i]) && lon(y[i]);
-                return Err(if swapped && all().all(|i| lat(x[i]) && lon(y[i])) {
-                    error.try_this(match &self.options.lon {
-                        Some(lon_name) if self.options.lat.is_some() => format!(
-                            "longitude and latitude look swapped: try --lon {} --lat {lon_name}",
-                            places.names[1]
-                        ),
-                        _ => format!(
-                            "longitude and latitude look swapped: swap `{}` and `{}`",
-                            places.names[0], places.names[1]
-                        ),
-                    })
+                let always = all().all(|i| lat(x[i]) && lon(y[i]));
+                let [east, north] = &places.names;
+                return Err(if swapped && always && 2 * count >= all().count() {
+                    let how = match self.options.lon {
+                        Some(_) => format!("try --lon {north} --lat {east}"),
+                        None => format!("swap `{east}` and `{north}`"),
+                    };
+                    error.try_this(format!("longitude and latitude look swapped: {how}"))
                 } else if swapped {
-                    error.try_this("longitude and latitude look swapped in this row: correct it")
+                    error.try_this(format!(
+                        "longitude and latitude look swapped in this row: correct it, or if all \
+                         rows are like this, swap `{east}` and `{north}`"
+                    ))
                 } else if x[i].abs() > 400.0 || y[i].abs() > 400.0 {
                     error.try_this(format!(
                         "these look like metres, not degrees; {}{}",
@@ -796,7 +796,7 @@ impl Reading<'_> {
         };
         let area = || format!("{west}° to {east}° east, {south}° to {north}° north");
         let nearest = (0..survey.len()).map(away).fold(f64::INFINITY, f64::min);
-        if moved.is_err() || nearest > 10.0 {
+        if moved.is_err() || nearest > 5.0 {
             let place = match moved {
                 Ok(()) => format!("{:.2}, {:.2}", lon[0], lat[0]),
                 Err(_) => "nowhere".into(),
