@@ -197,7 +197,7 @@ fn what_is_missing_is_dropped_counted_and_named() {
         ("9.2,6.2,null,3", "no tested"),
         ("9.2,6.2,,", "no positive and no tested"),
         ("9.2,6.2,0,0", "nobody tested (tested is 0)"),
-        ("0,0,30,3", "at 0°, 0°"),
+        ("0,0,30,3", "at 0, 0"),
         ("8.5,5.5,50,0", "repeats row 2"),
     ] {
         let survey = read(&with(row)).map_err(|e| shown(&e)).unwrap();
@@ -274,6 +274,10 @@ fn wrong_numbers_stop_the_run() {
         ("inf,6.2,30,3", &["infinite", "row: 4", "column: lon"]),
         ("9.2,6.2,30,inf", &["infinite", "column: positive"]),
         ("9.2,6.2,1e400,3", &["infinite", "column: tested"]),
+        (
+            "-9999,6.2,30,3",
+            &["code for a missing one", "row: 4", "column: lon", "empty"],
+        ),
         (
             "9.2,96.2,30,3",
             &[

@@ -243,7 +243,7 @@ fn plain(name: &str) -> String {
 impl Survey {
     /// Reads and checks a survey table: CSV, Parquet, GeoParquet, GeoPackage, GeoJSON, Shapefile.
     ///
-    /// Rows without coordinates or outcome, rows at 0°, 0°, rows with nobody tested, and repeats
+    /// Rows without coordinates or outcome, rows at 0, 0 of a system of the globe, rows with nobody tested, and repeats
     /// of a whole row are dropped and listed in [`Survey::dropped`].
     ///
     /// # Errors
@@ -575,8 +575,8 @@ impl Reading<'_> {
                 (true, true) => Some("no coordinates".to_string()),
                 (true, false) => Some(format!("no {east}")),
                 (false, true) => Some(format!("no {north}")),
-                _ if places.crs.is_geographic() && x[i] == 0.0 && y[i] == 0.0 => {
-                    Some("at 0°, 0° in the sea, as places without coordinates often are".into())
+                _ if !places.crs.is_local() && x[i] == 0.0 && y[i] == 0.0 => {
+                    Some("at 0, 0, as places without coordinates often are".into())
                 }
                 _ => None,
             };
@@ -614,6 +614,22 @@ impl Reading<'_> {
                     .refuse_cell("a coordinate is infinite", i, name, values[i])
                     .try_this("correct the cell, or leave it empty if the place is unknown"));
             }
+        }
+        // On a plane of its own −999 can be a place; as both coordinates it is none.
+        let code = |i: &usize| match places.crs.is_local() {
+            true => x[*i] == y[*i] && CODES.contains(&x[*i]),
+            false => CODES.contains(&x[*i]) || CODES.contains(&y[*i]),
+        };
+        if let Some(i) = (0..x.len()).find(code) {
+            let which = usize::from(!CODES.contains(&x[i]));
+            return Err(self
+                .refuse_cell(
+                    "a coordinate looks like a code for a missing one",
+                    i,
+                    &places.names[which],
+                    [x[i], y[i]][which],
+                )
+                .try_this("leave cells without a value empty"));
         }
         let sound = |i: &usize| x[*i].is_finite() && y[*i].is_finite();
         if places.crs.is_geographic() {
