@@ -265,7 +265,6 @@ mod tests {
         );
     }
 
-    #[cfg(feature = "gdal")]
     mod globe {
         use geo::{Destination, Distance, Geodesic, Point};
 
@@ -317,6 +316,7 @@ mod tests {
         }
 
         /// The same places, however they are written, are the same model coordinates.
+        #[cfg(feature = "gdal")]
         #[test]
         fn projected_and_geographic_surveys_meet() {
             let (x, y) = ring(-16.0, 13.4, 100e3);
@@ -344,6 +344,7 @@ mod tests {
 
         /// Two sites a metre apart, 500 km from the equator's UTM origin, stay a metre apart:
         /// centred in f64 before the cast (f32 metres resolve 0.5 m there).
+        #[cfg(feature = "gdal")]
         #[test]
         fn centring_happens_before_the_cast() {
             let (x, y) = (
