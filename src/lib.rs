@@ -4,14 +4,28 @@
 //! [`Posterior::at`] some sites. Neural processes and exact Gaussian processes answer both.
 #![deny(missing_docs, unused_must_use)]
 
+pub mod attention;
+pub mod baseline;
+pub mod checkpoint;
+pub mod cli;
+pub mod device;
 pub mod error;
+pub mod fused;
 pub mod geo;
+pub mod kernel;
 pub mod likelihood;
+pub mod linalg;
+pub mod model;
 pub mod predictive;
+pub mod prior;
 pub mod process;
+pub mod recipe;
 pub mod registry;
 pub mod rng;
+pub mod score;
 pub mod sites;
+pub mod task;
+pub mod train;
 
 pub use error::{Error, Result};
 pub use predictive::{Draws, Link, Marginals, Of, Predictive};

@@ -18,7 +18,11 @@ pub struct Sites {
 impl Sites {
     /// Sites with coordinates only.
     pub fn new(s: Tensor) -> Self {
-        Sites { s, t: None, x: None }
+        Sites {
+            s,
+            t: None,
+            x: None,
+        }
     }
 
     /// One row of planar sites from host coordinates in model units.
@@ -45,6 +49,26 @@ impl Sites {
     /// Sites `start … start + len` of every row.
     pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
         let part = |x: &Tensor| x.narrow(1, start, len);
+        Ok(Sites {
+            s: part(&self.s)?,
+            t: self.t.as_ref().map(part).transpose()?,
+            x: self.x.as_ref().map(part).transpose()?,
+        })
+    }
+
+    /// The same sites on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let moved = |x: &Tensor| x.to_device(device);
+        Ok(Sites {
+            s: moved(&self.s)?,
+            t: self.t.as_ref().map(moved).transpose()?,
+            x: self.x.as_ref().map(moved).transpose()?,
+        })
+    }
+
+    /// Row `row` alone, as a batch of one.
+    pub fn row(&self, row: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, row, 1)?.contiguous();
         Ok(Sites {
             s: part(&self.s)?,
             t: self.t.as_ref().map(part).transpose()?,
@@ -95,7 +119,33 @@ impl Observations {
             ));
         }
         let mask = Tensor::ones((batch, len), y.dtype(), y.device())?;
-        Ok(Observations { sites, y, mask, trials })
+        Ok(Observations {
+            sites,
+            y,
+            mask,
+            trials,
+        })
+    }
+
+    /// The same observations on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Observations {
+            sites: self.sites.to_device(device)?,
+            y: self.y.to_device(device)?,
+            mask: self.mask.to_device(device)?,
+            trials: self.trials.as_ref().map(|t| t.to_device(device)).transpose()?,
+        })
+    }
+
+    /// Row `row` alone, as a batch of one.
+    pub fn row(&self, row: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, row, 1)?.contiguous();
+        Ok(Observations {
+            sites: self.sites.row(row)?,
+            y: part(&self.y)?,
+            mask: part(&self.mask)?,
+            trials: self.trials.as_ref().map(part).transpose()?,
+        })
     }
 
     /// Sites in each row, padding included.
@@ -153,5 +203,12 @@ pub fn mean_sd(values: &[f64]) -> (f64, f64) {
     let n = values.len().max(1) as f64;
     let mean = values.iter().sum::<f64>() / n;
     let sd = (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n).sqrt();
-    (mean, if sd > 1e-12 * mean.abs().max(1e-300) { sd } else { 1.0 })
+    (
+        mean,
+        if sd > 1e-12 * mean.abs().max(1e-300) {
+            sd
+        } else {
+            1.0
+        },
+    )
 }
