@@ -9,6 +9,7 @@ pub mod baseline;
 pub mod cli;
 pub mod error;
 pub mod fused;
+pub mod geo;
 pub mod kernel;
 pub mod likelihood;
 pub mod linalg;

@@ -1,0 +1,6 @@
+//! Maps: coordinate reference systems, survey tables, and the frame between world and model.
+
+pub mod crs;
+pub mod frame;
+pub mod survey;
+pub mod table;
