@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod baseline;
+pub mod checkpoint;
 pub mod cli;
 pub mod error;
 pub mod fused;
@@ -15,12 +16,15 @@ pub mod likelihood;
 pub mod linalg;
 pub mod model;
 pub mod predictive;
+pub mod prior;
 pub mod process;
 pub mod recipe;
 pub mod registry;
 pub mod rng;
 pub mod score;
 pub mod sites;
+pub mod task;
+pub mod train;
 
 pub use error::{Error, Result};
 pub use predictive::{Draws, Link, Marginals, Of, Predictive};
