@@ -1,0 +1,47 @@
+//! Journeys through the binary, as a user takes them.
+
+use std::process::{Command, Stdio};
+
+mod words;
+
+/// The command, run where `data/` is, with no terminal to ask.
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("isopleth"));
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Standard output of a command that must work.
+fn ok(args: &[&str]) -> String {
+    let output = command(args).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{args:?}: {}",
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+/// Standard error of a command that must be refused as the input's fault.
+fn refused(args: &[&str]) -> String {
+    let output = command(args).output().unwrap();
+    assert_eq!(
+        output.status.code(),
+        Some(2),
+        "{args:?}: {}",
+        text(&output.stderr)
+    );
+    assert!(
+        output.stdout.is_empty(),
+        "{args:?}: {}",
+        text(&output.stdout)
+    );
+    text(&output.stderr)
+}
