@@ -8,6 +8,7 @@ use std::{
 use crate::error::{Error, Result};
 
 pub mod list;
+pub mod train;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
 #[derive(clap::Parser)]
@@ -26,6 +27,7 @@ First steps:
 /// Every subcommand, in the order of a first week. To add one: its file, and three lines here.
 #[derive(clap::Subcommand)]
 enum Command {
+    Train(train::Args),
     List(list::Args),
 }
 
@@ -35,6 +37,7 @@ enum Command {
 /// Whatever the subcommand returns.
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
+        Command::Train(args) => train::run(args),
         Command::List(args) => list::run(args),
     }
 }
