@@ -5,6 +5,7 @@
 #![deny(missing_docs, unused_must_use)]
 
 pub mod error;
+pub mod geo;
 pub mod likelihood;
 pub mod predictive;
 pub mod process;
