@@ -9,6 +9,7 @@ pub mod geo;
 pub mod likelihood;
 pub mod predictive;
 pub mod process;
+pub mod product;
 pub mod registry;
 pub mod rng;
 pub mod sites;

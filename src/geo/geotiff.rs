@@ -12,6 +12,8 @@ mod door;
 
 use super::crs::Crs;
 
+#[cfg(feature = "gdal")]
+pub use door::Layout;
 pub use door::{Cog, Polygons, Raster};
 
 /// What a raster file says about itself.

@@ -29,10 +29,7 @@ pub trait Likelihood: Sync {
 }
 
 /// Every likelihood.
-pub const LIKELIHOODS: &[&dyn Likelihood] = &[
-    &binomial::Binomial,
-    &gaussian::Gaussian,
-];
+pub const LIKELIHOODS: &[&dyn Likelihood] = &[&binomial::Binomial, &gaussian::Gaussian];
 
 impl Named for &dyn Likelihood {
     fn name(&self) -> &str {
