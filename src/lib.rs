@@ -7,6 +7,7 @@
 pub mod error;
 pub mod geo;
 pub mod likelihood;
+pub mod picture;
 pub mod predictive;
 pub mod process;
 pub mod product;
