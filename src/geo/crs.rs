@@ -16,7 +16,7 @@ mod proj;
 mod proj;
 
 #[cfg(feature = "gdal")]
-pub use proj::quiet;
+pub use proj::{quiet, said};
 
 /// Mean radius of the Earth, metres (IUGG).
 pub const EARTH_RADIUS: f64 = 6_371_008.771_4;
@@ -57,6 +57,8 @@ pub struct Crs {
     wkt: String,
     kind: Kind,
     metres_per_unit: f64,
+    /// West, south, east, north, degrees.
+    area_of_use: Option<[f64; 4]>,
 }
 
 impl PartialEq for Crs {
@@ -103,6 +105,7 @@ impl Crs {
             ),
             kind: Kind::Local,
             metres_per_unit: metres,
+            area_of_use: None,
         }
     }
 
@@ -149,6 +152,12 @@ impl Crs {
     /// latitude on the mean sphere, 111 195.
     pub fn metres_per_unit(&self) -> f64 {
         self.metres_per_unit
+    }
+
+    /// West, south, east and north of the area the system is meant for, in degrees, where PROJ
+    /// knows it. West exceeds east where it crosses the antimeridian.
+    pub fn area_of_use(&self) -> Option<[f64; 4]> {
+        self.area_of_use
     }
 
     /// Moves coordinates from this system `to` another, in place, all in one call.

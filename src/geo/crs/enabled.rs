@@ -1,17 +1,35 @@
 //! PROJ, through GDAL. Same shape as `disabled.rs`.
 
-use std::sync::Once;
+use std::{cell::RefCell, sync::Once};
 
-use gdal::spatial_ref::{AxisMappingStrategy, CoordTransform, SpatialRef};
+use gdal::{
+    errors::CplErrType,
+    spatial_ref::{AxisMappingStrategy, CoordTransform, SpatialRef},
+};
 
 use super::{Crs, EARTH_RADIUS, HELP, Kind};
 use crate::error::{Error, Result};
+
+thread_local! {
+    static LAST: RefCell<Option<String>> = const { RefCell::new(None) };
+}
 
 /// Keeps GDAL from printing to the terminal: its errors come back as values, and we print them
 /// once, in our words. Call it before the first use of GDAL in a module.
 pub fn quiet() {
     static ONCE: Once = Once::new();
-    ONCE.call_once(|| gdal::config::set_error_handler(|_, _, _| {}));
+    ONCE.call_once(|| {
+        gdal::config::set_error_handler(|class, _, message| {
+            if matches!(class, CplErrType::Failure | CplErrType::Fatal) {
+                LAST.set(Some(message.to_string()));
+            }
+        })
+    });
+}
+
+/// The last failure GDAL reported on this thread since the last call, where [`quiet`] was called.
+pub fn said() -> Option<String> {
+    LAST.take()
 }
 
 impl Crs {
@@ -46,11 +64,25 @@ impl Crs {
                 .fact("metres per unit", metres_per_unit)
                 .try_this(HELP));
         }
+        // WKT seldom carries the area; the code knows it.
+        let book = reference
+            .authority()
+            .ok()
+            .and_then(|a| SpatialRef::from_definition(&a).ok());
+        let area_of_use = book.as_ref().unwrap_or(reference).area_of_use().map(|a| {
+            [
+                a.west_lon_degree,
+                a.south_lat_degree,
+                a.east_lon_degree,
+                a.north_lat_degree,
+            ]
+        });
         Ok(Crs {
             name,
             wkt: reference.to_wkt()?,
             kind,
             metres_per_unit,
+            area_of_use,
         })
     }
 }

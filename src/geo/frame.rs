@@ -1,0 +1,410 @@
+//! `Frame`: the one door between the world's units and the model's.
+//!
+//! World: f64, coordinates of any CRS, outcomes in their own units. Model: f32, sites within
+//! [−1, 1] on a plane, a continuous outcome with mean 0 and sd 1. Between them lies a local
+//! equal-area plane (Lambert azimuthal, [`Crs::local_equal_area`]) centred on the sites: it
+//! keeps distances within 0.5 % out to 1,000 km from its centre, where the error is 1 − cos(c/2)
+//! for the angle c from it (Snyder 1987, USGS Professional Paper 1395, ch. 24).
+
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    crs::Crs,
+    survey::{Outcome, Survey},
+};
+use crate::{
+    error::{Error, Result},
+    predictive::{Link, Marginals},
+    sites::{Observations, Sites, mean_sd, unit_box},
+};
+
+/// How world coordinates and outcomes become model units and back; goes into the run record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Frame {
+    /// The plane on which distances are measured.
+    pub plane: Crs,
+    /// Centre of the sites' bounding box, units of the plane.
+    pub centre: [f64; 2],
+    /// Metres in one model unit: half the longer side of the sites' bounding box.
+    pub metres_per_unit: f64,
+    /// Mean taken off a continuous outcome, its own units; 0 for counts.
+    pub y_mean: f64,
+    /// Sd a continuous outcome is divided by, its own units; 1 for counts.
+    pub y_sd: f64,
+}
+
+impl Frame {
+    /// The frame of a survey: a plane centred on its sites, scaled so that they span [−1, 1].
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the sites do not span a box, or cannot be moved to a plane.
+    pub fn fit(survey: &Survey) -> Result<Self> {
+        let plane = plane(survey)?;
+        let places = places(&survey.crs, &plane, &survey.x, &survey.y)?;
+        let (centre, unit) = unit_box(&places).ok_or_else(|| flat(survey))?;
+        let (y_mean, y_sd) = match &survey.outcome {
+            Outcome::Counts { .. } => (0.0, 1.0),
+            Outcome::Values(values) => mean_sd(values),
+        };
+        let metres_per_unit = unit * plane.metres_per_unit();
+        Ok(Frame {
+            plane,
+            centre,
+            metres_per_unit,
+            y_mean,
+            y_sd,
+        })
+    }
+
+    /// A survey in model units: sites `[1, site, 2]`, `y` `[1, site, 1]`, and for counts
+    /// `trials` `[1, site]`.
+    pub fn observations(&self, survey: &Survey, device: &Device) -> Result<Observations> {
+        let sites = self.sites(&survey.crs, &survey.x, &survey.y, device)?;
+        let tensor = |values: Vec<f32>| Tensor::from_vec(values, (1, survey.len()), device);
+        let (y, trials) = match &survey.outcome {
+            Outcome::Values(values) => {
+                let scaled = values
+                    .iter()
+                    .map(|v| ((v - self.y_mean) / self.y_sd) as f32);
+                (tensor(scaled.collect())?, None)
+            }
+            Outcome::Counts { positive, tested } => (
+                tensor(positive.iter().map(|v| *v as f32).collect())?,
+                Some(tensor(tested.iter().map(|v| *v as f32).collect())?),
+            ),
+        };
+        Observations::new(sites, y.unsqueeze(2)?, trials)
+    }
+
+    /// Places in model units, `[1, site, 2]`; `x` and `y` in units of `crs`. One transformation
+    /// for all of them; centred and scaled in f64, then cast.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if `x` and `y` differ in length; [`Error::Input`] if a place is not
+    /// finite, or cannot be moved to the plane.
+    pub fn sites(&self, crs: &Crs, x: &[f64], y: &[f64], device: &Device) -> Result<Sites> {
+        let mut places = places(crs, &self.plane, x, y)?;
+        let unit = self.metres_per_unit / self.plane.metres_per_unit();
+        for [x, y] in &mut places {
+            *x = (*x - self.centre[0]) / unit;
+            *y = (*y - self.centre[1]) / unit;
+        }
+        Sites::plane(&places, device)
+    }
+
+    /// Marginals in the outcome's own units: undoes the standardisation of a continuous outcome,
+    /// and leaves counts as they are.
+    pub fn outcome(&self, marginals: Marginals) -> Marginals {
+        match marginals.link {
+            Link::Identity => marginals.rescale(self.y_mean, self.y_sd),
+            Link::Logit | Link::Log => marginals,
+        }
+    }
+
+    /// The longer side of the sites' bounding box, km.
+    pub fn extent_km(&self) -> f64 {
+        2.0 * self.metres_per_unit / 1000.0
+    }
+
+    /// A length in model units, such as a length scale ℓ, in km.
+    pub fn km(&self, length: f64) -> f64 {
+        length * self.metres_per_unit / 1000.0
+    }
+}
+
+fn flat(survey: &Survey) -> Error {
+    Error::input("the sites do not span an area")
+        .fact("file", survey.source.display())
+        .fact("sites", survey.len())
+        .try_this("a map needs at least two sites apart")
+}
+
+/// The plane for a survey: its own if that is local, else equal-area about the sites' middle.
+fn plane(survey: &Survey) -> Result<Crs> {
+    if survey.crs.is_local() {
+        return Ok(survey.crs.clone());
+    }
+    let globe = Crs::from_user("EPSG:4326")?;
+    // The mean direction is safe across the antimeridian and at the poles.
+    let mut sum = [0.0; 3];
+    for [lon, lat] in places(&survey.crs, &globe, &survey.x, &survey.y)? {
+        let (lon, lat) = (lon.to_radians(), lat.to_radians());
+        sum[0] += lat.cos() * lon.cos();
+        sum[1] += lat.cos() * lon.sin();
+        sum[2] += lat.sin();
+    }
+    let length = sum.iter().map(|v| v * v).sum::<f64>().sqrt();
+    if length.is_nan() || length < 1e-9 * survey.len() as f64 {
+        return Err(flat(survey));
+    }
+    // A millionth of a degree is 11 cm: a tidy centre for the run record.
+    let tidy = |v: f64| (v * 1e6).round() / 1e6;
+    let (lon, lat) = (
+        sum[1].atan2(sum[0]).to_degrees(),
+        (sum[2] / length).asin().to_degrees(),
+    );
+    let about_mean = Crs::local_equal_area(tidy(lon), tidy(lat))?;
+    // Clustered sites pull the mean to one side; distortion is least about the box's centre.
+    let spread = places(&survey.crs, &about_mean, &survey.x, &survey.y)?;
+    let (centre, _) = unit_box(&spread).ok_or_else(|| flat(survey))?;
+    let (mut lon, mut lat) = ([centre[0]], [centre[1]]);
+    about_mean.transform(&globe, &mut lon, &mut lat)?;
+    Crs::local_equal_area(tidy(lon[0]), tidy(lat[0]))
+}
+
+/// Coordinates of `from` on `to`.
+fn places(from: &Crs, to: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<[f64; 2]>> {
+    let (mut x, mut y) = (x.to_vec(), y.to_vec());
+    from.transform(to, &mut x, &mut y)?;
+    if let Some(i) = (0..x.len()).find(|i| !(x[*i].is_finite() && y[*i].is_finite())) {
+        return Err(Error::input("a place has no finite coordinates")
+            .fact("place", format!("number {}", i + 1))
+            .try_this("leave places without coordinates out"));
+    }
+    Ok(x.into_iter().zip(y).map(|(x, y)| [x, y]).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::predictive::Of;
+
+    fn survey(crs: &str, x: Vec<f64>, y: Vec<f64>, outcome: Outcome) -> Survey {
+        Survey {
+            source: "test".into(),
+            crs: Crs::from_user(crs).unwrap(),
+            rows: (1..=x.len()).collect(),
+            x,
+            y,
+            outcome,
+            dropped: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    fn model(frame: &Frame, crs: &Crs, x: &[f64], y: &[f64]) -> Vec<Vec<f64>> {
+        frame
+            .sites(crs, x, y, &Device::Cpu)
+            .unwrap()
+            .host()
+            .unwrap()
+            .remove(0)
+    }
+
+    #[test]
+    fn local_planes_stay_as_they_are() {
+        let values = Outcome::Values(vec![1.0, 2.0, 6.0]);
+        let km = survey(
+            "local:km",
+            vec![10.0, 14.0, 11.0],
+            vec![0.0, 1.0, 2.0],
+            values,
+        );
+        let frame = Frame::fit(&km).unwrap();
+        assert_eq!(frame.centre, [12.0, 1.0]);
+        assert_eq!(frame.metres_per_unit, 2000.0);
+        assert_eq!(frame.extent_km(), 4.0);
+        assert_eq!(frame.km(0.5), 1.0);
+        assert_eq!(frame.y_mean, 3.0);
+        let seen = model(&frame, &km.crs, &[10.0, 13.0], &[1.0, 2.0]);
+        assert_eq!(seen, vec![vec![-1.0, 0.0], vec![0.5, 0.5]]);
+        // The same places in metres.
+        let metres = Crs::from_user("local:m").unwrap();
+        assert_eq!(model(&frame, &metres, &[10e3, 13e3], &[1e3, 2e3]), seen);
+    }
+
+    #[test]
+    fn a_continuous_outcome_goes_in_standardised_and_comes_out_in_its_units() {
+        let values = Outcome::Values(vec![10.0, 20.0, 60.0]);
+        let survey = survey("local:m", vec![0.0, 4.0, 1.0], vec![0.0, 1.0, 2.0], values);
+        let frame = Frame::fit(&survey).unwrap();
+        let seen = frame.observations(&survey, &Device::Cpu).unwrap();
+        assert!(seen.trials.is_none());
+        let y = seen.y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let back: Vec<f64> = y
+            .iter()
+            .map(|v| frame.y_mean + frame.y_sd * *v as f64)
+            .collect();
+        for (b, v) in back.iter().zip([10.0, 20.0, 60.0]) {
+            assert!((b - v).abs() < 1e-4, "{back:?}");
+        }
+        let marginals = |link| Marginals {
+            link,
+            of: Of::Surface,
+            components: 1,
+            weight: vec![1.0],
+            mean: vec![1.0],
+            sd: vec![0.5],
+        };
+        let out = frame.outcome(marginals(Link::Identity));
+        assert!((out.mean[0] - (30.0 + frame.y_sd)).abs() < 1e-12);
+        assert!((out.sd[0] - 0.5 * frame.y_sd).abs() < 1e-12);
+        assert_eq!(
+            frame.outcome(marginals(Link::Logit)),
+            marginals(Link::Logit)
+        );
+    }
+
+    #[test]
+    fn counts_go_in_as_counts() {
+        let counts = Outcome::Counts {
+            positive: vec![0.0, 3.0, 7.0],
+            tested: vec![5.0, 9.0, 7.0],
+        };
+        let survey = survey("local:m", vec![0.0, 4.0, 1.0], vec![0.0, 1.0, 2.0], counts);
+        let frame = Frame::fit(&survey).unwrap();
+        assert_eq!((frame.y_mean, frame.y_sd), (0.0, 1.0));
+        let seen = frame.observations(&survey, &Device::Cpu).unwrap();
+        assert_eq!(seen.y.dims(), [1, 3, 1]);
+        assert_eq!(
+            seen.y.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            [0.0, 3.0, 7.0]
+        );
+        assert_eq!(
+            seen.trials.unwrap().to_vec2::<f32>().unwrap(),
+            [[5.0, 9.0, 7.0]]
+        );
+    }
+
+    #[cfg(feature = "gdal")]
+    mod globe {
+        use geo::{Destination, Distance, Geodesic, Point};
+
+        use super::*;
+
+        /// Sites in a ring around a centre, 200 km away, and one in the centre.
+        fn ring(lon: f64, lat: f64, metres: f64) -> (Vec<f64>, Vec<f64>) {
+            let mut sites = vec![Point::new(lon, lat)];
+            sites.extend(
+                (0..8).map(|k| Geodesic.destination(Point::new(lon, lat), 45.0 * k as f64, metres)),
+            );
+            sites.iter().map(|p| (p.x(), p.y())).unzip()
+        }
+
+        fn counts(n: usize) -> Outcome {
+            Outcome::Counts {
+                positive: vec![1.0; n],
+                tested: vec![2.0; n],
+            }
+        }
+
+        /// The promise of the module: distances on the plane are geodesics, within 0.5 %.
+        #[test]
+        fn distances_agree_with_geodesics() {
+            // The equator, a high latitude, and across the antimeridian.
+            for (lon, lat) in [(10.0, 0.0), (25.0, 70.0), (179.6, -17.0), (-3.0, 52.0)] {
+                for (reach, tolerance) in [(200e3, 0.0005), (1000e3, 0.005)] {
+                    let (x, y) = ring(lon, lat, reach);
+                    let survey = survey("EPSG:4326", x.clone(), y.clone(), counts(x.len()));
+                    let frame = Frame::fit(&survey).unwrap();
+                    let seen = model(&frame, &survey.crs, &x, &y);
+                    for i in 0..x.len() {
+                        assert!(
+                            seen[i].iter().all(|v| v.abs() <= 1.0 + 1e-6),
+                            "{:?}",
+                            seen[i]
+                        );
+                        for j in 0..i {
+                            let flat = frame.metres_per_unit
+                                * (seen[i][0] - seen[j][0]).hypot(seen[i][1] - seen[j][1]);
+                            let truth =
+                                Geodesic.distance(Point::new(x[i], y[i]), Point::new(x[j], y[j]));
+                            let error = (flat / truth - 1.0).abs();
+                            assert!(error < tolerance, "{lon} {lat} {i} {j}: {flat} {truth}");
+                        }
+                    }
+                }
+            }
+        }
+
+        /// The same places, however they are written, are the same model coordinates.
+        #[test]
+        fn projected_and_geographic_surveys_meet() {
+            let (x, y) = ring(-16.0, 13.4, 100e3);
+            let lonlat = survey("EPSG:4326", x.clone(), y.clone(), counts(9));
+            let utm = Crs::from_user("EPSG:32628").unwrap();
+            let (mut east, mut north) = (x.clone(), y.clone());
+            lonlat.crs.transform(&utm, &mut east, &mut north).unwrap();
+            let projected = survey("EPSG:32628", east.clone(), north.clone(), counts(9));
+            let (a, b) = (
+                Frame::fit(&lonlat).unwrap(),
+                Frame::fit(&projected).unwrap(),
+            );
+            assert!((a.metres_per_unit / b.metres_per_unit - 1.0).abs() < 1e-6);
+            let (a, b) = (
+                model(&a, &lonlat.crs, &x, &y),
+                model(&b, &utm, &east, &north),
+            );
+            for (p, q) in a.iter().zip(&b) {
+                assert!(
+                    (p[0] - q[0]).abs() < 1e-5 && (p[1] - q[1]).abs() < 1e-5,
+                    "{p:?} {q:?}"
+                );
+            }
+        }
+
+        /// Two sites a metre apart, 500 km from the equator's UTM origin, stay a metre apart:
+        /// centred in f64 before the cast (f32 metres resolve 0.5 m there).
+        #[test]
+        fn centring_happens_before_the_cast() {
+            let (x, y) = (
+                vec![500_000.0, 500_001.0, 500_000.0],
+                vec![8e6, 8e6, 8_000_001.0],
+            );
+            let survey = survey("EPSG:32631", x.clone(), y.clone(), counts(3));
+            let frame = Frame::fit(&survey).unwrap();
+            let seen = model(&frame, &survey.crs, &x, &y);
+            let apart =
+                frame.metres_per_unit * (seen[0][0] - seen[1][0]).hypot(seen[0][1] - seen[1][1]);
+            assert!((apart - 1.0).abs() < 2e-3, "{apart}");
+        }
+
+        #[test]
+        fn the_frame_survives_the_run_record() {
+            let (x, y) = ring(30.0, -2.0, 50e3);
+            let survey = survey("EPSG:4326", x, y, counts(9));
+            let frame = Frame::fit(&survey).unwrap();
+            let text = serde_json::to_string(&frame).unwrap();
+            assert_eq!(serde_json::from_str::<Frame>(&text).unwrap(), frame);
+            assert!(
+                (frame.extent_km() - 100.0).abs() < 0.5,
+                "{}",
+                frame.extent_km()
+            );
+        }
+
+        #[test]
+        fn a_million_places_take_one_transformation() {
+            let n = 1_000_000;
+            let x: Vec<f64> = (0..n).map(|i| 10.0 + (i % 1000) as f64 * 1e-3).collect();
+            let y: Vec<f64> = (0..n).map(|i| 5.0 + (i / 1000) as f64 * 1e-3).collect();
+            let ends = [0, 999, n - 1000, n - 1];
+            let survey = survey(
+                "EPSG:4326",
+                ends.iter().map(|i| x[*i]).collect(),
+                ends.iter().map(|i| y[*i]).collect(),
+                counts(4),
+            );
+            let frame = Frame::fit(&survey).unwrap();
+            let sites = frame.sites(&survey.crs, &x, &y, &Device::Cpu).unwrap();
+            assert_eq!(sites.s.dims(), [1, n, 2]);
+        }
+    }
+
+    #[test]
+    fn one_place_is_no_frame() {
+        let survey = survey(
+            "local:m",
+            vec![1.0; 3],
+            vec![2.0; 3],
+            Outcome::Values(vec![0.0; 3]),
+        );
+        assert!(
+            Frame::fit(&survey)
+                .unwrap_err()
+                .to_string()
+                .contains("do not span")
+        );
+    }
+}

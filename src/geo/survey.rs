@@ -1,0 +1,923 @@
+//! A survey: sites on the ground, and what was seen at each.
+//!
+//! The rule of this file: what is missing is dropped, counted and named; what is wrong stops the
+//! run. A wrong number must never make a plausible map.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    crs::{self, Crs},
+    table::{Columns, Loaded, Points, load},
+};
+use crate::error::{Error, Result};
+
+/// What was seen at each site.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// Positives among people tested: whole numbers, 0 ≤ positive ≤ tested, tested > 0.
+    Counts {
+        /// People positive, `[site]`.
+        positive: Vec<f64>,
+        /// People tested, `[site]`.
+        tested: Vec<f64>,
+    },
+    /// A continuous outcome in its own units, `[site]`, finite.
+    Values(Vec<f64>),
+}
+
+impl Outcome {
+    /// Sites.
+    pub fn len(&self) -> usize {
+        match self {
+            Outcome::Counts { positive, .. } => positive.len(),
+            Outcome::Values(values) => values.len(),
+        }
+    }
+
+    /// No sites at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn subset(&self, sites: &[usize]) -> Self {
+        let pick = |v: &[f64]| sites.iter().map(|i| v[*i]).collect();
+        match self {
+            Outcome::Counts { positive, tested } => Outcome::Counts {
+                positive: pick(positive),
+                tested: pick(tested),
+            },
+            Outcome::Values(values) => Outcome::Values(pick(values)),
+        }
+    }
+
+    fn same(&self, a: usize, b: usize) -> bool {
+        match self {
+            Outcome::Counts { positive, tested } => {
+                positive[a] == positive[b] && tested[a] == tested[b]
+            }
+            Outcome::Values(values) => values[a] == values[b],
+        }
+    }
+}
+
+/// A row of the file that was not used.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Dropped {
+    /// Data row of the file, from 1.
+    pub row: usize,
+    /// Why.
+    pub reason: String,
+}
+
+/// Sites with outcomes, checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Survey {
+    /// The file they came from.
+    pub source: PathBuf,
+    /// What the coordinates mean.
+    pub crs: Crs,
+    /// Easting or longitude, `[site]`, CRS units.
+    pub x: Vec<f64>,
+    /// Northing or latitude, `[site]`, CRS units.
+    pub y: Vec<f64>,
+    /// What was seen, `[site]`.
+    pub outcome: Outcome,
+    /// Data row of the file, from 1, of each site.
+    pub rows: Vec<usize>,
+    /// Rows left out, in the order of the file.
+    pub dropped: Vec<Dropped>,
+    /// What was guessed or noticed, to be printed: one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// What the user said about the file; what is `None` is guessed, and the guess is noted.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SurveyOptions {
+    /// Column of longitude or easting (`--lon`).
+    pub lon: Option<String>,
+    /// Column of latitude or northing (`--lat`).
+    pub lat: Option<String>,
+    /// Column of people positive (`--positive`).
+    pub positive: Option<String>,
+    /// Column of people tested (`--tested`).
+    pub tested: Option<String>,
+    /// Column of a continuous outcome (`--value`), never guessed.
+    pub value: Option<String>,
+    /// The coordinates' system (`--crs`), as [`Crs::from_user`] reads it.
+    pub crs: Option<String>,
+    /// The layer of a GeoPackage (`--layer`).
+    pub layer: Option<String>,
+}
+
+/// Spellings of columns, compared without case and without anything but letters and digits.
+const LONGITUDE: &[&str] = &[
+    "lon",
+    "long",
+    "longitude",
+    "lng",
+    "longnum",
+    "londd",
+    "longdd",
+    "longitudedd",
+    "lonwgs84",
+    "decimallongitude",
+    "gpslon",
+    "gpslong",
+    "gpslongitude",
+    "longitudex",
+    "xlon",
+    "xlongitude",
+];
+const LATITUDE: &[&str] = &[
+    "lat",
+    "latitude",
+    "latnum",
+    "latdd",
+    "latitudedd",
+    "latwgs84",
+    "decimallatitude",
+    "gpslat",
+    "gpslatitude",
+    "latitudey",
+    "ylat",
+    "ylatitude",
+];
+/// Pairs, in order: the n-th easting goes with the n-th northing.
+const EASTING: &[&str] = &[
+    "x",
+    "easting",
+    "eastings",
+    "east",
+    "xcoord",
+    "coordx",
+    "coordsx",
+    "xcoordinate",
+    "xm",
+    "xkm",
+    "utmx",
+    "utme",
+    "utmeasting",
+    "pointx",
+];
+const NORTHING: &[&str] = &[
+    "y",
+    "northing",
+    "northings",
+    "north",
+    "ycoord",
+    "coordy",
+    "coordsy",
+    "ycoordinate",
+    "ym",
+    "ykm",
+    "utmy",
+    "utmn",
+    "utmnorthing",
+    "pointy",
+];
+const POSITIVE: &[&str] = &[
+    "positive",
+    "positives",
+    "pos",
+    "npos",
+    "npositive",
+    "npositives",
+    "numpos",
+    "numpositive",
+    "nopositive",
+    "numberpositive",
+    "positivecount",
+    "positiven",
+    "case",
+    "cases",
+    "ncases",
+    "numcases",
+    "numbercases",
+    "infected",
+    "ninfected",
+    "numinfected",
+    "numberinfected",
+    "npossum",
+    "totalpositive",
+];
+const TESTED: &[&str] = &[
+    "tested",
+    "ntested",
+    "numtested",
+    "notested",
+    "numbertested",
+    "testedn",
+    "examined",
+    "nexamined",
+    "examinedn",
+    "numexamined",
+    "noexamined",
+    "numberexamined",
+    "screened",
+    "nscreened",
+    "trials",
+    "ntrials",
+    "n",
+    "ntot",
+    "total",
+    "totaltested",
+    "totalexamined",
+    "sampled",
+    "nsampled",
+    "samplesize",
+];
+
+/// Values that stand for "none" in so many tables that a map of them is a mistake.
+const CODES: &[f64] = &[-999.0, -9999.0, -99999.0, -999999.0, 1e20, 9.96921e36];
+
+fn plain(name: &str) -> String {
+    name.chars()
+        .filter(|c| c.is_alphanumeric())
+        .flat_map(char::to_lowercase)
+        .collect()
+}
+
+impl Survey {
+    /// Reads and checks a survey table: CSV, Parquet, GeoParquet, GeoPackage, GeoJSON, Shapefile.
+    ///
+    /// Rows without coordinates or outcome, rows at 0°, 0°, rows with nobody tested, and repeats
+    /// of a whole row are dropped and listed in [`Survey::dropped`].
+    ///
+    /// # Errors
+    /// [`Error::Input`] for anything that could make a wrong map: text in a number column, more
+    /// positive than tested, negative or fractional counts, infinite values, coordinates out of
+    /// range or swapped, no CRS, geometries that are not points, fewer than 3 usable sites or
+    /// all at one place. [`Error::Io`] if the file cannot be read.
+    pub fn read(path: impl AsRef<Path>, options: &SurveyOptions) -> Result<Self> {
+        let path = path.as_ref();
+        let loaded = load(path, options.layer.as_deref())?;
+        let mut reading = Reading {
+            path,
+            options,
+            table: &loaded.columns,
+            notes: Vec::new(),
+        };
+        reading.notes.extend(loaded.notes.iter().cloned());
+        let places = reading.places(&loaded)?;
+        let outcome = reading.outcome()?;
+        reading.check(places, outcome)
+    }
+
+    /// Sites.
+    pub fn len(&self) -> usize {
+        self.x.len()
+    }
+
+    /// No sites at all.
+    pub fn is_empty(&self) -> bool {
+        self.x.is_empty()
+    }
+
+    /// The sites at these positions (from 0), in this order: a fold, or a sample.
+    ///
+    /// # Panics
+    /// If a position is not below [`Survey::len`].
+    pub fn subset(&self, sites: &[usize]) -> Self {
+        let pick = |v: &[f64]| sites.iter().map(|i| v[*i]).collect();
+        Survey {
+            source: self.source.clone(),
+            crs: self.crs.clone(),
+            x: pick(&self.x),
+            y: pick(&self.y),
+            outcome: self.outcome.subset(sites),
+            rows: sites.iter().map(|i| self.rows[*i]).collect(),
+            dropped: self.dropped.clone(),
+            notes: self.notes.clone(),
+        }
+    }
+}
+
+/// Which columns hold the coordinates, and what they mean.
+struct Places {
+    x: Vec<f64>,
+    y: Vec<f64>,
+    crs: Crs,
+    /// What to call the two coordinates in messages.
+    names: [String; 2],
+    /// The user did not say, and the file leaves no room to.
+    crs_is_assumed: bool,
+}
+
+/// One reading of one table.
+struct Reading<'a> {
+    path: &'a Path,
+    options: &'a SurveyOptions,
+    table: &'a Columns,
+    notes: Vec<String>,
+}
+
+impl Reading<'_> {
+    fn refuse(&self, what: impl Into<String>) -> Error {
+        Error::input(what).fact("file", self.path.display())
+    }
+
+    /// Refuses for what stands in one cell of row `i` (from 0).
+    fn refuse_cell(&self, what: impl Into<String>, i: usize, column: &str, value: f64) -> Error {
+        self.refuse(what)
+            .fact("row", self.table.place(i))
+            .fact("column", column)
+            .fact("value", value)
+    }
+
+    // Coordinates
+
+    fn places(&mut self, loaded: &Loaded) -> Result<Places> {
+        match (&loaded.points, &self.options.lon, &self.options.lat) {
+            (Some(points), None, None) => self.geometry(points),
+            (_, Some(lon), Some(lat)) => self.named(lon.clone(), lat.clone()),
+            (_, None, None) => {
+                let (lon, lat) = self.guess_coordinates()?;
+                self.notes
+                    .push(format!("took `{lon}` and `{lat}` as the coordinates"));
+                self.named(lon, lat)
+            }
+            (_, Some(lon), None) => Err(self
+                .refuse(format!(
+                    "`{lon}` is named for longitude, and nothing for latitude"
+                ))
+                .fact("columns", self.table.list())
+                .try_this("name the other column with --lat COLUMN")),
+            (_, None, Some(lat)) => Err(self
+                .refuse(format!(
+                    "`{lat}` is named for latitude, and nothing for longitude"
+                ))
+                .fact("columns", self.table.list())
+                .try_this("name the other column with --lon COLUMN")),
+        }
+    }
+
+    fn geometry(&mut self, points: &Points) -> Result<Places> {
+        let asked = self
+            .options
+            .crs
+            .as_deref()
+            .map(Crs::from_user)
+            .transpose()?;
+        let crs = match (asked, &points.crs) {
+            (None, Some(crs)) => crs.clone(),
+            (None, None) => {
+                return Err(self
+                    .refuse("the file does not say what its coordinates mean")
+                    .try_this(crs::HELP));
+            }
+            (Some(asked), Some(stated)) if asked != *stated => {
+                if !points.crs_is_assumed {
+                    return Err(self
+                        .refuse("the file and --crs name different coordinate systems")
+                        .fact("file says", stated.name())
+                        .fact("--crs says", asked.name())
+                        .try_this(
+                            "leave --crs out; if the file is wrong, correct it (ogr2ogr -a_srs)",
+                        ));
+                }
+                self.notes.push(format!(
+                    "read the coordinates as {}, as told, not as {}",
+                    asked.name(),
+                    stated.name()
+                ));
+                asked
+            }
+            (Some(asked), _) => asked,
+        };
+        let names = match crs.is_geographic() {
+            true => ["longitude".to_string(), "latitude".to_string()],
+            false => ["x".to_string(), "y".to_string()],
+        };
+        Ok(Places {
+            x: points.x.clone(),
+            y: points.y.clone(),
+            crs,
+            names,
+            crs_is_assumed: points.crs_is_assumed && self.options.crs.is_none(),
+        })
+    }
+
+    fn named(&mut self, lon: String, lat: String) -> Result<Places> {
+        if self.table.find(&lon)? == self.table.find(&lat)? {
+            return Err(self
+                .refuse(format!("`{lon}` cannot be both longitude and latitude"))
+                .fact("columns", self.table.list())
+                .try_this("name two columns with --lon and --lat"));
+        }
+        let is = |name: &str, list: &[&str]| list.contains(&plain(name).as_str());
+        if (is(&lon, LATITUDE) && is(&lat, LONGITUDE)) || (is(&lon, NORTHING) && is(&lat, EASTING))
+        {
+            return Err(self
+                .refuse("longitude and latitude are swapped")
+                .fact("--lon", &lon)
+                .fact("--lat", &lat)
+                .try_this(format!("swap them: --lon {lat} --lat {lon}")));
+        }
+        let (x, y) = (
+            self.table.numbers(&lon)?.to_vec(),
+            self.table.numbers(&lat)?.to_vec(),
+        );
+        let crs = match &self.options.crs {
+            Some(text) => Crs::from_user(text)?,
+            None if is(&lon, LONGITUDE) && is(&lat, LATITUDE) => {
+                self.notes.push(
+                    "took the coordinates as longitude and latitude on WGS84 (EPSG:4326)".into(),
+                );
+                Crs::from_user("EPSG:4326")?
+            }
+            None => {
+                let plane = match (plain(&lon).as_str(), plain(&lat).as_str()) {
+                    ("xm", "ym") => "; these names suggest --crs local:m",
+                    ("xkm", "ykm") => "; these names suggest --crs local:km",
+                    _ => "",
+                };
+                return Err(self
+                    .refuse("the coordinate reference system is not known")
+                    .fact("columns", format!("{lon}, {lat}"))
+                    .try_this(format!("{}{plane}", crs::HELP)));
+            }
+        };
+        Ok(Places {
+            x,
+            y,
+            crs,
+            names: [lon, lat],
+            crs_is_assumed: false,
+        })
+    }
+
+    /// The pair of columns spelled like coordinates: degrees before planes.
+    fn guess_coordinates(&self) -> Result<(String, String)> {
+        let lon = self.spelled(LONGITUDE);
+        let lat = self.spelled(LATITUDE);
+        let one = |found: &[String]| found.len() == 1;
+        if one(&lon) && one(&lat) {
+            return Ok((lon[0].clone(), lat[0].clone()));
+        }
+        if lon.len() > 1 || lat.len() > 1 {
+            let list = [lon, lat].concat().join(", ");
+            return Err(self
+                .refuse("more than one pair of columns could be the coordinates")
+                .fact("candidates", list)
+                .try_this("name them with --lon COLUMN --lat COLUMN"));
+        }
+        let mut pairs = EASTING.iter().zip(NORTHING).filter_map(|(east, north)| {
+            let (east, north) = (self.spelled(&[east]), self.spelled(&[north]));
+            (one(&east) && one(&north)).then(|| (east[0].clone(), north[0].clone()))
+        });
+        match (pairs.next(), pairs.next()) {
+            (Some(pair), None) => Ok(pair),
+            (Some(a), Some(b)) => Err(self
+                .refuse("more than one pair of columns could be the coordinates")
+                .fact("candidates", format!("{}, {}; {}, {}", a.0, a.1, b.0, b.1))
+                .try_this("name them with --lon COLUMN --lat COLUMN")),
+            (None, _) => Err(self
+                .refuse("no columns are recognised as coordinates")
+                .fact("columns", self.table.list())
+                .try_this("name them with --lon COLUMN --lat COLUMN")),
+        }
+    }
+
+    fn spelled(&self, spellings: &[&str]) -> Vec<String> {
+        let names = self.table.names().iter();
+        names
+            .filter(|n| spellings.contains(&plain(n).as_str()))
+            .cloned()
+            .collect()
+    }
+
+    // Outcomes
+
+    fn outcome(&mut self) -> Result<Raw> {
+        let SurveyOptions {
+            positive,
+            tested,
+            value,
+            ..
+        } = self.options;
+        if let Some(value) = value {
+            if let Some(other) = positive.as_ref().or(tested.as_ref()) {
+                return Err(self
+                    .refuse("a survey has one outcome, and two are named")
+                    .fact("--value", value)
+                    .fact("--positive or --tested", other)
+                    .try_this("use --value for a continuous outcome, or --positive and --tested for counts"));
+            }
+            return Ok(Raw::Values {
+                name: value.clone(),
+                values: self.table.numbers(value)?.to_vec(),
+            });
+        }
+        let (positive, guessed_positive) = self.counts("positive", positive, POSITIVE)?;
+        let (tested, guessed_tested) = self.counts("tested", tested, TESTED)?;
+        for (what, column, guessed) in [
+            ("positive", &positive, guessed_positive),
+            ("tested", &tested, guessed_tested),
+        ] {
+            if guessed {
+                self.notes
+                    .push(format!("took `{column}` as the number {what}"));
+            }
+        }
+        if self.table.find(&positive)? == self.table.find(&tested)? {
+            return Err(self
+                .refuse(format!("`{positive}` cannot be both positive and tested"))
+                .fact("columns", self.table.list())
+                .try_this("name two columns with --positive and --tested"));
+        }
+        Ok(Raw::Counts {
+            numbers: [
+                self.table.numbers(&positive)?.to_vec(),
+                self.table.numbers(&tested)?.to_vec(),
+            ],
+            names: [positive, tested],
+        })
+    }
+
+    fn counts(
+        &self,
+        what: &str,
+        given: &Option<String>,
+        spellings: &[&str],
+    ) -> Result<(String, bool)> {
+        if let Some(name) = given {
+            return Ok((name.clone(), false));
+        }
+        let found = self.spelled(spellings);
+        match found.as_slice() {
+            [one] => Ok((one.clone(), true)),
+            [] => Err(self
+                .refuse(format!("no column is recognised as the number {what}"))
+                .fact("columns", self.table.list())
+                .try_this(format!(
+                    "name it with --{what} COLUMN, or a continuous outcome with --value COLUMN; \
+                     tables of single people need adding up to one row per site"
+                ))),
+            _ => Err(self
+                .refuse(format!("more than one column could be the number {what}"))
+                .fact("candidates", found.join(", "))
+                .try_this(format!("name the right one with --{what} COLUMN"))),
+        }
+    }
+
+    // Rows
+
+    fn check(mut self, places: Places, outcome: Raw) -> Result<Survey> {
+        let (x, y) = self.in_range(&places)?;
+        outcome.check(&self)?;
+        let (mut rows, mut dropped) = (Vec::new(), Vec::new());
+        let [east, north] = &places.names;
+        for i in 0..self.table.len() {
+            let absent = match (x[i].is_nan(), y[i].is_nan()) {
+                (true, true) => Some("no coordinates".to_string()),
+                (true, false) => Some(format!("no {east}")),
+                (false, true) => Some(format!("no {north}")),
+                _ if places.crs.is_geographic() && x[i] == 0.0 && y[i] == 0.0 => {
+                    Some("at 0°, 0° in the sea, as places without coordinates often are".into())
+                }
+                _ => None,
+            };
+            match absent.or_else(|| outcome.absent(i)) {
+                Some(reason) => dropped.push(Dropped { row: i + 1, reason }),
+                None => rows.push(i),
+            }
+        }
+        let all = outcome.outcome();
+        self.without_repeats(&x, &y, &all, &mut rows, &mut dropped);
+        let survey = Survey {
+            source: self.path.to_path_buf(),
+            crs: places.crs.clone(),
+            x: rows.iter().map(|i| x[*i]).collect(),
+            y: rows.iter().map(|i| y[*i]).collect(),
+            outcome: all.subset(&rows),
+            rows: rows.iter().map(|i| i + 1).collect(),
+            dropped,
+            notes: Vec::new(),
+        };
+        self.enough(&survey)?;
+        self.in_area(&survey)?;
+        Ok(Survey {
+            notes: self.notes,
+            ..survey
+        })
+    }
+
+    /// Coordinates that can be what the CRS says; longitudes from 0 to 360 become −180 to 180.
+    fn in_range(&mut self, places: &Places) -> Result<(Vec<f64>, Vec<f64>)> {
+        let (mut x, y) = (places.x.clone(), places.y.clone());
+        for (values, name) in [(&x, &places.names[0]), (&y, &places.names[1])] {
+            if let Some(i) = values.iter().position(|v| v.is_infinite()) {
+                return Err(self
+                    .refuse_cell("a coordinate is infinite", i, name, values[i])
+                    .try_this("correct the cell, or leave it empty if the place is unknown"));
+            }
+        }
+        let sound = |i: &usize| x[*i].is_finite() && y[*i].is_finite();
+        if places.crs.is_geographic() {
+            let lon = |v: f64| (-180.0..=360.0).contains(&v);
+            let lat = |v: f64| v.abs() <= 90.0;
+            let wrong = |i: &usize| sound(i) && !(lon(x[*i]) && lat(y[*i]));
+            let all = || (0..x.len()).filter(sound);
+            if let Some(i) = all().find(wrong) {
+                let count = all().filter(wrong).count();
+                let (at, name) = if lat(y[i]) { (x[i], 0) } else { (y[i], 1) };
+                let what = if name == 0 { "longitude" } else { "latitude" };
+                let error = self
+                    .refuse_cell(
+                        format!(
+                            "a {what} is out of range in {count} of {} rows",
+                            all().count()
+                        ),
+                        i,
+                        &places.names[name],
+                        at,
+                    )
+                    .fact("the row's x and y", format!("{}, {}", x[i], y[i]))
+                    .fact("coordinate system", places.crs.name());
+                let swapped = lat(x[i]) && lon(y[i]);
+                return Err(if swapped && all().all(|i| lat(x[i]) && lon(y[i])) {
+                    error.try_this(match &self.options.lon {
+                        Some(lon_name) if self.options.lat.is_some() => format!(
+                            "longitude and latitude look swapped: try --lon {} --lat {lon_name}",
+                            places.names[1]
+                        ),
+                        _ => format!(
+                            "longitude and latitude look swapped: swap `{}` and `{}`",
+                            places.names[0], places.names[1]
+                        ),
+                    })
+                } else if swapped {
+                    error.try_this("longitude and latitude look swapped in this row: correct it")
+                } else if x[i].abs() > 400.0 || y[i].abs() > 400.0 {
+                    error.try_this(format!(
+                        "these look like metres, not degrees; {}{}",
+                        if places.crs_is_assumed {
+                            "the format says degrees; "
+                        } else {
+                            ""
+                        },
+                        crs::HELP
+                    ))
+                } else {
+                    error.try_this("correct the cell: degrees run from -180 to 180 and -90 to 90")
+                });
+            }
+            if x.iter().any(|v| *v > 180.0) {
+                self.notes
+                    .push("read longitudes above 180 as west of Greenwich".into());
+                x.iter_mut()
+                    .filter(|v| **v > 180.0)
+                    .for_each(|v| *v -= 360.0);
+            }
+        } else if !places.crs.is_local() {
+            let degrees = |i: usize| x[i].abs() <= 180.0 && y[i].abs() <= 90.0;
+            let mut all = (0..x.len()).filter(sound).peekable();
+            if all.peek().is_some() && all.all(degrees) {
+                let first = (0..x.len()).find(sound).unwrap_or(0);
+                return Err(self
+                    .refuse(format!(
+                        "the coordinates look like degrees, and {} is a plane",
+                        places.crs.name()
+                    ))
+                    .fact("columns", places.names.join(", "))
+                    .fact("first row's x and y", format!("{}, {}", x[first], y[first]))
+                    .try_this("try --crs EPSG:4326 for longitude and latitude"));
+            }
+        }
+        Ok((x, y))
+    }
+
+    /// Takes out repeats of a whole row, and notes surveys that share a place.
+    fn without_repeats(
+        &mut self,
+        x: &[f64],
+        y: &[f64],
+        outcome: &Outcome,
+        rows: &mut Vec<usize>,
+        dropped: &mut Vec<Dropped>,
+    ) {
+        // Single people, one per row, may truly be alike: a repeat says nothing.
+        let people = match outcome {
+            Outcome::Counts { tested, .. } => rows.iter().all(|i| tested[*i] == 1.0),
+            Outcome::Values(_) => false,
+        };
+        let mut seen: HashMap<[u64; 2], Vec<usize>> = HashMap::new();
+        let mut kept = Vec::with_capacity(rows.len());
+        for &i in rows.iter() {
+            // Adding zero makes −0 and 0 one place.
+            let here = seen
+                .entry([(x[i] + 0.0).to_bits(), (y[i] + 0.0).to_bits()])
+                .or_default();
+            let repeat = here
+                .iter()
+                .find(|j| outcome.same(i, **j) && self.table.same_row(i, **j));
+            match repeat {
+                Some(j) if !people => dropped.push(Dropped {
+                    row: i + 1,
+                    reason: format!("repeats row {}: same place, same outcome", j + 1),
+                }),
+                _ => {
+                    here.push(i);
+                    kept.push(i);
+                }
+            }
+        }
+        let (places, shared) = seen
+            .values()
+            .filter(|here| here.len() > 1)
+            .fold((0, 0), |(places, sites), here| {
+                (places + 1, sites + here.len())
+            });
+        if shared > 0 {
+            self.notes.push(format!(
+                "{shared} rows share {places} place{} and are kept as separate surveys",
+                if places == 1 { "" } else { "s" }
+            ));
+        }
+        dropped.sort_by_key(|d| d.row);
+        *rows = kept;
+    }
+
+    fn enough(&self, survey: &Survey) -> Result<()> {
+        const LISTED: usize = 5;
+        let left_out = || {
+            let mut reasons: Vec<String> = survey
+                .dropped
+                .iter()
+                .take(LISTED)
+                .map(|d| format!("row {}: {}", d.row, d.reason))
+                .collect();
+            if survey.dropped.len() > LISTED {
+                reasons.push(format!("and {} more", survey.dropped.len() - LISTED));
+            }
+            reasons.join("; ")
+        };
+        let error = if survey.len() < 3 {
+            self.refuse(format!(
+                "a map needs at least 3 usable sites, and there are {}",
+                survey.len()
+            ))
+            .fact("rows", self.table.len())
+            .try_this("check the columns and the rows that were dropped")
+        } else if (1..survey.len())
+            .all(|i| survey.x[i] == survey.x[0] && survey.y[i] == survey.y[0])
+        {
+            self.refuse(format!("all {} sites are at one place", survey.len()))
+                .fact("place", format!("{}, {}", survey.x[0], survey.y[0]))
+                .try_this("check the columns of the coordinates: a map needs sites apart")
+        } else {
+            return Ok(());
+        };
+        Err(if survey.dropped.is_empty() {
+            error
+        } else {
+            error.fact("dropped", left_out())
+        })
+    }
+
+    /// Places far outside the area a projection is meant for are in another projection.
+    fn in_area(&mut self, survey: &Survey) -> Result<()> {
+        let Some([west, south, east, north]) = survey.crs.area_of_use() else {
+            return Ok(());
+        };
+        if survey.crs.is_geographic() || west > east {
+            return Ok(());
+        }
+        let (mut lon, mut lat) = (survey.x.clone(), survey.y.clone());
+        let moved = survey
+            .crs
+            .transform(&Crs::from_user("EPSG:4326")?, &mut lon, &mut lat);
+        let away = |i: usize| {
+            let lon = (west - lon[i]).max(lon[i] - east).max(0.0);
+            lon.max((south - lat[i]).max(lat[i] - north).max(0.0))
+        };
+        let area = || format!("{west}° to {east}° east, {south}° to {north}° north");
+        let nearest = (0..survey.len()).map(away).fold(f64::INFINITY, f64::min);
+        if moved.is_err() || nearest > 10.0 {
+            let place = match moved {
+                Ok(()) => format!("{:.2}, {:.2}", lon[0], lat[0]),
+                Err(_) => "nowhere".into(),
+            };
+            return Err(self
+                .refuse(format!(
+                    "no site lies anywhere near where {} is used",
+                    survey.crs.name()
+                ))
+                .fact("used for", area())
+                .fact("first site's longitude, latitude", place)
+                .try_this("check --crs, and that x (easting) and y (northing) are not swapped"));
+        }
+        let outside = (0..survey.len()).filter(|i| away(*i) > 1.0).count();
+        if outside > 0 {
+            self.notes.push(format!(
+                "{outside} sites lie more than a degree outside the area {} is meant for ({})",
+                survey.crs.name(),
+                area()
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Outcomes as they stand in the file, missing ones included.
+enum Raw {
+    Counts {
+        names: [String; 2],
+        numbers: [Vec<f64>; 2],
+    },
+    Values {
+        name: String,
+        values: Vec<f64>,
+    },
+}
+
+impl Raw {
+    /// Refuses what is wrong, in the order of the file.
+    fn check(&self, reading: &Reading) -> Result<()> {
+        match self {
+            Raw::Values { name, values } => {
+                for (i, &v) in values.iter().enumerate() {
+                    if v.is_infinite() || v.abs() > 1e30 {
+                        return Err(reading
+                            .refuse_cell("a value is infinite or as good as", i, name, v)
+                            .try_this("correct the cell, or leave it empty if it is unknown"));
+                    }
+                    if CODES.contains(&v) {
+                        return Err(reading
+                            .refuse_cell("a value looks like a code for a missing one", i, name, v)
+                            .try_this("leave cells without a value empty"));
+                    }
+                }
+            }
+            Raw::Counts {
+                names,
+                numbers: [positive, tested],
+            } => {
+                for i in 0..positive.len() {
+                    for (name, v) in names.iter().zip([positive[i], tested[i]]) {
+                        let wrong = if v.is_infinite() {
+                            "a count is infinite"
+                        } else if v < 0.0 {
+                            "a count is negative"
+                        } else if v.fract() != 0.0 && !v.is_nan() {
+                            "a count is not a whole number"
+                        } else {
+                            continue;
+                        };
+                        return Err(reading.refuse_cell(wrong, i, name, v).try_this(match v.fract() {
+                            f if f != 0.0 => {
+                                "counts are numbers of people; map a rate or a prevalence with --value"
+                            }
+                            _ => "correct the cell, or leave it empty if it is unknown",
+                        }));
+                    }
+                    if positive[i] > tested[i] {
+                        return Err(reading
+                            .refuse("more people are positive than were tested")
+                            .fact("row", reading.table.place(i))
+                            .fact(&names[0], positive[i])
+                            .fact(&names[1], tested[i])
+                            .try_this(
+                                "correct the row, and check that the two columns are not swapped",
+                            ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Why row `i` has no outcome.
+    fn absent(&self, i: usize) -> Option<String> {
+        match self {
+            Raw::Values { name, values } => values[i].is_nan().then(|| format!("no {name}")),
+            Raw::Counts {
+                names,
+                numbers: [positive, tested],
+            } => {
+                if positive[i].is_nan() && tested[i].is_nan() {
+                    Some(format!("no {} and no {}", names[0], names[1]))
+                } else if positive[i].is_nan() {
+                    Some(format!("no {}", names[0]))
+                } else if tested[i].is_nan() {
+                    Some(format!("no {}", names[1]))
+                } else {
+                    (tested[i] == 0.0).then(|| format!("nobody tested ({} is 0)", names[1]))
+                }
+            }
+        }
+    }
+
+    fn outcome(self) -> Outcome {
+        match self {
+            Raw::Values { values, .. } => Outcome::Values(values),
+            Raw::Counts {
+                numbers: [positive, tested],
+                ..
+            } => Outcome::Counts { positive, tested },
+        }
+    }
+}

@@ -1,0 +1,776 @@
+//! Tables of named columns: CSV and Parquet in, Parquet out. The only file that knows Parquet.
+//!
+//! Sources: GeoParquet 1.1 (geoparquet.org/releases/v1.1.0), whose geometries are ISO WKB
+//! (OGC 06-103r4, §8). Other vector files come through GDAL, in `table/enabled.rs`.
+
+use std::{
+    fs::File,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arrow::{
+    array::{Array, AsArray, Float64Array, RecordBatch, StructArray},
+    compute::{cast, concat_batches},
+    datatypes::{DataType, Field, Float64Type, Schema},
+};
+use parquet::arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder};
+
+use super::crs::Crs;
+pub use super::survey::{Dropped, Outcome, Survey, SurveyOptions};
+use crate::{
+    error::{Error, Result},
+    registry::nearest,
+};
+
+#[cfg(not(feature = "gdal"))]
+#[path = "table/disabled.rs"]
+mod vector;
+#[cfg(feature = "gdal")]
+#[path = "table/enabled.rs"]
+mod vector;
+
+/// One column of a table.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Column {
+    /// Numbers; NaN where the file has none.
+    Numbers(Vec<f64>),
+    /// Text; empty where the file has none.
+    Text(Vec<String>),
+}
+
+/// The named columns of a table, one row per site.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Columns {
+    source: PathBuf,
+    names: Vec<String>,
+    columns: Vec<Column>,
+    rows: usize,
+    /// Line of the file on which each row starts, where the file has lines.
+    lines: Vec<u64>,
+}
+
+/// Columns, with what a geometry column says.
+pub(super) struct Loaded {
+    pub columns: Columns,
+    pub points: Option<Points>,
+    pub notes: Vec<String>,
+}
+
+/// Point geometries of a table; NaN where a row has none.
+pub(super) struct Points {
+    pub x: Vec<f64>,
+    pub y: Vec<f64>,
+    /// The system the file names.
+    pub crs: Option<Crs>,
+    /// The format leaves no room for another system, so files often carry one without saying so.
+    pub crs_is_assumed: bool,
+}
+
+/// The kinds of file a table comes in, by extension.
+enum Format {
+    Csv,
+    Parquet,
+    Vector,
+}
+
+impl Format {
+    fn of(path: &Path) -> Result<Self> {
+        let extension = path
+            .extension()
+            .and_then(|e| e.to_str())
+            .unwrap_or("")
+            .to_lowercase();
+        match extension.as_str() {
+            "csv" | "tsv" | "txt" | "tab" => Ok(Format::Csv),
+            "parquet" | "geoparquet" | "pq" => Ok(Format::Parquet),
+            "gpkg" | "geojson" | "json" | "geojsonl" | "shp" | "fgb" => Ok(Format::Vector),
+            _ => Err(Error::input(match extension.as_str() {
+                "" => "a table without an extension cannot be read".to_string(),
+                _ => format!("files named .{extension} cannot be read as a table"),
+            })
+            .fact("file", path.display())
+            .try_this(match extension.as_str() {
+                "xlsx" | "xls" | "ods" => "save the sheet as CSV (UTF-8) and give that file",
+                "dbf" | "shx" | "prj" => "give the .shp file of the shapefile",
+                "zip" | "gz" => "unpack it first",
+                _ => "tables are .csv, .tsv, .parquet, .gpkg, .geojson, .shp or .fgb files",
+            })),
+        }
+    }
+}
+
+/// A table in any format, with its point geometries.
+pub(super) fn load(path: &Path, layer: Option<&str>) -> Result<Loaded> {
+    let format = Format::of(path)?;
+    let found = std::fs::metadata(path).map_err(|e| Error::io("read", path, e))?;
+    if found.is_dir() {
+        return Err(Error::input("a table is a file, and this is a folder")
+            .fact("path", path.display())
+            .try_this("give the file inside it"));
+    }
+    if found.len() == 0 {
+        return Err(empty(path));
+    }
+    if let (Some(layer), Format::Csv | Format::Parquet) = (layer, &format) {
+        return Err(
+            Error::input(format!("this kind of file has no layer `{layer}`"))
+                .fact("file", path.display())
+                .try_this("leave --layer out: only GeoPackage and its kin have layers"),
+        );
+    }
+    match format {
+        Format::Csv => read_csv(path),
+        Format::Parquet => read_parquet(path),
+        Format::Vector => vector::read(path, layer),
+    }
+}
+
+fn empty(path: &Path) -> Error {
+    Error::input("the table has no rows")
+        .fact("file", path.display())
+        .try_this("check that the export finished, and that the path is right")
+}
+
+impl Columns {
+    /// Columns of equal length under their names.
+    pub(super) fn new(
+        source: &Path,
+        names: Vec<String>,
+        columns: Vec<Column>,
+        rows: usize,
+    ) -> Result<Self> {
+        if rows == 0 {
+            return Err(empty(source));
+        }
+        Ok(Columns {
+            source: source.to_path_buf(),
+            names,
+            columns,
+            rows,
+            lines: Vec::new(),
+        })
+    }
+
+    /// Reads every column of numbers or text of a CSV, Parquet or vector file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be opened; [`Error::Input`] if it is not a table.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        Ok(load(path.as_ref(), None)?.columns)
+    }
+
+    /// Names, in the order of the file.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The file it came from.
+    pub fn source(&self) -> &Path {
+        &self.source
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.rows
+    }
+
+    /// No rows at all.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0
+    }
+
+    /// The column called `name`: as it is written, or else without regard to case.
+    ///
+    /// # Errors
+    /// [`Error::Input`] with the nearest name if there is none, or if there are two.
+    pub fn column(&self, name: &str) -> Result<&Column> {
+        Ok(&self.columns[self.find(name)?])
+    }
+
+    pub(super) fn find(&self, name: &str) -> Result<usize> {
+        let exactly: Vec<usize> = self.matching(|n| n == name);
+        let loosely = self.matching(|n| n.eq_ignore_ascii_case(name));
+        match (exactly.as_slice(), loosely.as_slice()) {
+            ([one], _) | ([], [one]) => Ok(*one),
+            ([], []) => {
+                let error = Error::input(format!("the table has no column `{name}`"))
+                    .fact("file", self.source.display())
+                    .fact("columns", self.list());
+                Err(match nearest(name, &self.names) {
+                    Some(close) => error.try_this(format!("did you mean `{close}`?")),
+                    None => error.try_this("name one of the columns above"),
+                })
+            }
+            _ => Err(
+                Error::input(format!("more than one column is called `{name}`"))
+                    .fact("file", self.source.display())
+                    .fact("columns", self.list())
+                    .try_this("rename one of them in the file"),
+            ),
+        }
+    }
+
+    fn matching(&self, keep: impl Fn(&str) -> bool) -> Vec<usize> {
+        (0..self.names.len())
+            .filter(|i| keep(&self.names[*i]))
+            .collect()
+    }
+
+    /// The names, for an error.
+    pub(super) fn list(&self) -> String {
+        match self.names.len() {
+            0 => "none".into(),
+            _ => self.names.join(", "),
+        }
+    }
+
+    /// The numbers of column `name`, NaN where there are none.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming row and value if the column holds text.
+    pub fn numbers(&self, name: &str) -> Result<&[f64]> {
+        match self.column(name)? {
+            Column::Numbers(values) => Ok(values),
+            Column::Text(cells) => {
+                let row = cells.iter().position(|c| number(c).is_none()).unwrap_or(0);
+                let cell = &cells[row];
+                Err(Error::input(format!(
+                    "column `{name}` should hold numbers and holds text"
+                ))
+                .fact("file", self.source.display())
+                .fact("row", self.place(row))
+                .fact("value", format!("`{cell}`"))
+                .try_this(advice(cell)))
+            }
+        }
+    }
+
+    /// The cells of column `name` as text, empty where there are none.
+    pub fn text(&self, name: &str) -> Result<Vec<String>> {
+        Ok(match self.column(name)? {
+            Column::Text(cells) => cells.clone(),
+            Column::Numbers(values) => values
+                .iter()
+                .map(|v| {
+                    if v.is_nan() {
+                        String::new()
+                    } else {
+                        v.to_string()
+                    }
+                })
+                .collect(),
+        })
+    }
+
+    /// Where row `i` (from 0) is, for a person: the data row from 1, and its line in a text file.
+    pub(super) fn place(&self, i: usize) -> String {
+        match self.lines.get(i) {
+            Some(line) => format!("{} (line {line} of the file)", i + 1),
+            None => (i + 1).to_string(),
+        }
+    }
+
+    /// Rows `a` and `b` agree in every column.
+    pub(super) fn same_row(&self, a: usize, b: usize) -> bool {
+        self.columns.iter().all(|column| match column {
+            Column::Numbers(v) => v[a] == v[b] || (v[a].is_nan() && v[b].is_nan()),
+            Column::Text(cells) => cells[a] == cells[b],
+        })
+    }
+
+    /// Writes columns of numbers as Parquet (zstd): under a temporary name, then renamed, so that
+    /// `path` holds the whole file or is untouched. NaN is written as null.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if two columns differ in length; [`Error::Io`] if the disk refuses.
+    pub fn write_parquet(path: impl AsRef<Path>, columns: &[(&str, Vec<f64>)]) -> Result<()> {
+        let path = path.as_ref();
+        for (name, values) in columns {
+            if values.len() != columns[0].1.len() {
+                let what = format!("columns `{}` and `{name}`", columns[0].0);
+                return Err(Error::axis(what, columns[0].1.len(), values.len()));
+            }
+        }
+        let fields: Vec<Field> = columns
+            .iter()
+            .map(|(name, _)| Field::new(*name, DataType::Float64, true))
+            .collect();
+        let arrays = columns
+            .iter()
+            .map(|(_, values)| {
+                let cells = values.iter().map(|v| (!v.is_nan()).then_some(*v));
+                Arc::new(Float64Array::from_iter(cells)) as Arc<dyn Array>
+            })
+            .collect();
+        let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays)?;
+        let zstd = parquet::basic::Compression::ZSTD(Default::default());
+        let settings = parquet::file::properties::WriterProperties::builder()
+            .set_compression(zstd)
+            .build();
+        write_whole(path, |file| {
+            let mut writer = ArrowWriter::try_new(file, batch.schema(), Some(settings))?;
+            writer.write(&batch)?;
+            writer.close()?;
+            Ok(())
+        })
+    }
+}
+
+/// Writes `path` by way of a temporary name in the same folder: whole, or not at all.
+pub(super) fn write_whole(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let whole = || -> Result<()> {
+        let mut file = File::create(&temporary).map_err(|e| Error::io("write", path, e))?;
+        write(&mut file).map_err(|e| match e {
+            // The writer hides the disk's reason; ask the disk again, in its own words.
+            Error::Parquet(parquet::errors::ParquetError::External(source)) => {
+                match source.downcast::<std::io::Error>() {
+                    Ok(source) => Error::io("write", path, *source),
+                    Err(source) => parquet::errors::ParquetError::External(source).into(),
+                }
+            }
+            other => other,
+        })?;
+        file.flush()
+            .and_then(|()| file.sync_all())
+            .map_err(|e| Error::io("write", path, e))?;
+        std::fs::rename(&temporary, path).map_err(|e| Error::io("rename to", path, e))
+    };
+    whole().inspect_err(|_| {
+        // Best effort: the error to tell is the first one.
+        let _ = std::fs::remove_file(&temporary);
+    })
+}
+
+/// A cell as a number: NaN if it says that there is none, `None` if it is text.
+pub(super) fn number(cell: &str) -> Option<f64> {
+    const MISSING: [&str; 9] = ["", "na", "n/a", "#n/a", "nan", "null", "none", "-", "."];
+    let cell = cell.trim();
+    if MISSING.iter().any(|m| cell.eq_ignore_ascii_case(m)) {
+        return Some(f64::NAN);
+    }
+    cell.parse().ok()
+}
+
+/// What to try about a cell that should be a number.
+fn advice(cell: &str) -> String {
+    let cell = cell.trim();
+    if number(&cell.replace(',', ".")).is_some() {
+        let point = cell.replace(',', ".");
+        format!("decimal commas are not read: write {point}, or export with decimal points")
+    } else if cell.contains('°') || cell.contains('\'') {
+        "write degrees as decimal numbers: 8°30'S is -8.5".into()
+    } else if cell.ends_with('%') {
+        "write the number without a percent sign".into()
+    } else {
+        "correct the cell, leave it empty if the value is unknown, or name another column".into()
+    }
+}
+
+/// Text cells as numbers if every one is a number or missing.
+pub(super) fn column(cells: Vec<String>) -> Column {
+    match cells
+        .iter()
+        .map(|c| number(c))
+        .collect::<Option<Vec<f64>>>()
+    {
+        Some(values) => Column::Numbers(values),
+        None => Column::Text(cells),
+    }
+}
+
+fn read_csv(path: &Path) -> Result<Loaded> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let refuse = |what: &str| Error::input(what).fact("file", path.display());
+    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
+        return Err(refuse("the file is UTF-16 text").try_this("save it as CSV UTF-8"));
+    }
+    if bytes.contains(&0) {
+        return Err(refuse("the file is not text")
+            .try_this("give it the extension of what it is, or export it as CSV"));
+    }
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    let text = String::from_utf8_lossy(bytes);
+    let mut notes = Vec::new();
+    if let std::borrow::Cow::Owned(_) = text {
+        notes.push("the file is not UTF-8: letters with accents may show as �".to_string());
+    }
+    let delimiter = sniff(&text);
+    let mut reader = csv::ReaderBuilder::new()
+        .delimiter(delimiter)
+        .flexible(true)
+        .trim(csv::Trim::All)
+        .from_reader(text.as_bytes());
+    let broken = |e: csv::Error| refuse("the file is not CSV").fact("reader says", e);
+    let names: Vec<String> = reader
+        .headers()
+        .map_err(broken)?
+        .iter()
+        .map(String::from)
+        .collect();
+    if names.iter().all(|n| number(n).is_some()) {
+        return Err(
+            refuse("the first line holds values, not the names of columns")
+                .fact("first line", names.join(", "))
+                .try_this("add a line of column names, such as lon,lat,tested,positive"),
+        );
+    }
+    let mut cells = vec![Vec::new(); names.len()];
+    let mut lines = Vec::new();
+    for record in reader.records() {
+        let record = record.map_err(broken)?;
+        let line = record.position().map_or(0, |p| p.line());
+        if record.len() != names.len() {
+            let short = String::from_utf8(vec![delimiter]).unwrap_or_default();
+            return Err(refuse("a row has not as many cells as there are columns")
+                .fact("row", format!("{} (line {line} of the file)", lines.len() + 1))
+                .fact("cells", record.len())
+                .fact("columns", format!("{} ({})", names.len(), names.join(", ")))
+                .fact("separator", if delimiter == b'\t' { "tab".into() } else { format!("`{short}`") })
+                .try_this(
+                    "put quotes around cells that hold the separator; numbers need a decimal point, not a comma",
+                ));
+        }
+        for (column, cell) in cells.iter_mut().zip(&record) {
+            column.push(cell.to_string());
+        }
+        lines.push(line);
+    }
+    let columns = cells.into_iter().map(column).collect();
+    let mut columns = Columns::new(path, names, columns, lines.len())?;
+    columns.lines = lines;
+    Ok(Loaded {
+        columns,
+        points: None,
+        notes,
+    })
+}
+
+/// The separator that splits the first line into the most cells.
+fn sniff(text: &str) -> u8 {
+    let first = text.lines().find(|l| !l.trim().is_empty()).unwrap_or("");
+    let mut quoted = false;
+    let mut counts = [(b',', 0), (b';', 0), (b'\t', 0), (b'|', 0)];
+    for byte in first.bytes() {
+        quoted ^= byte == b'"';
+        for (separator, count) in counts.iter_mut() {
+            *count += usize::from(byte == *separator && !quoted);
+        }
+    }
+    // The first wins a tie, so that a line without any separator is one comma-separated column.
+    counts
+        .iter()
+        .rev()
+        .max_by_key(|(_, count)| *count)
+        .map_or(b',', |(separator, _)| *separator)
+}
+
+fn read_parquet(path: &Path) -> Result<Loaded> {
+    let broken = |e: &dyn std::fmt::Display| {
+        Error::input("the file is not whole Parquet")
+            .fact("file", path.display())
+            .fact("reader says", e)
+            .try_this("it may be cut short or of another kind: copy or write it again")
+    };
+    let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| broken(&e))?;
+    let schema = builder.schema().clone();
+    let geo = builder
+        .metadata()
+        .file_metadata()
+        .key_value_metadata()
+        .and_then(|pairs| pairs.iter().find(|pair| pair.key == "geo"))
+        .and_then(|pair| pair.value.clone());
+    let batches = builder
+        .build()
+        .map_err(|e| broken(&e))?
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map_err(|e| broken(&e))?;
+    let batch = concat_batches(&schema, &batches).map_err(|e| broken(&e))?;
+
+    let geometry = match &geo {
+        Some(text) => Some(GeoColumn::parse(text).map_err(|reason| {
+            Error::input("the GeoParquet metadata cannot be understood")
+                .fact("file", path.display())
+                .fact("reason", reason)
+                .try_this("write the file again, or name coordinate columns with --lon and --lat")
+        })?),
+        None => None,
+    };
+    let (mut names, mut columns) = (Vec::new(), Vec::new());
+    for (field, array) in schema.fields().iter().zip(batch.columns()) {
+        let kind = match field.data_type() {
+            DataType::Dictionary(_, value) => value,
+            kind => kind,
+        };
+        let column = if kind.is_numeric() || *kind == DataType::Boolean {
+            let array = cast(array, &DataType::Float64)?;
+            let values = array.as_primitive::<Float64Type>();
+            Column::Numbers(values.iter().map(|v| v.unwrap_or(f64::NAN)).collect())
+        } else if kind.is_string() || kind.is_temporal() || kind.is_null() {
+            let array = cast(array, &DataType::Utf8)?;
+            let cells = array.as_string::<i32>();
+            Column::Text(cells.iter().map(|c| c.unwrap_or("").to_string()).collect())
+        } else {
+            continue; // Geometries, lists and structs are not columns of a table of sites.
+        };
+        names.push(field.name().clone());
+        // A writer may have kept numbers as text; the rule is the one of CSV.
+        columns.push(match column {
+            Column::Text(cells) => self::column(cells),
+            numbers => numbers,
+        });
+    }
+    let columns = Columns::new(path, names, columns, batch.num_rows())?;
+    let points = match geometry {
+        Some(geometry) => Some(geometry.points(&batch, &columns)?),
+        None => None,
+    };
+    Ok(Loaded {
+        columns,
+        points,
+        notes: Vec::new(),
+    })
+}
+
+/// What GeoParquet metadata say about the primary geometry.
+struct GeoColumn {
+    name: String,
+    encoding: String,
+    /// As [`Crs::from_user`] reads it; `None` where the file says that it is unknown.
+    crs: Option<String>,
+}
+
+impl GeoColumn {
+    fn parse(text: &str) -> std::result::Result<Self, String> {
+        let geo: serde_json::Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
+        let name = geo["primary_column"]
+            .as_str()
+            .ok_or("no `primary_column`")?;
+        let column = geo["columns"]
+            .get(name)
+            .ok_or(format!("no column `{name}`"))?;
+        let encoding = column["encoding"].as_str().ok_or("no `encoding`")?;
+        let crs = match column.get("crs") {
+            None => Some("OGC:CRS84".to_string()), // What the format says absence means.
+            Some(serde_json::Value::Null) => None,
+            Some(serde_json::Value::String(text)) => Some(text.clone()), // GeoParquet 0.3
+            Some(projjson) => Some(projjson.to_string()),
+        };
+        Ok(GeoColumn {
+            name: name.into(),
+            encoding: encoding.into(),
+            crs,
+        })
+    }
+
+    fn points(&self, batch: &RecordBatch, columns: &Columns) -> Result<Points> {
+        let refuse = |what: String| Error::input(what).fact("file", columns.source.display());
+        let array = batch.column_by_name(&self.name).ok_or_else(|| {
+            refuse(format!("the geometry column `{}` is missing", self.name))
+                .try_this("write the file again, or name coordinate columns with --lon and --lat")
+        })?;
+        let (mut x, mut y) = (
+            vec![f64::NAN; batch.num_rows()],
+            vec![f64::NAN; batch.num_rows()],
+        );
+        let bytes = cast(array, &DataType::LargeBinary);
+        match (
+            self.encoding.as_str(),
+            bytes,
+            array.as_any().downcast_ref::<StructArray>(),
+        ) {
+            ("WKB", Ok(bytes), _) => {
+                for (row, wkb) in bytes.as_binary::<i64>().iter().enumerate() {
+                    let Some(wkb) = wkb else { continue };
+                    let Some(point) =
+                        wkb_point(wkb).map_err(|kind| not_a_point(columns, row, &kind))?
+                    else {
+                        continue;
+                    };
+                    (x[row], y[row]) = (point[0], point[1]);
+                }
+            }
+            ("point", _, Some(parts)) => {
+                for (name, values) in [("x", &mut x), ("y", &mut y)] {
+                    let part = parts.column_by_name(name).ok_or_else(|| {
+                        refuse(format!(
+                            "the geometry column `{}` has no `{name}`",
+                            self.name
+                        ))
+                    })?;
+                    let part = cast(part, &DataType::Float64)?;
+                    let part = part.as_primitive::<Float64Type>();
+                    for row in (0..values.len()).filter(|r| !parts.is_null(*r) && !part.is_null(*r))
+                    {
+                        values[row] = part.value(row);
+                    }
+                }
+            }
+            (encoding, ..) => {
+                return Err(
+                    refuse(format!("geometries encoded as `{encoding}` cannot be read"))
+                        .fact("column", &self.name)
+                        .try_this(
+                            "write points as WKB, or name coordinate columns with --lon and --lat",
+                        ),
+                );
+            }
+        }
+        let crs = self.crs.as_deref().map(Crs::from_user).transpose()?;
+        Ok(Points {
+            x,
+            y,
+            crs,
+            crs_is_assumed: false,
+        })
+    }
+}
+
+/// The error for a geometry of another kind than a point.
+pub(super) fn not_a_point(columns: &Columns, row: usize, kind: &str) -> Error {
+    Error::input("sites must be points, and a row holds another geometry")
+        .fact("file", columns.source.display())
+        .fact("row", columns.place(row))
+        .fact("geometry", kind)
+        .try_this("replace areas and lines by one point per survey, for example their centroids")
+}
+
+/// The point in a WKB geometry: `None` if it is empty, the kind of geometry if it is no point.
+/// A multipoint of one point is a point, since some programs write nothing else.
+fn wkb_point(wkb: &[u8]) -> std::result::Result<Option<[f64; 2]>, String> {
+    let cut = || "WKB that is cut short".to_string();
+    let little = match wkb.first() {
+        Some(0) => false,
+        Some(1) => true,
+        _ => return Err("WKB without a byte order".into()),
+    };
+    let word = |at: usize| -> std::result::Result<u32, String> {
+        let bytes = wkb
+            .get(at..at + 4)
+            .ok_or_else(cut)?
+            .try_into()
+            .map_err(|_| cut())?;
+        Ok(if little {
+            u32::from_le_bytes(bytes)
+        } else {
+            u32::from_be_bytes(bytes)
+        })
+    };
+    let double = |at: usize| -> std::result::Result<f64, String> {
+        let bytes = wkb
+            .get(at..at + 8)
+            .ok_or_else(cut)?
+            .try_into()
+            .map_err(|_| cut())?;
+        Ok(if little {
+            f64::from_le_bytes(bytes)
+        } else {
+            f64::from_be_bytes(bytes)
+        })
+    };
+    // ISO adds 1000 for Z and 2000 for M; EWKB sets high bits, one of which adds an SRID.
+    let code = word(1)?;
+    let start = if code & 0x2000_0000 == 0 { 5 } else { 9 };
+    match (code & 0x0fff_ffff) % 1000 {
+        1 => {
+            let point = [double(start)?, double(start + 8)?];
+            Ok((!point.iter().all(|v| v.is_nan())).then_some(point))
+        }
+        4 => match word(start)? {
+            0 => Ok(None),
+            1 => wkb_point(&wkb[start + 4..]),
+            n => Err(format!("a multipoint of {n} points")),
+        },
+        2 => Err("a line string".into()),
+        3 => Err("a polygon".into()),
+        5 => Err("a multi line string".into()),
+        6 => Err("a multipolygon".into()),
+        7 => Err("a geometry collection".into()),
+        other => Err(format!("WKB geometry type {other}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cells_are_numbers_missing_or_text() {
+        assert_eq!(number(" -1.5e2 "), Some(-150.0));
+        assert_eq!(number("inf"), Some(f64::INFINITY));
+        for missing in ["", " ", "NA", "n/a", "NaN", "null", "-"] {
+            assert!(number(missing).is_some_and(f64::is_nan), "{missing}");
+        }
+        for text in ["8,04", "12%", "8°30'", "1 234", "x"] {
+            assert_eq!(number(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_separator_is_the_commonest_outside_quotes() {
+        assert_eq!(sniff("a,b,c\n"), b',');
+        assert_eq!(sniff("a;b;\"c,d,e,f\"\n"), b';');
+        assert_eq!(sniff("\na\tb\n"), b'\t');
+        assert_eq!(sniff("alone\n"), b',');
+    }
+
+    #[test]
+    fn wkb_points_in_every_dress() {
+        // POINT(2 3), little-endian and big-endian, from the examples in OGC 06-103r4 §8.2.
+        let little = [
+            vec![1, 1, 0, 0, 0],
+            2f64.to_le_bytes().into(),
+            3f64.to_le_bytes().into(),
+        ];
+        let big = [
+            vec![0, 0, 0, 0, 1],
+            2f64.to_be_bytes().into(),
+            3f64.to_be_bytes().into(),
+        ];
+        assert_eq!(wkb_point(&little.concat()), Ok(Some([2.0, 3.0])));
+        assert_eq!(wkb_point(&big.concat()), Ok(Some([2.0, 3.0])));
+        // ISO Z (1001) and EWKB with SRID and Z.
+        let z = [
+            &1001u32.to_le_bytes()[..],
+            &2f64.to_le_bytes(),
+            &3f64.to_le_bytes(),
+            &[0; 8],
+        ];
+        assert_eq!(
+            wkb_point(&[&[1][..], &z.concat()].concat()),
+            Ok(Some([2.0, 3.0]))
+        );
+        let ewkb = [
+            &[1][..],
+            &0xa000_0001u32.to_le_bytes(),
+            &4326u32.to_le_bytes(),
+            &2f64.to_le_bytes(),
+            &3f64.to_le_bytes(),
+            &[0; 8],
+        ];
+        assert_eq!(wkb_point(&ewkb.concat()), Ok(Some([2.0, 3.0])));
+        let one = [&[1, 4, 0, 0, 0, 1, 0, 0, 0][..], &little.concat()].concat();
+        assert_eq!(wkb_point(&one), Ok(Some([2.0, 3.0])));
+        let nan = f64::NAN.to_le_bytes();
+        assert_eq!(
+            wkb_point(&[&[1, 1, 0, 0, 0][..], &nan, &nan].concat()),
+            Ok(None)
+        );
+        assert!(
+            wkb_point(&little.concat()[..20])
+                .unwrap_err()
+                .contains("cut short")
+        );
+        assert!(
+            wkb_point(&[1, 3, 0, 0, 0, 0, 0, 0, 0])
+                .unwrap_err()
+                .contains("polygon")
+        );
+        assert!(wkb_point(&[]).is_err());
+    }
+}
