@@ -4,15 +4,19 @@
 //! [`Posterior::at`] some sites. Neural processes and exact Gaussian processes answer both.
 #![deny(missing_docs, unused_must_use)]
 
+pub mod baseline;
 pub mod error;
 pub mod geo;
+pub mod kernel;
 pub mod likelihood;
+pub mod linalg;
 pub mod picture;
 pub mod predictive;
 pub mod process;
 pub mod product;
 pub mod registry;
 pub mod rng;
+pub mod score;
 pub mod sites;
 
 pub use error::{Error, Result};

@@ -1,0 +1,616 @@
+//! The exact Gaussian process: kriging, in f64, by dense Cholesky. The yardstick of every model.
+//!
+//! Source: Rasmussen & Williams (2006): algorithm 2.1 for Gaussian observations, algorithms 3.1 and
+//! 3.2 (Laplace approximation) for counts. Ordinary kriging is the limit of a mean with a broad
+//! Gaussian prior (their section 2.7), so simple and ordinary kriging are one formula here.
+
+use candle_core::{DType, Tensor};
+use faer::{Accum, Mat, Par, linalg::matmul::matmul};
+use rayon::prelude::*;
+use statrs::function::gamma::ln_gamma;
+
+use super::nelder_mead::minimise;
+use crate::{
+    error::{Error, Result},
+    kernel::{Kernel, Matern, Metric, Smoothness},
+    likelihood::Likelihood,
+    linalg::Cholesky,
+    predictive::{Draws, Link, Predictive},
+    process::{Posterior, Process},
+    rng::Stream,
+    sites::{Observations, Sites},
+};
+
+/// Targets predicted together: memory and speed, never the answer.
+const CHUNK: usize = 512;
+
+/// Sites that [`ExactGp::fit`] looks at, at most: its cost grows with their cube. The posterior is
+/// always conditioned on every site.
+pub const FIT_SITES: usize = 400;
+
+/// A Gaussian process with known covariance.
+///
+/// The link-scale value of an observation is `mean + surface + nugget`; for counts the nugget is
+/// the village effect.
+pub struct ExactGp {
+    /// Covariance of the surface, link scale², sites in model units.
+    pub kernel: Box<dyn Kernel>,
+    /// Variance of what two observations at one site do not share, link scale².
+    pub nugget: f64,
+    /// Mean of the surface, link scale.
+    pub mean: f64,
+    /// Variance of our belief in `mean`: 0 is simple kriging, large is ordinary kriging.
+    pub mean_variance: f64,
+    /// Log marginal likelihood of the context it was fitted to, in nats, where it was fitted.
+    pub log_marginal: Option<f64>,
+    likelihood: &'static dyn Likelihood,
+}
+
+/// One row of a context on the host, padding removed.
+struct Row {
+    sites: Vec<Vec<f64>>,
+    y: Vec<f64>,
+    /// Number tested; empty for values.
+    trials: Vec<f64>,
+}
+
+/// What a row's posterior needs: `mean = m + cᵀ weight`, `variance = c₀ − ‖L⁻¹ (scale · c)‖²` for
+/// covariances c between the target's surface and the context's.
+struct Fitted {
+    sites: Vec<Vec<f64>>,
+    weight: Vec<f64>,
+    scale: Vec<f64>,
+    factor: Cholesky,
+    log_marginal: f64,
+    /// Deviation of the latent from the mean, link scale: where the next Newton search may start.
+    latent: Vec<f64>,
+}
+
+struct Conditioned<'a> {
+    gp: &'a ExactGp,
+    rows: Vec<Fitted>,
+}
+
+impl ExactGp {
+    /// A Gaussian process with known mean.
+    ///
+    /// # Units
+    /// `kernel` and `mean` on the link scale, `nugget` a variance on the link scale.
+    /// # Errors
+    /// [`Error::Input`] for a negative nugget, a mean that is not finite, or a likelihood of counts
+    /// without a logit link.
+    pub fn new(
+        kernel: Box<dyn Kernel>,
+        nugget: f64,
+        mean: f64,
+        likelihood: &'static dyn Likelihood,
+    ) -> Result<Self> {
+        if !(nugget >= 0.0 && nugget.is_finite() && mean.is_finite()) {
+            return Err(
+                Error::input("a Gaussian process needs a finite mean and a nugget ≥ 0")
+                    .fact("mean", mean)
+                    .fact("nugget", nugget),
+            );
+        }
+        if likelihood.counts() && likelihood.link() != Link::Logit {
+            return Err(
+                Error::input("the exact Gaussian process reads binomial counts only")
+                    .fact("likelihood", likelihood.name()),
+            );
+        }
+        Ok(ExactGp {
+            kernel,
+            nugget,
+            mean,
+            mean_variance: 0.0,
+            log_marginal: None,
+            likelihood,
+        })
+    }
+
+    /// The same process with a mean known only up to `variance`, link scale².
+    pub fn uncertain_mean(self, variance: f64) -> Self {
+        ExactGp {
+            mean_variance: variance,
+            ..self
+        }
+    }
+
+    /// The Matérn process that makes the context most likely: length scale, sill, nugget, and
+    /// smoothness among 1/2, 3/2 and 5/2, with the mean integrated out under a broad prior.
+    ///
+    /// Weak log-normal penalties keep parameters that the data do not inform in sane ranges. Above
+    /// [`FIT_SITES`] sites, the likelihood is that of an evenly spread subset of the rows.
+    ///
+    /// # Shapes
+    /// `context` has one row.
+    /// # Errors
+    /// [`Error::Axis`] for several rows; [`Error::Input`] for fewer than three sites or sites that
+    /// are all in one place.
+    pub fn fit(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
+        let rows = rows(context, likelihood)?;
+        let [row] = &rows[..] else {
+            return Err(Error::axis(
+                "rows to fit one Gaussian process to",
+                rows.len(),
+                1,
+            ));
+        };
+        let extent = extent(&row.sites);
+        if row.sites.len() < 3 || !(extent > 0.0 && extent.is_finite()) {
+            return Err(
+                Error::input("a Gaussian process needs three sites in different places")
+                    .fact("sites", row.sites.len())
+                    .try_this("check the coordinates, or add sites"),
+            );
+        }
+        let row = row.thinned(FIT_SITES);
+        let (centre, variance) = row.centre(likelihood);
+        // Broad for a logit as for standardised values: the data move it at no visible price.
+        let mean_variance = if likelihood.counts() {
+            25.0
+        } else {
+            100.0 * variance
+        };
+        // Centre and sd of the log-normal penalties: weak, for sd 1.5 allows a factor of 20.
+        let belief = [
+            (0.25 * extent, 1.25),
+            (variance, 1.5),
+            (0.2 * variance, 2.0),
+        ];
+        let process = |smoothness: Smoothness, p: &[f64]| -> Result<ExactGp> {
+            let (length_scale, sill) = (p[0].exp(), p[1].exp());
+            let kernel = Matern {
+                smoothness,
+                length_scale,
+                sill,
+                metric: Metric::Euclidean,
+            };
+            let gp = ExactGp::new(Box::new(kernel), p[2].exp(), centre, likelihood)?;
+            Ok(gp.uncertain_mean(mean_variance))
+        };
+        let penalty = |p: &[f64]| -> f64 {
+            let terms = p
+                .iter()
+                .zip(&belief)
+                .map(|(x, (c, sd))| ((x - c.ln()) / sd).powi(2));
+            0.5 * terms.sum::<f64>()
+        };
+        let mut best: Option<(f64, Vec<f64>, Smoothness)> = None;
+        for smoothness in [
+            Smoothness::Half,
+            Smoothness::ThreeHalves,
+            Smoothness::FiveHalves,
+        ] {
+            // Newton starts where it last ended: neighbouring parameters have neighbouring modes.
+            let mut latent = vec![0.0; row.sites.len()];
+            let mut cost = |p: &[f64]| {
+                // A corner where the arithmetic fails is no candidate; the search walks away.
+                let fitted = process(smoothness, p).and_then(|gp| gp.absorb(&row, &latent));
+                fitted.map_or(f64::INFINITY, |fitted| {
+                    let cost = penalty(p) - fitted.log_marginal;
+                    latent = fitted.latent;
+                    if cost.is_finite() {
+                        cost
+                    } else {
+                        f64::INFINITY
+                    }
+                })
+            };
+            let starts = match &best {
+                // Rougher kernels have explored: begin at their answer, and where they did not.
+                Some((_, p, _)) => vec![p.clone()],
+                None => [0.05, 0.3]
+                    .map(|part| {
+                        vec![
+                            (part * extent).ln(),
+                            (0.7 * variance).ln(),
+                            (0.2 * variance).ln(),
+                        ]
+                    })
+                    .to_vec(),
+            };
+            for start in starts {
+                let (p, value) = minimise(&mut cost, &start, 0.6, 1e-4, 200);
+                if best.as_ref().is_none_or(|(least, ..)| value < *least) {
+                    best = Some((value, p, smoothness));
+                }
+            }
+        }
+        match best {
+            Some((value, p, smoothness)) if value.is_finite() => {
+                let mut gp = process(smoothness, &p)?;
+                gp.log_marginal = Some(penalty(&p) - value);
+                Ok(gp)
+            }
+            _ => Err(
+                Error::input("no Gaussian process could be fitted to the observations")
+                    .try_this("check the outcomes for extreme values"),
+            ),
+        }
+    }
+
+    /// Log marginal likelihood of each row of `context`, in nats: exact for values, Laplace's
+    /// approximation for counts.
+    pub fn log_marginals(&self, context: &Observations) -> Result<Vec<f64>> {
+        Ok(self
+            .absorb_all(context)?
+            .into_iter()
+            .map(|row| row.log_marginal)
+            .collect())
+    }
+
+    fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
+        let rows = rows(context, self.likelihood)?;
+        rows.par_iter()
+            .map(|row| self.absorb(row, &vec![0.0; row.sites.len()]))
+            .collect()
+    }
+
+    /// Covariance of the surface and of our doubt about its mean.
+    fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
+        self.kernel.covariance(a, b) + self.mean_variance
+    }
+
+    /// The factor a posterior needs. `start` is a first guess of the latent's deviation.
+    fn absorb(&self, row: &Row, start: &[f64]) -> Result<Fitted> {
+        let n = row.sites.len();
+        let mut covariance = Mat::zeros(n, n);
+        for j in 0..n {
+            for i in j..n {
+                let c = self.covariance(&row.sites[i], &row.sites[j]);
+                covariance[(i, j)] = c;
+                covariance[(j, i)] = c;
+            }
+            covariance[(j, j)] += self.nugget;
+        }
+        if self.likelihood.counts() {
+            self.laplace(row, covariance, start)
+        } else {
+            self.exact(row, covariance)
+        }
+    }
+
+    /// Rasmussen & Williams (2006), algorithm 2.1.
+    fn exact(&self, row: &Row, covariance: Mat<f64>) -> Result<Fitted> {
+        let n = row.sites.len();
+        let residual: Vec<f64> = row.y.iter().map(|y| y - self.mean).collect();
+        let factor = Cholesky::factor(covariance)?;
+        let weight = factor.solve(&residual);
+        let square: f64 = residual.iter().zip(&weight).map(|(r, w)| r * w).sum();
+        let log_tau = (2.0 * std::f64::consts::PI).ln();
+        let log_marginal = -0.5 * (square + factor.log_det() + n as f64 * log_tau);
+        let sites = row.sites.clone();
+        Ok(Fitted {
+            sites,
+            weight,
+            scale: vec![1.0; n],
+            factor,
+            log_marginal,
+            latent: residual,
+        })
+    }
+
+    /// Rasmussen & Williams (2006), algorithm 3.1: Newton's method for the mode of the latent
+    /// `f = surface + village effect − mean`, by way of `B = I + W^½ K W^½`, whose eigenvalues are
+    /// never below 1.
+    fn laplace(&self, row: &Row, covariance: Mat<f64>, start: &[f64]) -> Result<Fitted> {
+        let n = row.sites.len();
+        let times = |x: &[f64]| -> Vec<f64> {
+            let column = Mat::from_fn(n, 1, |i, _| x[i]);
+            let mut out = Mat::zeros(n, 1);
+            matmul(
+                out.as_mut(),
+                Accum::Replace,
+                covariance.as_ref(),
+                column.as_ref(),
+                1.0,
+                Par::Seq,
+            );
+            out.col_as_slice(0).to_vec()
+        };
+        let log_likelihood = |f: &[f64]| -> f64 {
+            (0..n)
+                .map(|i| binomial_log_pmf(row.y[i], row.trials[i], self.mean + f[i]))
+                .sum()
+        };
+        let mut f = start.to_vec();
+        let mut weight = vec![0.0; n];
+        // The start need not have the form K · weight, so the first step is taken whatever it costs.
+        let mut objective = f64::NEG_INFINITY;
+        let mut settled = false;
+        for _ in 0..100 {
+            let p: Vec<f64> = f
+                .iter()
+                .map(|f| Link::Logit.outcome(self.mean + f))
+                .collect();
+            let w: Vec<f64> = (0..n)
+                .map(|i| row.trials[i] * p[i] * (1.0 - p[i]))
+                .collect();
+            let root: Vec<f64> = w.iter().map(|w| w.sqrt()).collect();
+            let factor = Cholesky::factor(Mat::from_fn(n, n, |i, j| {
+                root[i] * covariance[(i, j)] * root[j] + if i == j { 1.0 } else { 0.0 }
+            }))?;
+            if settled {
+                let log_marginal = objective - 0.5 * factor.log_det();
+                let sites = row.sites.clone();
+                return Ok(Fitted {
+                    sites,
+                    weight,
+                    scale: root,
+                    factor,
+                    log_marginal,
+                    latent: f,
+                });
+            }
+            let b: Vec<f64> = (0..n)
+                .map(|i| w[i] * f[i] + row.y[i] - row.trials[i] * p[i])
+                .collect();
+            let kb = times(&b);
+            let inner = factor.solve(&(0..n).map(|i| root[i] * kb[i]).collect::<Vec<_>>());
+            let newton: Vec<f64> = (0..n).map(|i| b[i] - root[i] * inner[i]).collect();
+            // The full step, halved while it overshoots: the objective is concave, so this ends.
+            let mut step = 1.0;
+            loop {
+                let tried: Vec<f64> = (0..n)
+                    .map(|i| weight[i] + step * (newton[i] - weight[i]))
+                    .collect();
+                let latent = times(&tried);
+                let value = log_likelihood(&latent)
+                    - 0.5 * tried.iter().zip(&latent).map(|(a, f)| a * f).sum::<f64>();
+                let slack = 1e-9 * (1.0 + value.abs());
+                if value > objective - slack || step < 1e-6 {
+                    settled = value - objective < slack;
+                    (weight, f, objective) = (tried, latent, value);
+                    break;
+                }
+                step *= 0.5;
+            }
+            if !objective.is_finite() {
+                return Err(Error::input("the counts have no finite likelihood"));
+            }
+        }
+        Err(
+            Error::input("Laplace's approximation did not settle in 100 steps")
+                .try_this("check the counts for extreme values"),
+        )
+    }
+}
+
+/// `ln Binomial(k | n, logistic η)`, finite for any finite η.
+///
+/// ```
+/// let seen = isopleth::baseline::exact_gp::binomial_log_pmf(3.0, 10.0, -1.0);
+/// assert!((seen - -1.345_125_132_400).abs() < 1e-9); // scipy.stats.binom.logpmf(3, 10, expit(-1))
+/// ```
+pub fn binomial_log_pmf(k: f64, n: f64, eta: f64) -> f64 {
+    // softplus without overflow
+    let softplus = eta.max(0.0) + (-eta.abs()).exp().ln_1p();
+    ln_gamma(n + 1.0) - ln_gamma(k + 1.0) - ln_gamma(n - k + 1.0) + k * eta - n * softplus
+}
+
+/// Rows of a context on the host, padding removed.
+fn rows(context: &Observations, likelihood: &dyn Likelihood) -> Result<Vec<Row>> {
+    let sites = context.sites.host()?;
+    let host = |x: &Tensor| -> Result<Vec<Vec<f64>>> { Ok(x.to_dtype(DType::F64)?.to_vec2()?) };
+    if context.y.dims().last() != Some(&1) {
+        return Err(Error::axis(
+            "outcomes per site",
+            format!("{:?}", context.y.dims()),
+            1,
+        ));
+    }
+    let (y, mask) = (host(&context.y.squeeze(2)?)?, host(&context.mask)?);
+    let trials = match (&context.trials, likelihood.counts()) {
+        (Some(trials), true) => host(trials)?,
+        (None, true) => {
+            return Err(Error::input("counts need the number tested at every site")
+                .try_this("give --tested COLUMN, or map a value with --value COLUMN"));
+        }
+        (_, false) => vec![Vec::new(); sites.len()],
+    };
+    (0..sites.len())
+        .map(|b| {
+            let seen: Vec<usize> = (0..sites[b].len()).filter(|i| mask[b][*i] > 0.5).collect();
+            let pick = |x: &[f64]| seen.iter().filter_map(|i| x.get(*i).copied()).collect();
+            let row = Row {
+                sites: seen.iter().map(|i| sites[b][*i].clone()).collect(),
+                y: pick(&y[b]),
+                trials: pick(&trials[b]),
+            };
+            let fits = |i: usize| row.y[i] >= 0.0 && row.y[i] <= row.trials[i];
+            if likelihood.counts() && !(0..row.y.len()).all(fits) {
+                return Err(Error::input(
+                    "a count is negative or above the number tested",
+                ));
+            }
+            let finite = row
+                .y
+                .iter()
+                .chain(row.sites.iter().flatten())
+                .all(|v| v.is_finite());
+            if !finite {
+                return Err(Error::input("an observation or its site is not finite"));
+            }
+            Ok(row)
+        })
+        .collect()
+}
+
+impl Row {
+    /// At most `most` sites, evenly spread over the row's order.
+    fn thinned(&self, most: usize) -> Row {
+        let n = self.sites.len();
+        let kept = n.min(most);
+        let at = |j: usize| j * n / kept;
+        Row {
+            sites: (0..kept).map(|j| self.sites[at(j)].clone()).collect(),
+            y: (0..kept).map(|j| self.y[at(j)]).collect(),
+            trials: (0..kept)
+                .filter_map(|j| self.trials.get(at(j)).copied())
+                .collect(),
+        }
+    }
+
+    /// Rough mean and variance of what was seen, link scale; the variance is never zero.
+    fn centre(&self, likelihood: &dyn Likelihood) -> (f64, f64) {
+        if !likelihood.counts() {
+            let (mean, sd) = crate::sites::mean_sd(&self.y);
+            return (mean, sd * sd);
+        }
+        let logits: Vec<f64> = self
+            .y
+            .iter()
+            .zip(&self.trials)
+            .map(|(k, n)| ((k + 0.5) / (n - k + 0.5)).ln())
+            .collect();
+        let (mean, sd) = crate::sites::mean_sd(&logits);
+        // Part of the spread is the binomial's own; a village never varies by less than a little.
+        (mean, (0.7 * sd * sd).max(0.05))
+    }
+}
+
+/// Longest side of the box around the sites.
+fn extent(sites: &[Vec<f64>]) -> f64 {
+    let dimensions = sites.first().map_or(0, Vec::len);
+    (0..dimensions)
+        .map(|d| {
+            let (low, high) = sites
+                .iter()
+                .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), s| {
+                    (a.min(s[d]), b.max(s[d]))
+                });
+            high - low
+        })
+        .fold(0.0, f64::max)
+}
+
+impl std::fmt::Debug for ExactGp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ExactGp")
+            .field("kernel", &self.kernel)
+            .field("nugget", &self.nugget)
+            .field("mean", &self.mean)
+            .field("mean_variance", &self.mean_variance)
+            .field("likelihood", &self.likelihood.name())
+            .finish()
+    }
+}
+
+impl Process for ExactGp {
+    fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
+        Ok(Box::new(Conditioned {
+            gp: self,
+            rows: self.absorb_all(context)?,
+        }))
+    }
+}
+
+impl Conditioned<'_> {
+    /// Posterior mean, and `L⁻¹ (scale · c)` `[context, target]` whose columns shrink the variance.
+    fn project(&self, row: &Fitted, targets: &[Vec<f64>]) -> (Vec<f64>, Mat<f64>) {
+        let n = row.sites.len();
+        let mut c = Mat::from_fn(n, targets.len(), |i, j| {
+            self.gp.covariance(&row.sites[i], &targets[j])
+        });
+        let mean = (0..targets.len())
+            .map(|j| self.gp.mean + (0..n).map(|i| c[(i, j)] * row.weight[i]).sum::<f64>())
+            .collect();
+        for j in 0..targets.len() {
+            for i in 0..n {
+                c[(i, j)] *= row.scale[i];
+            }
+        }
+        row.factor.whiten(&mut c);
+        (mean, c)
+    }
+
+    fn rows_agree(&self, targets: &Sites) -> Result<()> {
+        if targets.batch() == self.rows.len() {
+            return Ok(());
+        }
+        Err(Error::axis(
+            "rows of targets and of the context",
+            targets.batch(),
+            self.rows.len(),
+        ))
+    }
+}
+
+impl Posterior for Conditioned<'_> {
+    /// In the precision of the targets' coordinates, computed in f64.
+    fn at(&self, targets: &Sites) -> Result<Predictive> {
+        self.rows_agree(targets)?;
+        let shape = (targets.batch(), targets.len(), 1);
+        let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
+        // Far below what any observation could resolve, and above zero, which is no density.
+        let least = 1e-12 * (self.gp.kernel.sill() + self.gp.nugget).max(f64::MIN_POSITIVE);
+        for (row, sites) in self.rows.iter().zip(targets.host()?) {
+            let chunks: Vec<_> = sites
+                .par_chunks(CHUNK)
+                .map(|chunk| {
+                    let (mean, shrink) = self.project(row, chunk);
+                    let variance: Vec<f64> = (0..chunk.len())
+                        .map(|j| {
+                            let known: f64 = shrink.col_as_slice(j).iter().map(|v| v * v).sum();
+                            (self.gp.covariance(&chunk[j], &chunk[j]) - known).max(least)
+                        })
+                        .collect();
+                    (mean, variance)
+                })
+                .collect();
+            for (m, v) in chunks {
+                mean.extend(m);
+                surface.extend(v.iter().map(|v| v.sqrt()));
+                observation.extend(v.iter().map(|v| (v + self.gp.nugget).sqrt()));
+            }
+        }
+        let tensor = |values: Vec<f64>| {
+            Tensor::from_vec(values, shape, targets.s.device())?.to_dtype(targets.s.dtype())
+        };
+        Predictive::gaussian(
+            self.gp.likelihood.link(),
+            tensor(mean)?,
+            tensor(surface)?,
+            tensor(observation)?,
+        )
+    }
+
+    /// Surfaces on the link scale, for one row of targets. Laplace's approximation where counts
+    /// were seen.
+    fn draws(&self, targets: &Sites, n: usize, rng: &mut Stream) -> Result<Draws> {
+        self.rows_agree(targets)?;
+        let [row] = &self.rows[..] else {
+            return Err(Error::axis(
+                "rows of targets to draw surfaces over",
+                self.rows.len(),
+                1,
+            ));
+        };
+        let sites = targets.host()?.swap_remove(0);
+        let (mean, shrink) = self.project(row, &sites);
+        let mut covariance = Mat::from_fn(sites.len(), sites.len(), |i, j| {
+            self.gp.covariance(&sites[i], &sites[j])
+        });
+        let known = shrink.as_ref();
+        matmul(
+            covariance.as_mut(),
+            Accum::Add,
+            known.transpose(),
+            known,
+            -1.0,
+            Par::Seq,
+        );
+        let factor = Cholesky::factor(covariance)?;
+        let mut values = Vec::with_capacity(n * sites.len());
+        for _ in 0..n {
+            let noise = factor.colour(&rng.normals(sites.len()));
+            values.extend(noise.iter().zip(&mean).map(|(z, m)| m + z));
+        }
+        let values = Tensor::from_vec(values, (n, sites.len(), 1), targets.s.device())?;
+        Ok(Draws {
+            link: self.gp.likelihood.link(),
+            values: values.to_dtype(targets.s.dtype())?,
+        })
+    }
+}

@@ -1,0 +1,151 @@
+//! Matérn kernels of smoothness 1/2, 3/2, 5/2 and ∞ (the squared exponential).
+//!
+//! Source: Rasmussen & Williams (2006), eq. 4.14–4.17; Stein (1999) on why smoothness matters.
+
+use super::{Entry, Kernel, Metric};
+
+/// Order ν of a Matérn kernel: surfaces are differentiable ⌈ν⌉ − 1 times.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum Smoothness {
+    /// ν = 1/2, the exponential: continuous and rough.
+    #[serde(rename = "1/2")]
+    Half,
+    /// ν = 3/2: differentiable once.
+    #[serde(rename = "3/2")]
+    ThreeHalves,
+    /// ν = 5/2: differentiable twice.
+    #[serde(rename = "5/2")]
+    FiveHalves,
+    /// ν = ∞, the squared exponential: as smooth as can be.
+    #[serde(rename = "inf")]
+    Infinite,
+}
+
+impl Smoothness {
+    /// Every smoothness, roughest first.
+    pub const fn all() -> [Smoothness; 4] {
+        [
+            Self::Half,
+            Self::ThreeHalves,
+            Self::FiveHalves,
+            Self::Infinite,
+        ]
+    }
+
+    /// The name in recipes: "1/2", "3/2", "5/2", "inf".
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Half => "1/2",
+            Self::ThreeHalves => "3/2",
+            Self::FiveHalves => "5/2",
+            Self::Infinite => "inf",
+        }
+    }
+
+    /// Correlation at `scaled` = distance / length scale, both in one unit.
+    ///
+    /// The Matérn argument is √(2ν)·r/ℓ, so that one length scale away every smoothness keeps
+    /// about half of the correlation:
+    ///
+    /// ```
+    /// use isopleth::kernel::Smoothness;
+    /// let at_one = Smoothness::all().map(|s| (1000.0 * s.correlation(1.0)).round());
+    /// assert_eq!(at_one, [368.0, 483.0, 524.0, 607.0]);
+    /// ```
+    #[inline]
+    pub fn correlation(self, scaled: f64) -> f64 {
+        const SQRT_3: f64 = 1.732_050_807_568_877_2;
+        const SQRT_5: f64 = 2.236_067_977_499_79;
+        match self {
+            Self::Half => (-scaled).exp(),
+            Self::ThreeHalves => {
+                let u = SQRT_3 * scaled;
+                (1.0 + u) * (-u).exp()
+            }
+            Self::FiveHalves => {
+                let u = SQRT_5 * scaled;
+                (1.0 + u + u * u / 3.0) * (-u).exp()
+            }
+            Self::Infinite => (-0.5 * scaled * scaled).exp(),
+        }
+    }
+
+    /// Effective range in length scales: where the correlation falls to 0.05.
+    ///
+    /// ```
+    /// use isopleth::kernel::Smoothness;
+    /// for s in Smoothness::all() {
+    ///     assert!((s.correlation(s.effective_range()) - 0.05).abs() < 1e-12);
+    /// }
+    /// ```
+    pub const fn effective_range(self) -> f64 {
+        match self {
+            Self::Half => 2.995_732_273_553_991,
+            Self::ThreeHalves => 2.738_871_456_691_915,
+            Self::FiveHalves => 2.646_900_454_666_854,
+            Self::Infinite => 2.447_746_830_680_816_6,
+        }
+    }
+}
+
+/// `sill · correlation(distance / length_scale)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Matern {
+    /// Order ν.
+    pub smoothness: Smoothness,
+    /// Length scale ℓ > 0, in the units of `metric`.
+    pub length_scale: f64,
+    /// Partial sill ≥ 0, outcome².
+    pub sill: f64,
+    /// How distance is measured.
+    pub metric: Metric,
+}
+
+impl Kernel for Matern {
+    #[inline]
+    fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
+        let scaled = self.metric.distance(a, b) / self.length_scale;
+        self.sill * self.smoothness.correlation(scaled)
+    }
+    fn sill(&self) -> f64 {
+        self.sill
+    }
+}
+
+fn tiny(smoothness: Smoothness) -> Box<dyn Kernel> {
+    Box::new(Matern {
+        smoothness,
+        length_scale: 1.0,
+        sill: 2.0,
+        metric: Metric::Euclidean,
+    })
+}
+
+/// ν = 1/2.
+pub const HALF: Entry = Entry {
+    name: "matern-1/2",
+    about: "exponential: continuous, rough (Rasmussen & Williams 2006, eq. 4.18)",
+    tiny: || tiny(Smoothness::Half),
+    at_length_scale: Some(0.367_879_441_171_442_33),
+};
+/// ν = 3/2.
+pub const THREE_HALVES: Entry = Entry {
+    name: "matern-3/2",
+    about: "differentiable once (Rasmussen & Williams 2006, eq. 4.17)",
+    tiny: || tiny(Smoothness::ThreeHalves),
+    at_length_scale: Some(0.483_357_724_596_507_7),
+};
+/// ν = 5/2.
+pub const FIVE_HALVES: Entry = Entry {
+    name: "matern-5/2",
+    about: "differentiable twice (Rasmussen & Williams 2006, eq. 4.17)",
+    tiny: || tiny(Smoothness::FiveHalves),
+    at_length_scale: Some(0.523_994_108_831_820_5),
+};
+/// ν = ∞.
+pub const SQUARED_EXPONENTIAL: Entry = Entry {
+    name: "squared-exponential",
+    about: "Gaussian bell, endlessly smooth (Rasmussen & Williams 2006, eq. 4.9)",
+    tiny: || tiny(Smoothness::Infinite),
+    at_length_scale: Some(0.606_530_659_712_633_4),
+};

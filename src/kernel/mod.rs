@@ -1,0 +1,67 @@
+//! How alike two sites are: the trait [`Kernel`], the matrix of a kernel, and [`KERNELS`].
+//!
+//! Source: Rasmussen & Williams (2006), chapter 4.
+
+use crate::registry::Named;
+
+pub mod combine;
+pub mod matern;
+pub mod metric;
+pub mod periodic;
+
+pub use combine::{Product, Sum};
+pub use matern::{Matern, Smoothness};
+pub use metric::Metric;
+pub use periodic::Periodic;
+
+/// A stationary covariance: symmetric, positive semi-definite, largest at zero lag.
+pub trait Kernel: Send + Sync + std::fmt::Debug {
+    /// Covariance between the surface at `a` and at `b`, outcome².
+    fn covariance(&self, a: &[f64], b: &[f64]) -> f64;
+
+    /// Variance of the surface anywhere: the covariance at zero lag, outcome². It is the partial
+    /// sill of geostatistics, since no kernel here holds a nugget.
+    fn sill(&self) -> f64;
+}
+
+/// Covariances between every site of `a` (rows) and every site of `b` (columns).
+///
+/// # Shapes
+/// `a` `[row][dimension]`, `b` `[column][dimension]`; returns `[row, column]`.
+/// # Units
+/// Sites in the units of the kernel's length scale; covariance in outcome².
+pub fn matrix(kernel: &dyn Kernel, a: &[Vec<f64>], b: &[Vec<f64>]) -> faer::Mat<f64> {
+    faer::Mat::from_fn(a.len(), b.len(), |i, j| kernel.covariance(&a[i], &b[j]))
+}
+
+/// A registered kernel.
+pub struct Entry {
+    /// The name in recipes: "matern-3/2".
+    pub name: &'static str,
+    /// One line on what it is and where it comes from.
+    pub about: &'static str,
+    /// A small instance, length scale 1 and sill 2, that the contract tests can use.
+    pub tiny: fn() -> Box<dyn Kernel>,
+    /// Correlation one length scale away, where the kernel has that notion.
+    pub at_length_scale: Option<f64>,
+}
+
+impl Named for Entry {
+    fn name(&self) -> &str {
+        self.name
+    }
+    fn about(&self) -> &str {
+        self.about
+    }
+}
+
+/// Every kernel.
+pub const KERNELS: &[Entry] = &[
+    matern::HALF,
+    matern::THREE_HALVES,
+    matern::FIVE_HALVES,
+    matern::SQUARED_EXPONENTIAL,
+    periodic::ENTRY,
+    combine::SUM,
+    combine::PRODUCT,
+];

@@ -1,0 +1,10 @@
+//! Laws of kernels, scores and exact Gaussian processes, over everything registered.
+
+#[path = "contract/exact_gp.rs"]
+mod exact_gp;
+#[path = "contract/kernels.rs"]
+mod kernels;
+#[path = "contract/scores.rs"]
+mod scores;
+#[path = "golden/surveys.rs"]
+mod surveys;
