@@ -4,16 +4,21 @@
 //! [`Posterior::at`] some sites. Neural processes and exact Gaussian processes answer both.
 #![deny(missing_docs, unused_must_use)]
 
+pub mod attention;
 pub mod baseline;
+pub mod cli;
 pub mod error;
+pub mod fused;
 pub mod geo;
 pub mod kernel;
 pub mod likelihood;
 pub mod linalg;
+pub mod model;
 pub mod picture;
 pub mod predictive;
 pub mod process;
 pub mod product;
+pub mod recipe;
 pub mod registry;
 pub mod rng;
 pub mod score;

@@ -1,0 +1,26 @@
+# Two commands: `make map` and `make test`. Each installs what is missing first (scripts/setup.sh).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+# Where rustup puts cargo, for shells that have not been told.
+export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
+
+.PHONY: map test check setup
+
+# Maps the bundled survey of an invented country (data/README.md) with the bundled model into out/.
+map: setup
+	cargo build --release --locked
+	target/release/isopleth map --surveys data/survey.csv --like data/grid.tif --out out --force
+
+# Every test, doc tests too; then the count.
+test: setup
+	@scripts/test.sh
+
+# Formatting and lints.
+check:
+	@scripts/setup.sh --lint
+	cargo fmt --check
+	cargo clippy --release --locked --all-targets -- -D warnings
+	cargo clippy --release --locked --no-default-features -- -D warnings
+
+setup:
+	@scripts/setup.sh

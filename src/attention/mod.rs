@@ -1,0 +1,92 @@
+//! Attention over a context: one signature, several ways to compute it.
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+pub mod bias;
+mod full;
+mod scan;
+
+pub use bias::{Bias, Term};
+pub use full::full;
+pub use scan::{CHUNK, Start, scan};
+
+/// How softmax attention is computed. All give the same answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Softmax {
+    /// The whole score matrix at once: the reference.
+    Full,
+    /// Chunk by chunk, never holding the score matrix.
+    Scan,
+}
+
+/// The context as attention sees it: keys and values packed side by side, sites and mask.
+#[derive(Debug, Clone)]
+pub struct Keys {
+    /// `[batch, context, head, d + w]`: each head's key, then its value.
+    pub packed: Tensor,
+    /// Key width d.
+    pub width: usize,
+    /// `[batch, context, dim]`, model units.
+    pub sites: Tensor,
+    /// `[batch, context]`, 1 = observed.
+    pub mask: Tensor,
+}
+
+impl Keys {
+    /// Packs keys `[batch, context, head, d]` with values `[batch, context, head, w]`.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if two arguments disagree about an axis they share.
+    pub fn pack(k: &Tensor, v: &Tensor, sites: &Tensor, mask: &Tensor) -> Result<Self> {
+        let (kd, vd) = (k.dims(), v.dims());
+        if kd[..3] != vd[..3] {
+            return Err(Error::axis(
+                "keys and values",
+                format!("{kd:?}"),
+                format!("{vd:?}"),
+            ));
+        }
+        if sites.dims()[..2] != kd[..2] || mask.dims() != &kd[..2] {
+            return Err(Error::axis(
+                "keys against sites and mask, [batch, context]",
+                format!("{:?}", &kd[..2]),
+                format!("{:?} and {:?}", sites.dims(), mask.dims()),
+            ));
+        }
+        Ok(Keys {
+            packed: Tensor::cat(&[k, v], 3)?,
+            width: kd[3],
+            sites: sites.contiguous()?,
+            mask: mask.contiguous()?,
+        })
+    }
+
+    /// Keys `[batch, context, head, d]`.
+    pub fn k(&self) -> Result<Tensor> {
+        Ok(self.packed.narrow(3, 0, self.width)?)
+    }
+
+    /// Values `[batch, context, head, w]`.
+    pub fn v(&self) -> Result<Tensor> {
+        Ok(self.packed.narrow(3, self.width, self.value_width())?)
+    }
+
+    /// Value width w.
+    pub fn value_width(&self) -> usize {
+        self.packed.dims()[3] - self.width
+    }
+
+    /// Sites in each row, padding included.
+    pub fn len(&self) -> usize {
+        self.packed.dims()[1]
+    }
+
+    /// No context at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}

@@ -1,0 +1,133 @@
+//! Vector maths without intrinsics: one loop body, compiled for each instruction set, chosen at
+//! run time. LLVM vectorises the bodies; the portable version is the same source.
+
+/// Instruction sets we compile for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Whatever the build target guarantees.
+    Portable,
+    /// AVX2 with FMA.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+/// The best level this machine has; `ISOPLETH_SIMD=portable|avx2|avx512` lowers it, for tests.
+pub fn level() -> Level {
+    static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        let best = detect();
+        match std::env::var("ISOPLETH_SIMD").as_deref() {
+            Ok("portable") => Level::Portable,
+            Ok("avx2") if best != Level::Portable => Level::Avx2,
+            _ => best,
+        }
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detect() -> Level {
+    let wide = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl");
+    let fma = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    match (wide && fma, fma) {
+        (true, _) => Level::Avx512,
+        (_, true) => Level::Avx2,
+        _ => Level::Portable,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn detect() -> Level {
+    Level::Portable
+}
+
+/// Compiles one loop body for every instruction set and picks at run time.
+macro_rules! vectorised {
+    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        pub fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                #[target_feature(enable = "avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                match $crate::fused::simd::level() {
+                    // SAFETY: the features were detected on this machine.
+                    $crate::fused::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::fused::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::fused::simd::Level::Portable => {}
+                }
+            }
+            body($($arg),*)
+        }
+    };
+}
+pub(crate) use vectorised;
+
+/// `eˣ` to 2e-7 relative, 0 below −87.3, saturating above 88.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding and subtracting rounds to an integer
+    let y = (x * std::f32::consts::LOG2_E).clamp(-126.0, 127.0);
+    let n = (y + ROUND) - ROUND;
+    // The fraction from x itself, with ln 2 in two parts, keeps full precision for large |x|.
+    let r = (n.mul_add(-0.693_359_4, x)).clamp(-100.0, 100.0);
+    let r = n.mul_add(2.121_944_4e-4, r).clamp(-0.36, 0.36);
+    let p = 1.984_127e-4_f32;
+    let p = p.mul_add(r, 1.388_888_9e-3);
+    let p = p.mul_add(r, 8.333_333e-3);
+    let p = p.mul_add(r, 4.166_666_6e-2);
+    let p = p.mul_add(r, 1.666_666_7e-1);
+    let p = p.mul_add(r, 0.5);
+    let p = p.mul_add(r, 1.0);
+    let p = p.mul_add(r, 1.0);
+    let scale = f32::from_bits((((n as i32) + 127) << 23) as u32);
+    if x < -87.3 { 0.0 } else { p * scale }
+}
+
+/// `tanh x`, from [`exp`].
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    let e = exp(-2.0 * x.abs());
+    ((1.0 - e) / (1.0 + e)).copysign(x)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_right_everywhere() {
+        let mut worst: f64 = 0.0;
+        for i in -8700..8800 {
+            let x = i as f32 * 0.01;
+            let truth = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) / truth - 1.0).abs());
+        }
+        assert!(worst < 2e-7, "worst relative error {worst:e}");
+        assert_eq!(exp(-1e4), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(f32::NAN).is_nan() || exp(f32::NAN).is_finite());
+        assert!(exp(200.0).is_finite());
+    }
+
+    #[test]
+    fn tanh_is_right_everywhere() {
+        for i in -3000..3000 {
+            let x = i as f32 * 0.01;
+            let gap = (f64::from(tanh(x)) - f64::from(x).tanh()).abs();
+            assert!(gap < 3e-7, "tanh({x}) is off by {gap:e}");
+        }
+    }
+}

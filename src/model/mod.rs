@@ -1,0 +1,83 @@
+//! Neural processes. Registry: [`MODELS`].
+
+use candle_core::Tensor;
+
+use crate::{
+    error::{Error, Result},
+    likelihood::Likelihood,
+    process::Process,
+    registry::{self, Named},
+};
+
+pub mod cnp;
+pub mod head;
+pub mod layer;
+pub mod params;
+pub mod tnp_kr;
+
+use params::Params;
+
+/// What a model is built for: the data, not the architecture.
+#[derive(Clone, Copy)]
+pub struct Problem {
+    /// Coordinates per site: 1 or 2.
+    pub dim: usize,
+    /// How observations arise.
+    pub likelihood: &'static dyn Likelihood,
+}
+
+/// Builds a model from its `[model]` table.
+pub type Build = fn(&toml::Table, Problem, &mut Params) -> Result<Box<dyn Process + Send + Sync>>;
+
+/// A registered model.
+pub struct Entry {
+    /// The name in recipes.
+    pub name: &'static str,
+    /// What it is, and its paper.
+    pub about: &'static str,
+    /// Builds it.
+    pub build: Build,
+    /// A configuration small enough for tests, as TOML.
+    pub tiny: &'static str,
+}
+
+/// Every model.
+pub const MODELS: &[Entry] = &[cnp::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
+
+impl Named for Entry {
+    fn name(&self) -> &str {
+        self.name
+    }
+    fn about(&self) -> &str {
+        self.about
+    }
+}
+
+/// Builds the model that a `[model]` table names with `kind`.
+///
+/// # Errors
+/// [`Error::Unknown`] for a model that is not registered; [`Error::Input`] for a bad setting.
+pub fn build(
+    table: &toml::Table,
+    problem: Problem,
+    params: &mut Params,
+) -> Result<Box<dyn Process + Send + Sync>> {
+    let mut table = table.clone();
+    let kind = table.remove("kind");
+    let Some(kind) = kind.as_ref().and_then(|k| k.as_str()) else {
+        return Err(Error::input("the recipe does not say which model to build")
+            .try_this("add `kind = \"tnp-kr\"` under [model]"));
+    };
+    (registry::find("model", MODELS, kind)?.build)(&table, problem, params)
+}
+
+/// Reads a model's settings, with the nearest known key when one is unknown.
+pub(crate) fn settings<T: serde::de::DeserializeOwned>(table: &toml::Table) -> Result<T> {
+    crate::recipe::parse_table("[model]", table)
+}
+
+/// `x` with a last axis of `features` repeated for every site: `[batch, 1, w]` → `[batch, n, w]`.
+pub(crate) fn spread(x: &Tensor, sites: usize) -> Result<Tensor> {
+    let (batch, _, width) = x.dims3()?;
+    Ok(x.broadcast_as((batch, sites, width))?.contiguous()?)
+}

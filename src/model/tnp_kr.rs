@@ -1,0 +1,577 @@
+//! Transformer neural process with kernel regression blocks (TNP-KR).
+//!
+//! Source: Jenson et al., arXiv:2411.12502 (2025 parameterisation: separate value MLP, LeCun
+//! weights, shifted-RBF bias) and arXiv:2506.09163 (2026: dense values, orthogonal weights, RBF
+//! network bias, location left out of the tokens). Departures, each a setting: bias terms start
+//! with distinct widths (identical ones stay identical for ever), widths are positive, the running
+//! maximum starts at −∞, and a head may have a sink so that it can tell how much data is near.
+
+use candle_core::{D, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Entry, Problem,
+    head::Head,
+    layer::{Activation, Dense, Mlp, Norm},
+    params::{Init, Params, Scope},
+    settings,
+};
+use crate::{
+    attention::{Bias, CHUNK, Keys, Start, Term, full, scan},
+    error::{Error, Result},
+    likelihood::Likelihood,
+    predictive::Predictive,
+    process::{Posterior, Process},
+    sites::{Observations, Sites},
+};
+
+/// Softmax attention, chunk by chunk.
+pub const SCAN: Entry = Entry {
+    name: "tnp-kr",
+    about: "TNP-KR with scan attention and distance bias (Jenson et al., arXiv:2411.12502, 2506.09163)",
+    build: build_scan,
+    tiny: TINY,
+};
+/// Deep kernel attention.
+pub const DKA: Entry = Entry {
+    name: "tnp-kr-dka",
+    about: "TNP-KR with deep kernel attention, linear in the context (Jenson et al., arXiv:2411.12502)",
+    build: build_dka,
+    tiny: "width = 8\nblocks = 2\nembed = [8]\nfeed_forward = 8\nfeatures = 6\nembed_location = true\nhead_widths = [8]",
+};
+/// Softmax attention with the whole score matrix: the reference.
+pub const FULL: Entry = Entry {
+    name: "tnp-kr-full",
+    about: "TNP-KR with dense attention, the reference for `tnp-kr` (arXiv:2411.12502, 2506.09163)",
+    build: build_full,
+    tiny: TINY,
+};
+
+const TINY: &str = "width = 8\nblocks = 2\nheads = 2\nkey_width = 4\nvalue_width = 3\nembed = [8]\n\
+    feed_forward = 8\nhead_widths = [8]\nbias = [\"rbf\", \"scalar\", \"sink\"]\nhead = { components = 2 }";
+
+/// How bias parameters `b` (and slopes of scalar terms) are kept in range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Constraint {
+    /// Not at all, as published in 2026: a negative width grows without bound with distance.
+    Free,
+    /// Absolute value, as published in 2025.
+    Abs,
+    /// Learned on the log scale; scalar slopes are negative, so attention decays.
+    Positive,
+}
+
+/// Where bias parameters start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Widths {
+    /// All equal, as published: a = 1 (scalar −1), b = 1, c = 0. Equal terms then stay equal.
+    Equal,
+    /// Spread over the scales that matter, 1/1.5 to 1/0.05 per model unit, a different one for
+    /// every head and term.
+    Spread,
+}
+
+/// How values are computed from tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Value {
+    /// One dense layer (2026).
+    Dense,
+    /// Dense, ReLU, dense (2025).
+    Mlp,
+}
+
+/// Law of dense weights at the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Weights {
+    /// Orthogonal (2026).
+    Orthogonal,
+    /// LeCun normal (2025).
+    Lecun,
+}
+
+/// Settings; the defaults are the 2026 sizes with the defects mended.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Token width.
+    pub width: usize,
+    /// Kernel regression blocks.
+    pub blocks: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Key width of a head.
+    pub key_width: usize,
+    /// Value width of a head.
+    pub value_width: usize,
+    /// How values are computed.
+    pub value: Value,
+    /// Hidden widths of the embedding.
+    pub embed: Vec<usize>,
+    /// Hidden width of the feed-forward layer.
+    pub feed_forward: usize,
+    /// Hidden widths of the head.
+    pub head_widths: Vec<usize>,
+    /// Whether coordinates enter the tokens. Without them the model is invariant to translation.
+    pub embed_location: bool,
+    /// Terms of the distance bias; none for plain attention.
+    pub bias: Vec<Term>,
+    /// Where the bias starts.
+    pub bias_start: Widths,
+    /// How widths are kept positive.
+    pub bias_constraint: Constraint,
+    /// Law of dense weights.
+    pub weights: Weights,
+    /// Start the running maximum at −1e-6 as published.
+    pub published_start: bool,
+    /// Features of deep kernel attention.
+    pub features: usize,
+    /// Predictive family.
+    pub head: Head,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            width: 64,
+            blocks: 6,
+            heads: 4,
+            key_width: 32,
+            value_width: 32,
+            value: Value::Dense,
+            embed: vec![256, 128],
+            feed_forward: 256,
+            head_widths: vec![256, 64],
+            embed_location: false,
+            bias: vec![Term::Rbf],
+            bias_start: Widths::Spread,
+            bias_constraint: Constraint::Positive,
+            weights: Weights::Orthogonal,
+            published_start: false,
+            features: 128,
+            head: Head::default(),
+        }
+    }
+}
+
+fn build_scan(
+    t: &toml::Table,
+    p: Problem,
+    v: &mut Params,
+) -> Result<Box<dyn Process + Send + Sync>> {
+    Ok(Box::new(TnpKr::new(settings(t)?, Kind::Scan, p, v)?))
+}
+fn build_dka(
+    t: &toml::Table,
+    p: Problem,
+    v: &mut Params,
+) -> Result<Box<dyn Process + Send + Sync>> {
+    Ok(Box::new(TnpKr::new(settings(t)?, Kind::Dka, p, v)?))
+}
+fn build_full(
+    t: &toml::Table,
+    p: Problem,
+    v: &mut Params,
+) -> Result<Box<dyn Process + Send + Sync>> {
+    Ok(Box::new(TnpKr::new(settings(t)?, Kind::Full, p, v)?))
+}
+
+/// Which attention the blocks use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Softmax, chunk by chunk.
+    Scan,
+    /// Softmax, whole score matrix.
+    Full,
+    /// Deep kernel attention.
+    Dka,
+}
+
+/// A TNP-KR network.
+pub struct TnpKr {
+    observed: Tensor, // [2, 4]: row 1 = observed, row 0 = asked
+    embed: Mlp,
+    embed_norm: Norm,
+    blocks: Vec<Block>,
+    norm: Norm,
+    decode: Mlp,
+    config: Config,
+    likelihood: &'static dyn Likelihood,
+}
+
+impl TnpKr {
+    /// Builds the network, or reopens it from saved parameters.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for settings that make no network.
+    pub fn new(config: Config, kind: Kind, problem: Problem, params: &mut Params) -> Result<Self> {
+        config.head.check()?;
+        let sizes = [
+            config.width,
+            config.blocks,
+            config.heads,
+            config.key_width,
+            config.value_width,
+        ];
+        if sizes.contains(&0) || config.features == 0 {
+            return Err(Error::input("a size under [model] is 0").try_this(
+                "width, blocks, heads, key_width, value_width and features must be ≥ 1",
+            ));
+        }
+        let init = match config.weights {
+            Weights::Orthogonal => Init::Orthogonal,
+            Weights::Lecun => Init::LeCun,
+        };
+        let location = if config.embed_location {
+            problem.dim
+        } else {
+            0
+        };
+        let token = 4 + location + problem.likelihood.width();
+        let mut scope = params.scope();
+        let through =
+            |first: usize, hidden: &[usize], last: usize| [&[first], hidden, &[last]].concat();
+        Ok(TnpKr {
+            observed: scope.get("observed", &[2, 4], &Init::Normal(0.5))?,
+            embed: Mlp::new(
+                &mut scope.at("embed"),
+                &through(token, &config.embed, config.width),
+                Activation::Gelu,
+                &init,
+            )?,
+            embed_norm: Norm::new(&mut scope.at("embed_norm"), config.width)?,
+            blocks: (0..config.blocks)
+                .map(|i| {
+                    let mut scope = scope.at(&format!("block.{i}"));
+                    Block::new(&mut scope, &config, kind, problem.dim, &init)
+                })
+                .collect::<Result<_>>()?,
+            norm: Norm::new(&mut scope.at("norm"), config.width)?,
+            decode: Mlp::new(
+                &mut scope.at("head"),
+                &through(config.width, &config.head_widths, config.head.outputs()),
+                Activation::Gelu,
+                &init,
+            )?,
+            config,
+            likelihood: problem.likelihood,
+        })
+    }
+
+    /// Tokens `[batch, site, width]` of sites with features (observed) or without (asked).
+    fn tokens(&self, sites: &Sites, features: Option<&Tensor>) -> Result<Tensor> {
+        let (batch, len) = (sites.batch(), sites.len());
+        let flag = self
+            .observed
+            .narrow(0, usize::from(features.is_some()), 1)?;
+        let flag = flag.unsqueeze(0)?.broadcast_as((batch, len, 4))?;
+        let blank = Tensor::zeros(
+            (batch, len, self.likelihood.width()),
+            sites.s.dtype(),
+            sites.s.device(),
+        )?;
+        let mut parts = vec![flag];
+        if self.config.embed_location {
+            parts.push(sites.s.clone());
+        }
+        parts.push(features.cloned().unwrap_or(blank));
+        self.embed_norm
+            .forward(&self.embed.forward(&Tensor::cat(&parts, 2)?)?)
+    }
+}
+
+/// One kernel regression block: the same weights serve targets and context.
+struct Block {
+    before: Norm,
+    attention: Attention,
+    between: Norm,
+    feed_forward: Mlp,
+}
+
+impl Block {
+    fn new(scope: &mut Scope, c: &Config, kind: Kind, dim: usize, init: &Init) -> Result<Self> {
+        Ok(Block {
+            before: Norm::new(&mut scope.at("before"), c.width)?,
+            attention: Attention::new(&mut scope.at("attention"), c, kind, dim, init)?,
+            between: Norm::new(&mut scope.at("between"), c.width)?,
+            feed_forward: Mlp::new(
+                &mut scope.at("feed_forward"),
+                &[c.width, c.feed_forward, c.width],
+                Activation::Gelu,
+                init,
+            )?,
+        })
+    }
+
+    /// Tokens after reading the context: `tokens` raw, `normed` after the first norm.
+    fn read(
+        &self,
+        tokens: &Tensor,
+        normed: &Tensor,
+        sites: &Tensor,
+        cache: &Cache,
+    ) -> Result<Tensor> {
+        let tokens = (tokens + self.attention.read(normed, sites, cache)?)?;
+        let fed = self.feed_forward.forward(&self.between.forward(&tokens)?)?;
+        Ok((tokens + fed)?)
+    }
+}
+
+/// A layer's context, ready to be read by any number of targets.
+enum Cache {
+    Keys(Keys),
+    /// `[batch, features, width]`
+    Kernel(Tensor),
+}
+
+enum Attention {
+    Softmax {
+        query: Dense,
+        key: Dense,
+        value: Mlp,
+        out: Dense,
+        /// `[head, term, 3]` before constraints, with the mask of what is on the log scale.
+        bias: Option<RawBias>,
+        heads: usize,
+        whole: bool,
+        start: Start,
+    },
+    Dka {
+        phi: Mlp,
+        psi: Mlp,
+        norm: Norm,
+        width: usize,
+    },
+}
+
+struct RawBias {
+    terms: Vec<Term>,
+    raw: Tensor,
+    /// 1 where the parameter is `sign · exp(raw)`, `[1, term, 3]`.
+    logged: Tensor,
+    /// Sign of logged parameters.
+    sign: Tensor,
+    /// 1 where the parameter is `|raw|`.
+    folded: Tensor,
+}
+
+impl RawBias {
+    fn new(scope: &mut Scope, c: &Config) -> Result<Self> {
+        let (heads, terms) = (c.heads, c.bias.len());
+        let (mut values, mut logged, mut sign, mut folded) = (vec![], vec![], vec![], vec![]);
+        for head in 0..heads {
+            for (j, term) in c.bias.iter().enumerate() {
+                // Position of this head and term on the ladder of scales, 0 = widest.
+                let rank = (head * terms + j) as f64 / (heads * terms).max(2) as f64;
+                let scale = 1.5 * (0.05f64 / 1.5).powf(rank);
+                let [mut a, mut b, shift] = match (c.bias_start, term) {
+                    (_, Term::Sink) => [0.0, 0.0, 0.0],
+                    (Widths::Equal, Term::Scalar) => [-1.0, 0.0, 0.0],
+                    (Widths::Equal, _) => [1.0, 1.0, 0.0],
+                    (Widths::Spread, Term::Scalar) => [-0.5 / scale, 0.0, 0.0],
+                    (Widths::Spread, Term::Exponential) => [1.0, 1.0 / scale, 0.0],
+                    (Widths::Spread, _) => [1.0, 1.0 / (scale * scale), 0.0],
+                };
+                let positive = c.bias_constraint == Constraint::Positive;
+                let slope = positive && *term == Term::Scalar;
+                let width = positive && !matches!(term, Term::Scalar | Term::Sink);
+                if slope {
+                    a = (-a).ln();
+                }
+                if width {
+                    b = b.ln();
+                }
+                values.extend([a, b, shift]);
+                if head == 0 {
+                    logged.extend([f64::from(slope), f64::from(width), 0.0]);
+                    sign.extend([if slope { -1.0 } else { 0.0 }, f64::from(width), 0.0]);
+                    let fold = c.bias_constraint == Constraint::Abs && *term != Term::Scalar;
+                    folded.extend([0.0, f64::from(fold && *term != Term::Sink), 0.0]);
+                }
+            }
+        }
+        let raw = scope.get("bias", &[heads, terms, 3], &Init::Values(values))?;
+        let constant = |v: Vec<f64>| -> Result<Tensor> {
+            Ok(Tensor::from_vec(v, (1, terms, 3), raw.device())?.to_dtype(raw.dtype())?)
+        };
+        let (logged, sign, folded) = (constant(logged)?, constant(sign)?, constant(folded)?);
+        Ok(RawBias {
+            terms: c.bias.clone(),
+            raw,
+            logged,
+            sign,
+            folded,
+        })
+    }
+
+    fn bias(&self) -> Result<Bias> {
+        let exponential = self
+            .raw
+            .broadcast_mul(&self.logged)?
+            .exp()?
+            .broadcast_mul(&self.sign)?;
+        let absolute = self.raw.abs()?.broadcast_mul(&self.folded)?;
+        let plain = ((&self.logged + &self.folded)?.neg()? + 1.0)?;
+        let params = ((self.raw.broadcast_mul(&plain)? + exponential)? + absolute)?;
+        Ok(Bias {
+            terms: self.terms.clone(),
+            params,
+        })
+    }
+}
+
+impl Attention {
+    fn new(scope: &mut Scope, c: &Config, kind: Kind, dim: usize, init: &Init) -> Result<Self> {
+        if kind == Kind::Dka {
+            let phi = [dim + c.width, c.features, c.features];
+            return Ok(Attention::Dka {
+                phi: Mlp::new(&mut scope.at("phi"), &phi, Activation::Gelu, init)?,
+                psi: Mlp::new(
+                    &mut scope.at("psi"),
+                    &[c.width, c.features, c.width],
+                    Activation::Gelu,
+                    init,
+                )?,
+                norm: Norm::new(&mut scope.at("norm"), c.width)?,
+                width: c.width,
+            });
+        }
+        let (keys, values) = (c.heads * c.key_width, c.heads * c.value_width);
+        let through = match c.value {
+            Value::Dense => vec![c.width, values],
+            Value::Mlp => vec![c.width, 2 * c.width, values],
+        };
+        Ok(Attention::Softmax {
+            query: Dense::new(&mut scope.at("query"), c.width, keys, init)?,
+            key: Dense::new(&mut scope.at("key"), c.width, keys, init)?,
+            value: Mlp::new(&mut scope.at("value"), &through, Activation::Relu, init)?,
+            out: Dense::new(&mut scope.at("out"), values, c.width, init)?,
+            bias: if c.bias.is_empty() {
+                None
+            } else {
+                Some(RawBias::new(scope, c)?)
+            },
+            heads: c.heads,
+            whole: kind == Kind::Full,
+            start: if c.published_start {
+                Start::Published
+            } else {
+                Start::Exact
+            },
+        })
+    }
+
+    /// What targets will read: from the context's normalised tokens `[batch, context, width]`.
+    fn cache(&self, normed: &Tensor, sites: &Tensor, mask: &Tensor) -> Result<Cache> {
+        match self {
+            Attention::Softmax {
+                key, value, heads, ..
+            } => {
+                let split = |x: Tensor| -> Result<Tensor> {
+                    let (batch, len, width) = x.dims3()?;
+                    Ok(x.reshape((batch, len, *heads, width / heads))?)
+                };
+                let (k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
+                Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
+            }
+            Attention::Dka {
+                phi, psi, width, ..
+            } => {
+                let mask = mask.unsqueeze(2)?;
+                let n = mask.sum_keepdim(1)?.maximum(1.0)?; // [batch, 1, 1]
+                let k = kernel_features(phi, normed, sites, *width)?.broadcast_mul(&mask)?;
+                let v = psi
+                    .forward(normed)?
+                    .broadcast_mul(&mask)?
+                    .broadcast_div(&n)?;
+                Ok(Cache::Kernel(k.transpose(1, 2)?.contiguous()?.matmul(&v)?))
+            }
+        }
+    }
+
+    /// Reads the context for tokens at `sites`: `[batch, site, width]` → the same.
+    fn read(&self, normed: &Tensor, sites: &Tensor, cache: &Cache) -> Result<Tensor> {
+        match (self, cache) {
+            (
+                Attention::Softmax {
+                    query,
+                    out,
+                    bias,
+                    heads,
+                    whole,
+                    start,
+                    ..
+                },
+                Cache::Keys(keys),
+            ) => {
+                let q = query.forward(normed)?;
+                let (batch, len, width) = q.dims3()?;
+                let q = q.reshape((batch, len, *heads, width / heads))?;
+                let bias = bias.as_ref().map(RawBias::bias).transpose()?;
+                let read = match whole {
+                    true => full(&q, sites, keys, bias.as_ref())?,
+                    false => scan(&q, sites, keys, bias.as_ref(), CHUNK, *start)?,
+                };
+                out.forward(&read.flatten_from(D::Minus2)?)
+            }
+            (
+                Attention::Dka {
+                    phi, norm, width, ..
+                },
+                Cache::Kernel(a),
+            ) => {
+                let q = kernel_features(phi, normed, sites, *width)?;
+                norm.forward(&q.matmul(a)?)
+            }
+            _ => unreachable!("a cache is read by the attention that made it"),
+        }
+    }
+}
+
+/// φ(x, s): learned features of token and place, `[batch, site, features]`.
+fn kernel_features(phi: &Mlp, normed: &Tensor, sites: &Tensor, width: usize) -> Result<Tensor> {
+    Ok((phi.forward(&Tensor::cat(&[sites, normed], 2)?)? / (width as f64).powf(0.25))?)
+}
+
+struct Conditioned<'a> {
+    model: &'a TnpKr,
+    caches: Vec<Cache>,
+}
+
+impl Process for TnpKr {
+    fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
+        let features = self.likelihood.features(context)?;
+        let sites = &context.sites.s;
+        let mut tokens = self.tokens(&context.sites, Some(&features))?;
+        let mut caches = Vec::with_capacity(self.blocks.len());
+        for (i, block) in self.blocks.iter().enumerate() {
+            let normed = block.before.forward(&tokens)?;
+            let cache = block.attention.cache(&normed, sites, &context.mask)?;
+            // Nobody reads the context's tokens after the last block.
+            if i + 1 < self.blocks.len() {
+                tokens = block.read(&tokens, &normed, sites, &cache)?;
+            }
+            caches.push(cache);
+        }
+        Ok(Box::new(Conditioned {
+            model: self,
+            caches,
+        }))
+    }
+}
+
+impl Posterior for Conditioned<'_> {
+    fn at(&self, targets: &Sites) -> Result<Predictive> {
+        let model = self.model;
+        let mut tokens = model.tokens(targets, None)?;
+        for (block, cache) in model.blocks.iter().zip(&self.caches) {
+            let normed = block.before.forward(&tokens)?;
+            tokens = block.read(&tokens, &normed, &targets.s, cache)?;
+        }
+        let raw = model.decode.forward(&model.norm.forward(&tokens)?)?;
+        model.config.head.predictive(model.likelihood.link(), &raw)
+    }
+}
