@@ -13,6 +13,7 @@ pub mod geo;
 pub mod kernel;
 pub mod likelihood;
 pub mod linalg;
+pub mod mapping;
 pub mod model;
 pub mod picture;
 pub mod predictive;

@@ -139,8 +139,13 @@ impl Picture {
         }
     }
 
-    /// Takes shape, scale and coordinates from the grid that the values cover.
+    /// Takes shape, scale and coordinates from the grid that the values cover, row by row from its
+    /// first one.
     pub fn on(mut self, grid: &Grid) -> Self {
+        if grid.pixel[1] > 0.0 {
+            let rows = self.values.chunks(self.cols.max(1)).rev(); // south first on file
+            self.values = rows.flatten().copied().collect();
+        }
         let [width, height] = grid.pixel_metres();
         self.metres_across = Some(width * grid.cols as f64);
         self.aspect = height * grid.rows as f64 / (width * grid.cols as f64);
@@ -153,9 +158,14 @@ impl Picture {
         let place =
             |v: f64, origin: f64, pixel: f64, count: usize| (v - origin) / (pixel * count as f64);
         for i in 0..x.len().min(y.len()) {
+            let down = place(y[i], grid.origin[1], grid.pixel[1], grid.rows);
             let mark = Mark {
                 x: place(x[i], grid.origin[0], grid.pixel[0], grid.cols),
-                y: place(y[i], grid.origin[1], grid.pixel[1], grid.rows),
+                y: if grid.pixel[1] > 0.0 {
+                    1.0 - down
+                } else {
+                    down
+                },
                 value: values.map(|v| v[i]),
             };
             if (0.0..=1.0).contains(&mark.x) && (0.0..=1.0).contains(&mark.y) {

@@ -37,8 +37,10 @@ pub struct Tile {
 pub trait Product {
     /// The specification it was made from: `quantile:0.025`.
     fn spec(&self) -> Spec;
-    /// Takes the next tile. Each pixel comes once.
+    /// Takes the next tile. Each pixel comes once, here or in [`Product::skip`].
     fn accept(&mut self, tile: &Tile) -> Result<()>;
+    /// Takes a window without a wanted pixel.
+    fn skip(&mut self, window: Window) -> Result<()>;
     /// Completes the file and says where it is.
     fn finish(self: Box<Self>) -> Result<PathBuf>;
 }
@@ -285,6 +287,10 @@ impl Product for Pixelwise {
             .map(|marginals, i| value(marginals, i, parameter) as f32);
         self.raster
             .write(tile.window, &scatter(&tile.valid, &values)?)
+    }
+
+    fn skip(&mut self, window: Window) -> Result<()> {
+        self.raster.write(window, &vec![f32::NAN; window.len()])
     }
 
     fn finish(self: Box<Self>) -> Result<PathBuf> {
