@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod baseline;
+pub mod checkpoint;
 pub mod cli;
 pub mod error;
 pub mod fused;
@@ -17,6 +18,7 @@ pub mod mapping;
 pub mod model;
 pub mod picture;
 pub mod predictive;
+pub mod prior;
 pub mod process;
 pub mod product;
 pub mod recipe;
@@ -24,6 +26,8 @@ pub mod registry;
 pub mod rng;
 pub mod score;
 pub mod sites;
+pub mod task;
+pub mod train;
 
 pub use error::{Error, Result};
 pub use predictive::{Draws, Link, Marginals, Of, Predictive};

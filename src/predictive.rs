@@ -92,7 +92,8 @@ impl Predictive {
     /// Log density of `value` `[batch, target, 1]` on the link scale; returns `[batch, target]`.
     pub fn log_prob(&self, of: Of, value: &Tensor) -> Result<Tensor> {
         let sd = self.sd(of);
-        let z = self.mean.broadcast_sub(value)?.div(sd)?;
+        let value = value.to_dtype(self.mean.dtype())?;
+        let z = self.mean.broadcast_sub(&value)?.div(sd)?;
         let terms = ((&self.log_weight - sd.log()?)? - (z.sqr()? * 0.5)?)?;
         let half_log_tau = 0.5 * (2.0 * std::f64::consts::PI).ln();
         Ok((terms.log_sum_exp(D::Minus1)? - half_log_tau)?)

@@ -56,6 +56,26 @@ impl Sites {
         })
     }
 
+    /// The same sites on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let moved = |x: &Tensor| x.to_device(device);
+        Ok(Sites {
+            s: moved(&self.s)?,
+            t: self.t.as_ref().map(moved).transpose()?,
+            x: self.x.as_ref().map(moved).transpose()?,
+        })
+    }
+
+    /// Row `row` alone, as a batch of one.
+    pub fn row(&self, row: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, row, 1)?.contiguous();
+        Ok(Sites {
+            s: part(&self.s)?,
+            t: self.t.as_ref().map(part).transpose()?,
+            x: self.x.as_ref().map(part).transpose()?,
+        })
+    }
+
     /// Coordinates on the host in f64: `[batch][site][dimension]`.
     pub fn host(&self) -> Result<Vec<Vec<Vec<f64>>>> {
         Ok(self.s.to_dtype(DType::F64)?.to_vec3::<f64>()?)
@@ -104,6 +124,27 @@ impl Observations {
             y,
             mask,
             trials,
+        })
+    }
+
+    /// The same observations on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Observations {
+            sites: self.sites.to_device(device)?,
+            y: self.y.to_device(device)?,
+            mask: self.mask.to_device(device)?,
+            trials: self.trials.as_ref().map(|t| t.to_device(device)).transpose()?,
+        })
+    }
+
+    /// Row `row` alone, as a batch of one.
+    pub fn row(&self, row: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, row, 1)?.contiguous();
+        Ok(Observations {
+            sites: self.sites.row(row)?,
+            y: part(&self.y)?,
+            mask: part(&self.mask)?,
+            trials: self.trials.as_ref().map(part).transpose()?,
         })
     }
 

@@ -1,0 +1,83 @@
+//! Priors: laws of surfaces, from which training draws. Registry: [`PRIORS`].
+
+use std::sync::Arc;
+
+use crate::{
+    error::{Error, Result},
+    kernel::Kernel,
+    registry::{self, Named},
+    rng::Stream,
+};
+
+pub mod gp;
+pub mod hyper;
+
+/// What rules one drawn surface.
+#[derive(Debug, Clone)]
+pub struct Rule {
+    /// Covariance of the surface, link scale², sites in region units.
+    pub kernel: Arc<dyn Kernel>,
+    /// Variance of the village effect, or of the noise, link scale².
+    pub nugget: f64,
+    /// Mean of the surface, link scale.
+    pub mean: f64,
+}
+
+/// A surface at some sites, link scale.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Surface {
+    /// The surface itself.
+    pub latent: Vec<f64>,
+    /// Surface plus nugget.
+    pub noisy: Vec<f64>,
+}
+
+/// A law of surfaces.
+pub trait Prior: Send + Sync {
+    /// Draws what rules a surface: kernel, nugget, mean.
+    fn rule(&self, rng: &mut Stream) -> Rule;
+
+    /// Draws one surface under each rule at sites in region units. Rules given together share
+    /// their kernel's factor only if they are the same rule up to mean, sill and nugget.
+    fn surfaces(&self, xy: &[[f64; 2]], count: usize, rng: &mut Stream) -> Result<Vec<(Rule, Surface)>>;
+}
+
+/// A registered prior.
+pub struct Entry {
+    /// The name in recipes.
+    pub name: &'static str,
+    /// What it is.
+    pub about: &'static str,
+    /// Builds it from its `[prior]` table.
+    pub build: fn(&toml::Table) -> Result<Box<dyn Prior>>,
+    /// A small configuration for tests, as TOML.
+    pub tiny: &'static str,
+}
+
+impl Named for Entry {
+    fn name(&self) -> &str {
+        self.name
+    }
+    fn about(&self) -> &str {
+        self.about
+    }
+}
+
+/// Every prior.
+pub const PRIORS: &[Entry] = &[
+    gp::ENTRY,
+];
+
+/// Builds the prior that a `[prior]` table names with `kind`.
+///
+/// # Errors
+/// [`Error::Unknown`] for a prior that is not registered; [`Error::Input`] for a bad setting.
+pub fn build(table: &toml::Table) -> Result<Box<dyn Prior>> {
+    let mut table = table.clone();
+    let kind = table.remove("kind");
+    let Some(kind) = kind.as_ref().and_then(|k| k.as_str()) else {
+        return Err(Error::input("the recipe does not say which prior to draw from")
+            .try_this("add `kind = \"gp\"` under [prior]"));
+    };
+    (registry::find("prior", PRIORS, kind)?.build)(&table)
+}

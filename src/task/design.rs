@@ -1,0 +1,206 @@
+//! How survey sites are laid out, in region units: the region's longer half-side is 1.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, Result},
+    prior::hyper::{Law, check_share},
+    rng::Stream,
+};
+
+/// A range of context sizes with its relative chance.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Size {
+    /// Fewest and most sites, drawn log-uniformly.
+    pub sites: [usize; 2],
+    /// Relative chance of this range.
+    pub weight: f64,
+}
+
+/// Laws of the survey design.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Design {
+    /// Context sizes.
+    pub context: Vec<Size>,
+    /// Targets per task.
+    pub targets: usize,
+    /// Chance that sites cluster.
+    pub clustered: f64,
+    /// Chance that sites lie on a jittered grid.
+    pub gridded: f64,
+    /// Number of clusters.
+    pub clusters: Law,
+    /// Radius of a cluster, region units.
+    pub cluster_radius: Law,
+    /// Shorter over longer side of the region.
+    pub aspect: Law,
+    /// Chance that a whole neighbourhood of sites is held out, as in spatial block folds.
+    pub held_block: f64,
+    /// Share of targets close to a context site.
+    pub near: f64,
+    /// Share of targets anywhere in the region and a margin around it.
+    pub anywhere: f64,
+    /// Site coordinates on a line instead of the plane.
+    pub line: bool,
+}
+
+impl Default for Design {
+    fn default() -> Self {
+        Design {
+            context: vec![
+                Size { sites: [3, 2000], weight: 0.2 },
+                Size { sites: [15, 300], weight: 0.8 },
+            ],
+            targets: 64,
+            clustered: 0.5,
+            gridded: 0.1,
+            clusters: Law::uniform(2.0, 25.0),
+            cluster_radius: Law::log_uniform(0.02, 0.3),
+            aspect: Law::uniform(0.3, 1.0),
+            held_block: 0.35,
+            near: 0.15,
+            anywhere: 0.2,
+            line: false,
+        }
+    }
+}
+
+/// Sites of one task: context first, then targets.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layout {
+    /// Coordinates, region units.
+    pub xy: Vec<[f64; 2]>,
+    /// How many of them are context.
+    pub context: usize,
+}
+
+impl Design {
+    /// # Errors
+    /// [`Error::Input`] for an empty range or a share outside [0, 1].
+    pub fn check(&self) -> Result<()> {
+        for (name, share) in [
+            ("clustered", self.clustered),
+            ("gridded", self.gridded),
+            ("held_block", self.held_block),
+            ("near", self.near),
+            ("anywhere", self.anywhere),
+            ("clustered + gridded", self.clustered + self.gridded),
+            ("near + anywhere", self.near + self.anywhere),
+        ] {
+            check_share(name, share)?;
+        }
+        self.clusters.check("clusters", true)?;
+        self.cluster_radius.check("cluster_radius", true)?;
+        self.aspect.check("aspect", true)?;
+        let sound = |s: &Size| s.sites[0] >= 2 && s.sites[0] <= s.sites[1] && s.weight >= 0.0;
+        let chance: f64 = self.context.iter().map(|s| s.weight).sum();
+        if self.targets == 0 || !self.context.iter().all(sound) || chance.is_nan() || chance <= 0.0 {
+            return Err(Error::input("the design has an empty range of sites")
+                .fact("context", format!("{:?}", self.context))
+                .fact("targets", self.targets)
+                .try_this("write e.g. context = [{ sites = [3, 300], weight = 1 }], targets = 64"));
+        }
+        Ok(())
+    }
+
+    /// Draws a context size.
+    pub fn size(&self, rng: &mut Stream) -> usize {
+        let mut left = rng.unit() * self.context.iter().map(|s| s.weight).sum::<f64>();
+        let mut range = self.context.last().expect("checked").sites;
+        for size in &self.context {
+            if left < size.weight {
+                range = size.sites;
+                break;
+            }
+            left -= size.weight;
+        }
+        if range[0] == range[1] {
+            return range[0];
+        }
+        (rng.log_uniform(range[0] as f64, range[1] as f64 + 1.0) as usize).clamp(range[0], range[1])
+    }
+
+    /// Lays out `context` sites and this design's targets.
+    pub fn layout(&self, context: usize, rng: &mut Stream) -> Layout {
+        let aspect = if self.line { 0.0 } else { self.aspect.draw(rng).min(1.0) };
+        let half = if !self.line && rng.unit() < 0.5 { [aspect, 1.0] } else { [1.0, aspect] };
+        let count = |share: f64| (share * self.targets as f64).round() as usize;
+        let (near, anywhere) = (count(self.near), count(self.anywhere));
+        let alike = self.targets.saturating_sub(near + anywhere);
+        let pool = self.pool(context + alike, half, rng);
+
+        // Which of the pool are asked: at random, or a whole neighbourhood.
+        let mut order = rng.permutation(pool.len());
+        if rng.unit() < self.held_block {
+            let middle = pool[rng.below(pool.len())];
+            let far = |i: usize| {
+                let [x, y] = pool[i];
+                (x - middle[0]).powi(2) + (y - middle[1]).powi(2)
+            };
+            order.sort_by(|&i, &j| far(j).total_cmp(&far(i)));
+        }
+        let mut xy: Vec<[f64; 2]> = order.iter().map(|&i| pool[i]).collect();
+        for _ in 0..near {
+            let [x, y] = xy[rng.below(context)];
+            let (r, turn) = (rng.log_uniform(0.002, 0.2), rng.uniform(0.0, std::f64::consts::TAU));
+            let dy = if self.line { 0.0 } else { r * turn.sin() };
+            xy.push([x + r * turn.cos(), y + dy]);
+        }
+        let margin = 1.3;
+        for _ in 0..anywhere {
+            xy.push([
+                margin * half[0] * rng.uniform(-1.0, 1.0),
+                margin * half[1] * rng.uniform(-1.0, 1.0),
+            ]);
+        }
+        Layout { xy, context }
+    }
+
+    /// Sites that could have been surveyed.
+    fn pool(&self, n: usize, half: [f64; 2], rng: &mut Stream) -> Vec<[f64; 2]> {
+        let anywhere = |rng: &mut Stream| {
+            [half[0] * rng.uniform(-1.0, 1.0), half[1] * rng.uniform(-1.0, 1.0)]
+        };
+        let kind = rng.unit();
+        if kind < self.clustered {
+            let share = rng.uniform(0.2, 1.0);
+            let centres: Vec<[f64; 2]> =
+                (0..(self.clusters.draw(rng).round() as usize).max(1)).map(|_| anywhere(rng)).collect();
+            let radius = self.cluster_radius.draw(rng);
+            return (0..n)
+                .map(|_| {
+                    if rng.unit() >= share {
+                        return anywhere(rng);
+                    }
+                    let c = centres[rng.below(centres.len())];
+                    let step = |flat: f64, rng: &mut Stream| if flat == 0.0 { 0.0 } else { radius * rng.normal() };
+                    [c[0] + step(half[0], rng), c[1] + step(half[1], rng)]
+                })
+                .collect();
+        }
+        if kind < self.clustered + self.gridded {
+            // A lattice with at least n cells; each site sits somewhere in its own cell.
+            let cells = if self.line {
+                [n, 1]
+            } else {
+                let across = ((n as f64) * half[0] / half[1]).sqrt().ceil().max(1.0) as usize;
+                [across, n.div_ceil(across)]
+            };
+            let jitter = rng.uniform(0.0, 0.5);
+            let order = rng.permutation(cells[0] * cells[1]);
+            return (0..n)
+                .map(|i| {
+                    let cell = [order[i] % cells[0], order[i] / cells[0]];
+                    let at = |d: usize, rng: &mut Stream| {
+                        let u = cell[d] as f64 + 0.5 + jitter * rng.uniform(-1.0, 1.0);
+                        half[d] * (2.0 * u / cells[d] as f64 - 1.0)
+                    };
+                    [at(0, rng), at(1, rng)]
+                })
+                .collect();
+        }
+        (0..n).map(|_| anywhere(rng)).collect()
+    }
+}

@@ -1,0 +1,591 @@
+//! The training loop, read from top to bottom.
+//!
+//! recipe → prior draws tasks → condition → at → −log density → optimiser → every so often a
+//! validation beside the exact GP on the same tasks → checkpoint.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io::Write,
+    path::{Path, PathBuf},
+    sync::mpsc,
+    time::Instant,
+};
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    baseline::ExactGp,
+    checkpoint::{self, Card, Checkpoint},
+    error::{Error, Result},
+    kernel::Kernel,
+    model::{self, Problem, params::Params},
+    predictive::{Of, Predictive},
+    process::Process,
+    recipe::Recipe,
+    rng::Stream,
+    task::{Batch, Tasks},
+};
+
+pub mod optimiser;
+pub mod schedule;
+
+use optimiser::{Optimiser, Rule};
+
+/// What the network is rewarded for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loss {
+    /// Log density of the true surface plus that of the true noisy value, link scale.
+    Both,
+    /// Log density of the true surface alone: the published GP benchmarks.
+    Surface,
+}
+
+/// The `[train]` table.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Steps in all.
+    pub steps: u64,
+    /// Peak learning rate.
+    pub rate: f64,
+    /// Last rate as a fraction of the peak.
+    pub last: f64,
+    /// Warm-up steps.
+    pub warmup: u64,
+    /// Global norm that gradients are clipped to.
+    pub clip: f64,
+    /// Optimiser.
+    pub optimiser: Rule,
+    /// AdamW's weight decay.
+    pub decay: f64,
+    /// What is rewarded.
+    pub loss: Loss,
+    /// Decay of the running average of weights that is validated and kept; 0 keeps the last.
+    pub average: f64,
+    /// Tasks per step at most.
+    pub rows: usize,
+    /// Sites per step, context and targets: large surveys come in smaller batches.
+    pub sites: usize,
+    /// Pairs of sites per step: bounds the cost of attention.
+    pub pairs: usize,
+    /// Steps between validations.
+    pub validate_every: u64,
+    /// Held-out tasks.
+    pub validate_tasks: usize,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            steps: 20_000,
+            rate: 1e-3,
+            last: 0.01,
+            warmup: 500,
+            clip: 1.0,
+            optimiser: Rule::Adamw,
+            decay: 1e-4,
+            loss: Loss::Both,
+            average: 0.999,
+            rows: 32,
+            sites: 3072,
+            pairs: 600_000,
+            validate_every: 1000,
+            validate_tasks: 192,
+            checkpoint_every: 500,
+        }
+    }
+}
+
+impl Settings {
+    /// # Errors
+    /// [`Error::Input`] for numbers that make no training.
+    pub fn check(&self) -> Result<()> {
+        let positive = [
+            ("steps", self.steps as f64),
+            ("rate", self.rate),
+            ("clip", self.clip),
+            ("rows", self.rows as f64),
+            ("sites", self.sites as f64),
+            ("pairs", self.pairs as f64),
+            ("validate_every", self.validate_every as f64),
+            ("validate_tasks", self.validate_tasks as f64),
+            ("checkpoint_every", self.checkpoint_every as f64),
+        ];
+        for (name, value) in positive {
+            if value.is_nan() || value <= 0.0 {
+                return Err(Error::input(format!("`{name}` under [train] must be positive"))
+                    .fact("written", value)
+                    .try_this("compare with the recipes in models/"));
+            }
+        }
+        if self.decay < 0.0 || !(0.0..1.0).contains(&self.average) || self.last < 0.0 {
+            return Err(Error::input("`decay`, `last` or `average` under [train] is out of range")
+                .try_this("decay ≥ 0, last ≥ 0, 0 ≤ average < 1"));
+        }
+        Ok(())
+    }
+
+    /// Tasks in a batch whose context has `context` sites and that asks `targets`.
+    fn batch_rows(&self, context: usize, targets: usize) -> usize {
+        let sites = context + targets;
+        (self.sites / sites).min(self.pairs / (sites * context)).clamp(2.min(self.rows), self.rows)
+    }
+}
+
+/// What the caller decides, beside the recipe.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The model file to write; state and journal stand beside it.
+    pub out: PathBuf,
+    /// Continue from the state beside `out`.
+    pub resume: bool,
+    /// Overrides the recipe's steps.
+    pub steps: Option<u64>,
+    /// Stop here for now, with the schedule still aimed at the full number of steps.
+    pub stop_at: Option<u64>,
+    /// Seed of weights and tasks.
+    pub seed: u64,
+    /// Where tensors live.
+    pub device: Device,
+    /// Words on the machine, for the card.
+    pub machine: String,
+    /// Weights to start from: every parameter that has the same name and shape.
+    pub start: Option<PathBuf>,
+}
+
+/// What happened in a training, for the terminal.
+#[derive(Debug, Clone, Serialize)]
+pub struct Progress {
+    /// Step just finished.
+    pub step: u64,
+    /// Steps in all.
+    pub steps: u64,
+    /// Mean loss since the last report, nats per target.
+    pub loss: f64,
+    /// Learning rate.
+    pub rate: f64,
+    /// Norm of the last gradient.
+    pub norm: f64,
+    /// Steps per second since the last report.
+    pub steps_per_s: f64,
+    /// Seconds left at this speed.
+    pub seconds_left: f64,
+    /// Validation loss, when just measured.
+    pub validation: Option<f64>,
+    /// Validation loss above the exact GP's.
+    pub gap: Option<f64>,
+}
+
+/// The training loss of a predictive on a batch: mean negative log density per target.
+///
+/// # Shapes
+/// Returns a scalar tensor that carries gradients.
+pub fn loss(predictive: &Predictive, batch: &Batch, kind: Loss, device: &Device) -> Result<Tensor> {
+    let surface = batch.task.surface.to_device(device)?;
+    let mut density = predictive.log_prob(Of::Surface, &surface)?;
+    if kind == Loss::Both {
+        let noisy = batch.task.noisy.to_device(device)?;
+        density = (density + predictive.log_prob(Of::Observation, &noisy)?)?;
+    }
+    Ok(density.mean_all()?.neg()?)
+}
+
+/// Held-out tasks, with the exact GP's loss on them.
+struct Validation {
+    batches: Vec<Batch>,
+    exact_gp: f64,
+}
+
+impl Validation {
+    /// Draws tasks that training never sees; sizes above `most` would cost minutes of Cholesky.
+    fn new(tasks: &Tasks, settings: &Settings, seed: u64) -> Result<Self> {
+        const MOST: usize = 400;
+        let mut sizes = Stream::new(seed, "validation size", 0);
+        let rows = 8.min(settings.validate_tasks);
+        let count = settings.validate_tasks.div_ceil(rows);
+        let sizes: Vec<usize> =
+            (0..count).map(|_| tasks.design().size(&mut sizes).min(MOST)).collect();
+        let batches: Vec<Batch> = sizes
+            .par_iter()
+            .enumerate()
+            .map(|(i, n)| tasks.batch(seed ^ 0x5eed_7a5c, i as u64, rows, *n))
+            .collect::<Result<_>>()?;
+        let mut total = 0.0;
+        for batch in &batches {
+            total += exact_loss(tasks, batch, settings.loss)?;
+        }
+        let exact_gp = total / batches.len() as f64;
+        Ok(Validation { batches, exact_gp })
+    }
+
+    fn loss(&self, process: &dyn Process, kind: Loss, device: &Device) -> Result<f64> {
+        let mut total = 0.0;
+        for batch in &self.batches {
+            let predictive = process.condition(&batch.task.context)?.at(&batch.task.target.sites)?;
+            let value = loss(&predictive, batch, kind, device)?;
+            total += f64::from(value.to_dtype(DType::F32)?.to_scalar::<f32>()?);
+        }
+        Ok(total / self.batches.len() as f64)
+    }
+}
+
+/// The loss of the exact GP that is told the true kernel, nugget and mean of every task.
+fn exact_loss(tasks: &Tasks, batch: &Batch, kind: Loss) -> Result<f64> {
+    let losses: Vec<f64> = batch
+        .rules
+        .par_iter()
+        .enumerate()
+        .map(|(row, rule)| {
+            let one = batch.row(row)?;
+            let gp = ExactGp::new(Box::new(Shared(rule.kernel.clone())), rule.nugget, rule.mean, tasks.likelihood())?;
+            let predictive = gp.condition(&one.task.context)?.at(&one.task.target.sites)?;
+            let value = loss(&predictive, &one, kind, &Device::Cpu)?;
+            Ok(value.to_dtype(DType::F64)?.to_scalar::<f64>()?)
+        })
+        .collect::<Result<_>>()?;
+    Ok(losses.iter().sum::<f64>() / losses.len() as f64)
+}
+
+/// A kernel that several owners hold.
+#[derive(Debug)]
+struct Shared(std::sync::Arc<dyn Kernel>);
+
+impl Kernel for Shared {
+    fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
+        self.0.covariance(a, b)
+    }
+    fn sill(&self) -> f64 {
+        self.0.sill()
+    }
+}
+
+/// Where a training stands: everything that a resumed one needs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct State {
+    recipe: String,
+    seed: u64,
+    step: u64,
+    steps: u64,
+    best: Option<f64>,
+    best_step: u64,
+    tasks: u64,
+    seconds: f64,
+}
+
+/// Files beside the model: `x.safetensors` → `x.state.safetensors`, `x.journal.jsonl`.
+fn beside(out: &Path, suffix: &str) -> PathBuf {
+    out.with_extension(suffix)
+}
+
+/// Trains a recipe and writes the best weights by validation.
+///
+/// `report` is called about once a second and at every validation.
+///
+/// # Errors
+/// [`Error::Input`] for a bad recipe, or a loss that is no longer finite.
+pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)) -> Result<Card> {
+    let mut settings: Settings = recipe.settings("train")?;
+    if let Some(steps) = options.steps {
+        settings.steps = steps;
+    }
+    settings.check()?;
+    let tasks = recipe.tasks()?;
+    let problem = Problem { dim: tasks.dim(), likelihood: tasks.likelihood() };
+    let mut params = Params::new(options.seed, &options.device, DType::F32);
+    let process = model::build(recipe.table("model")?, problem, &mut params)?;
+    let mut optimiser = Optimiser::new(settings.optimiser, settings.decay, params.vars());
+    let mut state = State {
+        recipe: recipe.text().to_string(),
+        seed: options.seed,
+        step: 0,
+        steps: settings.steps,
+        best: None,
+        best_step: 0,
+        tasks: 0,
+        seconds: 0.0,
+    };
+    if let Some(start) = &options.start {
+        warm_start(&params, start)?;
+    }
+    let mut average = host(&params)?;
+    let mut best = average.clone();
+    let state_file = beside(&options.out, "state.safetensors");
+    let journal = beside(&options.out, "journal.jsonl");
+    if options.resume {
+        (state, best) =
+            restore(&state_file, &journal, &state, &params, &mut optimiser, &mut average)?;
+    } else {
+        write_line(&journal, None)?;
+    }
+
+    let validation = Validation::new(&tasks, &settings, options.seed)?;
+    let last = options.stop_at.unwrap_or(settings.steps).min(settings.steps);
+    let (sender, receiver) = mpsc::sync_channel::<Result<Batch>>(3);
+    let began = Instant::now();
+    let before = state.seconds;
+    std::thread::scope(|scope| -> Result<()> {
+        // Draws run ahead on another thread; batch `i` is the same whoever asks and when.
+        let first = state.step;
+        let (tasks, settings, seed) = (&tasks, &settings, options.seed);
+        scope.spawn(move || {
+            for index in first..last {
+                let context = tasks.design().size(&mut Stream::new(seed, "size", index));
+                let rows = settings.batch_rows(context, tasks.design().targets);
+                if sender.send(tasks.batch(seed, index, rows, context)).is_err() {
+                    return;
+                }
+            }
+        });
+        let (mut sum, mut count, mut shown) = (0.0, 0u64, Instant::now());
+        while state.step < last {
+            let batch = receiver.recv().expect("the sampler lives as long as the loop")?;
+            let rate = schedule::rate(
+                state.step,
+                settings.steps,
+                settings.warmup,
+                settings.rate,
+                settings.last,
+            );
+            let context = batch.task.context.to_device(&options.device)?;
+            let targets = batch.task.target.sites.to_device(&options.device)?;
+            let predictive = process.condition(&context)?.at(&targets)?;
+            let value = loss(&predictive, &batch, settings.loss, &options.device)?;
+            let number = f64::from(value.to_scalar::<f32>()?);
+            if !number.is_finite() {
+                return Err(Error::input("the loss is not finite")
+                    .fact("step", state.step)
+                    .try_this("lower the learning rate, or resume from the last checkpoint"));
+            }
+            let norm = optimiser.update(params.vars(), &value.backward()?, rate, settings.clip)?;
+            state.step += 1;
+            state.tasks += batch.rules.len() as u64;
+            blend(&mut average, &params, settings.average, state.step)?;
+            sum += number;
+            count += 1;
+
+            let validate = state.step % settings.validate_every == 0 || state.step == last;
+            let elapsed = shown.elapsed().as_secs_f64();
+            if validate || elapsed > 1.0 {
+                let mut measured = None;
+                if validate {
+                    let current = host(&params)?;
+                    set(&params, &average)?;
+                    let score = validation.loss(&*process, settings.loss, &options.device)?;
+                    set(&params, &current)?;
+                    if state.best.is_none_or(|b| score < b) {
+                        state.best = Some(score);
+                        state.best_step = state.step;
+                        best = average.clone();
+                    }
+                    measured = Some(score);
+                }
+                let speed = count as f64 / elapsed.max(1e-9);
+                let progress = Progress {
+                    step: state.step,
+                    steps: settings.steps,
+                    loss: sum / count as f64,
+                    rate,
+                    norm,
+                    steps_per_s: speed,
+                    seconds_left: (last - state.step) as f64 / speed,
+                    validation: measured,
+                    gap: measured.map(|m| m - validation.exact_gp),
+                };
+                report(&progress);
+                if validate {
+                    write_line(&journal, Some(&progress))?;
+                }
+                (sum, count, shown) = (0.0, 0, Instant::now());
+            }
+            if state.step % settings.checkpoint_every == 0 || state.step == last {
+                state.seconds = before + began.elapsed().as_secs_f64();
+                save(&state_file, &state, &params, &optimiser, &average, &best)?;
+                finish(recipe, options, &state, &params, &best, &validation)?.write(&options.out)?;
+            }
+        }
+        // Closing the channel lets a sampler that is ahead of us stop.
+        drop(receiver);
+        Ok(())
+    })?;
+    Ok(finish(recipe, options, &state, &params, &best, &validation)?.card)
+}
+
+type Weights = BTreeMap<String, Vec<f32>>;
+
+fn host(params: &Params) -> Result<Weights> {
+    params
+        .vars()
+        .iter()
+        .map(|(path, var)| Ok((path.clone(), var.flatten_all()?.to_vec1::<f32>()?)))
+        .collect()
+}
+
+fn set(params: &Params, weights: &Weights) -> Result<()> {
+    for (path, var) in params.vars() {
+        var.set(&Tensor::from_vec(weights[path].clone(), var.shape(), var.device())?)?;
+    }
+    Ok(())
+}
+
+/// Running average of weights; early steps count less, so that the start is soon forgotten.
+fn blend(average: &mut Weights, params: &Params, decay: f64, step: u64) -> Result<()> {
+    let keep = decay.min((1.0 + step as f64) / (10.0 + step as f64)) as f32;
+    let keep = if decay == 0.0 { 0.0 } else { keep };
+    for (path, var) in params.vars() {
+        let now = var.flatten_all()?.to_vec1::<f32>()?;
+        let old = average.get_mut(path).expect("same parameters");
+        old.iter_mut().zip(now).for_each(|(o, n)| *o = keep * *o + (1.0 - keep) * n);
+    }
+    Ok(())
+}
+
+/// Copies every parameter of the same name and shape from a checkpoint.
+fn warm_start(params: &Params, file: &Path) -> Result<()> {
+    let tensors = Checkpoint::open(file)?.tensors;
+    for (path, var) in params.vars() {
+        if let Some(tensor) = tensors.get(path)
+            && tensor.dims() == var.dims()
+        {
+            var.set(&tensor.to_device(var.device())?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Appends a line to the journal; `None` starts an empty one.
+fn write_line(journal: &Path, progress: Option<&Progress>) -> Result<()> {
+    let result = match progress {
+        None => std::fs::write(journal, ""),
+        Some(progress) => {
+            let line = serde_json::to_string(progress).expect("plain data");
+            std::fs::OpenOptions::new()
+                .append(true)
+                .create(true)
+                .open(journal)
+                .and_then(|mut f| writeln!(f, "{line}"))
+        }
+    };
+    result.map_err(|e| Error::io("write", journal, e))
+}
+
+fn save(
+    file: &Path,
+    state: &State,
+    params: &Params,
+    optimiser: &Optimiser,
+    average: &Weights,
+    best: &Weights,
+) -> Result<()> {
+    let mut tensors = BTreeMap::new();
+    for (path, var) in params.vars() {
+        tensors.insert(format!("weight:{path}"), var.as_tensor().clone());
+        let (m, v) = &optimiser.moments[path];
+        let parts = [("first", m), ("second", v), ("average", &average[path]), ("best", &best[path])];
+        for (kind, values) in parts {
+            let tensor = Tensor::from_vec(values.clone(), var.shape(), &Device::Cpu)?;
+            tensors.insert(format!("{kind}:{path}"), tensor);
+        }
+    }
+    let state = serde_json::to_string(state).expect("plain data");
+    checkpoint::write_tensors(file, &tensors, HashMap::from([("state".to_string(), state)]))
+}
+
+/// Reads the state back into parameters, moments and average; returns it with the best weights.
+fn restore(
+    file: &Path,
+    journal: &Path,
+    fresh: &State,
+    params: &Params,
+    optimiser: &mut Optimiser,
+    average: &mut Weights,
+) -> Result<(State, Weights)> {
+    let bytes = std::fs::read(file)
+        .map_err(|e| Error::io("read the training state (nothing to resume?)", file, e))?;
+    let broken = |reason: String| {
+        Error::input("the training state cannot be read")
+            .fact("file", file.display())
+            .fact("reason", reason)
+            .try_this("start again without --resume")
+    };
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| broken(format!("{e:?}")))?;
+    let text = header.metadata().as_ref().and_then(|m| m.get("state").cloned());
+    let state: State = serde_json::from_str(&text.ok_or_else(|| broken("no state in it".into()))?)
+        .map_err(|e| broken(e.to_string()))?;
+    if state.recipe != fresh.recipe || state.seed != fresh.seed || state.steps != fresh.steps {
+        return Err(Error::input("the training state belongs to another recipe, seed or length")
+            .fact("file", file.display())
+            .fact("its seed and steps", format!("{}, {}", state.seed, state.steps))
+            .fact("asked for", format!("{}, {}", fresh.seed, fresh.steps))
+            .try_this("resume with the same recipe, --seed and --steps, or start without --resume"));
+    }
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| broken(format!("{e:?}")))?;
+    let read = |name: String| -> Result<Vec<f32>> {
+        let view = tensors.tensor(&name).map_err(|e| broken(format!("{name}: {e:?}")))?;
+        Ok(view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    };
+    let (mut weights, mut best) = (Weights::new(), Weights::new());
+    for path in params.vars().keys() {
+        weights.insert(path.clone(), read(format!("weight:{path}"))?);
+        best.insert(path.clone(), read(format!("best:{path}"))?);
+        average.insert(path.clone(), read(format!("average:{path}"))?);
+        let pair = (read(format!("first:{path}"))?, read(format!("second:{path}"))?);
+        optimiser.moments.insert(path.clone(), pair);
+    }
+    optimiser.step = state.step;
+    set(params, &weights)?;
+    // Lines written after the state was saved will be written again.
+    if let Ok(text) = std::fs::read_to_string(journal) {
+        let known = |line: &&str| {
+            serde_json::from_str::<serde_json::Value>(line)
+                .ok()
+                .and_then(|v| v["step"].as_u64())
+                .is_some_and(|s| s <= state.step)
+        };
+        let kept: String = text.lines().filter(known).map(|l| format!("{l}\n")).collect();
+        checkpoint::write_whole(journal, kept.as_bytes())?;
+    }
+    Ok((state, best))
+}
+
+fn finish(
+    recipe: &Recipe,
+    options: &Options,
+    state: &State,
+    params: &Params,
+    best: &Weights,
+    validation: &Validation,
+) -> Result<Checkpoint> {
+    let tensors = params
+        .vars()
+        .iter()
+        .map(|(path, var)| {
+            let tensor = Tensor::from_vec(best[path].clone(), var.shape(), &Device::Cpu)?;
+            Ok((path.clone(), tensor))
+        })
+        .collect::<Result<_>>()?;
+    let fallback = options.out.file_stem().map_or("model".into(), |s| s.to_string_lossy());
+    let card = Card {
+        format: checkpoint::FORMAT,
+        isopleth: env!("CARGO_PKG_VERSION").into(),
+        name: recipe.word("name").unwrap_or(&fallback).into(),
+        predicts: recipe.word("predicts").unwrap_or("surface and new observation").into(),
+        recipe: recipe.text().into(),
+        parameters: params.count(),
+        seed: state.seed,
+        steps: state.step,
+        best_step: state.best_step,
+        tasks: state.tasks,
+        validation: state.best,
+        exact_gp: Some(validation.exact_gp),
+        seconds: state.seconds,
+        machine: options.machine.clone(),
+        date: checkpoint::today(),
+        scores: serde_json::Map::new(),
+    };
+    Ok(Checkpoint { card, tensors })
+}

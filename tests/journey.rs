@@ -1,0 +1,192 @@
+//! Journeys through the binary, as a user takes them: help, lists, slips of the finger.
+
+use std::process::{Command, Output, Stdio};
+
+fn isopleth(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("isopleth"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Standard output of a command that must work.
+fn ok(args: &[&str]) -> String {
+    let output = isopleth(args);
+    assert!(
+        output.status.success(),
+        "{args:?}: {}",
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+/// Standard error of a command that must be refused as the input's fault.
+fn refused(args: &[&str]) -> String {
+    let output = isopleth(args);
+    assert_eq!(
+        output.status.code(),
+        Some(2),
+        "{args:?}: {}",
+        text(&output.stderr)
+    );
+    assert!(
+        output.stdout.is_empty(),
+        "{args:?}: {}",
+        text(&output.stdout)
+    );
+    text(&output.stderr)
+}
+
+/// Names in the table of subcommands that `--help` prints.
+fn subcommands() -> Vec<String> {
+    let help = ok(&["--help"]);
+    let table = help
+        .split("Commands:\n")
+        .nth(1)
+        .unwrap()
+        .split("\n\n")
+        .next()
+        .unwrap();
+    let names = table
+        .lines()
+        .filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+    names
+        .map(|line| line.split_whitespace().next().unwrap().to_string())
+        .collect()
+}
+
+#[test]
+fn every_subcommand_explains_itself_and_its_flags() {
+    let names = subcommands();
+    assert!(names.contains(&"list".to_string()), "{names:?}");
+    for name in names.iter().filter(|name| *name != "help") {
+        let help = ok(&[name, "--help"]);
+        assert!(help.contains(&format!("Usage: isopleth {name}")), "{help}");
+        // A flag and its description stand on one line, or the description follows, indented.
+        let lines: Vec<&str> = help.lines().collect();
+        for (i, line) in lines.iter().enumerate() {
+            if line.trim_start().starts_with("--") || line.trim_start().starts_with("-h,") {
+                let beside = line.trim().contains("  ");
+                let below = lines
+                    .get(i + 1)
+                    .is_some_and(|next| next.starts_with("          "));
+                assert!(beside || below, "{name}: no description of {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_version_is_the_crate_s() {
+    assert_eq!(
+        ok(&["--version"]),
+        format!("isopleth {}\n", env!("CARGO_PKG_VERSION"))
+    );
+}
+
+#[test]
+fn without_a_subcommand_the_help_is_shown() {
+    assert!(refused(&[]).contains("First steps:"));
+}
+
+#[test]
+fn list_shows_every_registry_and_where_things_come_from() {
+    let all = ok(&["list"]);
+    for registry in ["models", "kernels", "likelihoods", "scores"] {
+        assert!(all.contains(&format!("{registry}: ")), "{all}");
+        let alone = ok(&["list", registry]);
+        assert!(all.contains(&alone), "{alone}");
+        assert_eq!(ok(&["list", &registry[..registry.len() - 1]]), alone);
+    }
+    assert!(ok(&["list", "likelihoods"]).contains("  binomial  positive of tested"));
+}
+
+#[test]
+fn list_speaks_json() {
+    let json: serde_json::Value = serde_json::from_str(&ok(&["list", "--json"])).unwrap();
+    let names: Vec<&str> = json["likelihoods"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| e["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["binomial", "gaussian"]);
+    for (registry, entries) in json.as_object().unwrap() {
+        for entry in entries.as_array().unwrap() {
+            assert!(
+                !entry["about"].as_str().unwrap().is_empty(),
+                "{registry}: {entry}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_slip_in_a_name_is_answered_with_the_nearest() {
+    let error = refused(&["list", "kernles"]);
+    assert!(
+        error.starts_with("error: there is no registry named `kernles`\n"),
+        "{error}"
+    );
+    assert!(
+        error.ends_with("help: did you mean `kernels`?\n"),
+        "{error}"
+    );
+    let error = refused(&["list", "zzz"]);
+    assert!(
+        error.ends_with("help: `isopleth list` shows them all\n"),
+        "{error}"
+    );
+    assert!(refused(&["lits"]).contains("a similar subcommand exists: 'list'"));
+    assert!(refused(&["list", "--jsno"]).contains("a similar argument exists: '--json'"));
+}
+
+#[test]
+fn an_error_has_facts_in_two_columns_and_help_last() {
+    let error = refused(&["list", "kernles"]);
+    let lines: Vec<&str> = error.lines().collect();
+    assert!(lines[0].starts_with("error: "));
+    assert!(lines[1].starts_with("  known  models, "), "{error}");
+    assert!(lines[2].starts_with("help: "));
+    assert_eq!(lines.len(), 3, "{error}");
+}
+
+/// `isopleth list | head -0`: the reader goes before we write.
+#[test]
+fn a_reader_that_leaves_is_not_an_error() {
+    for args in [&["list"][..], &["list", "--json"], &["--help"]] {
+        let mut child = command(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{args:?}: {:?}", output.status);
+        assert_eq!(text(&output.stderr), "", "{args:?}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_behind_a_redirect_is_an_error() {
+    let full = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let output = command(&["list"]).stdout(full).output().unwrap();
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(
+        error.starts_with("error: could not write to standard output: "),
+        "{error}"
+    );
+    assert!(error.contains("help: the disk is full"), "{error}");
+}
