@@ -5,6 +5,8 @@ use std::{fmt::Display, io::Write};
 use crate::error::{Error, Result};
 
 pub mod list;
+pub mod map;
+pub mod survey;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
 #[derive(clap::Parser)]
@@ -23,6 +25,7 @@ First steps:
 /// Every subcommand, in the order of a first week. To add one: its file, and three lines here.
 #[derive(clap::Subcommand)]
 enum Command {
+    Map(Box<map::Args>),
     List(list::Args),
 }
 
@@ -33,6 +36,7 @@ enum Command {
 /// [`std::io::ErrorKind::BrokenPipe`] in [`Error::Io`].
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
+        Command::Map(args) => map::run(args),
         Command::List(args) => list::run(args),
     }
 }
