@@ -8,6 +8,8 @@ use std::{
 use crate::error::{Error, Result};
 
 pub mod list;
+pub mod map;
+pub mod survey;
 pub mod train;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
@@ -27,6 +29,7 @@ First steps:
 /// Every subcommand, in the order of a first week. To add one: its file, and three lines here.
 #[derive(clap::Subcommand)]
 enum Command {
+    Map(Box<map::Args>),
     Train(train::Args),
     List(list::Args),
 }
@@ -37,6 +40,7 @@ enum Command {
 /// Whatever the subcommand returns.
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
+        Command::Map(args) => map::run(args),
         Command::Train(args) => train::run(args),
         Command::List(args) => list::run(args),
     }
