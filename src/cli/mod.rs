@@ -11,6 +11,7 @@ pub mod list;
 pub mod map;
 pub mod survey;
 pub mod train;
+pub mod validate;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
 #[derive(clap::Parser)]
@@ -30,6 +31,7 @@ First steps:
 #[derive(clap::Subcommand)]
 enum Command {
     Map(Box<map::Args>),
+    Validate(validate::Args),
     Train(train::Args),
     List(list::Args),
 }
@@ -41,6 +43,7 @@ enum Command {
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
         Command::Map(args) => map::run(args),
+        Command::Validate(args) => validate::run(args),
         Command::Train(args) => train::run(args),
         Command::List(args) => list::run(args),
     }

@@ -1,0 +1,421 @@
+//! `isopleth validate`: conditions again for each fold, and scores the sites held out.
+//!
+//! Nothing is retrained: a model sees the other folds as its context. Beside it stand two rules
+//! that anyone could apply, since a score means nothing alone.
+
+use std::{path::PathBuf, time::Instant};
+
+use candle_core::Device;
+use serde_json::{Value, json};
+
+use super::{note, say};
+use crate::{
+    baseline::ExactGp,
+    error::{Error, Result},
+    geo::{
+        frame::Frame,
+        survey::{Outcome, Survey, SurveyOptions},
+        table::Columns,
+    },
+    likelihood::{self, Likelihood},
+    predictive::{Link, Marginals, Of, Predictive},
+    process::Process,
+    rng::Stream,
+    score::{Forecast, Summary, Truth, forecasts},
+    sites::{Observations, Sites, mean_sd},
+};
+
+/// Hold sites out fold by fold, predict them from the others, and score the predictions
+#[derive(clap::Args)]
+pub struct Args {
+    /// Survey table: CSV, Parquet, GeoParquet, GeoPackage, GeoJSON or Shapefile, one row per site
+    #[arg(long, value_name = "FILE")]
+    surveys: PathBuf,
+    /// A number of random folds, or a table with a column of fold labels: FILE:COLUMN. Its rows are
+    /// those of the survey file, in order or named by a column `row` that counts from 0
+    #[arg(long, value_name = "N|FILE:COLUMN")]
+    folds: String,
+    /// Model by name or file; `gp` fits an exact Gaussian process to every fold's context
+    #[arg(long, value_name = "NAME|FILE", default_value = "gp")]
+    model: String,
+    /// Column of longitude or easting
+    #[arg(long, value_name = "COLUMN")]
+    lon: Option<String>,
+    /// Column of latitude or northing
+    #[arg(long, value_name = "COLUMN")]
+    lat: Option<String>,
+    /// Column of the number positive
+    #[arg(long, value_name = "COLUMN")]
+    positive: Option<String>,
+    /// Column of the number tested
+    #[arg(long, value_name = "COLUMN")]
+    tested: Option<String>,
+    /// Column of a continuous outcome, in place of --positive and --tested
+    #[arg(long, value_name = "COLUMN", conflicts_with_all = ["positive", "tested"])]
+    value: Option<String>,
+    /// Coordinate reference system of the columns: EPSG:4326, WKT, a PROJ string, local:m, local:km
+    #[arg(long)]
+    crs: Option<String>,
+    /// Layer of a GeoPackage
+    #[arg(long)]
+    layer: Option<String>,
+    /// Seed of the random folds
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which fold each site belongs to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Folds {
+    /// Label of each fold, in order.
+    pub labels: Vec<String>,
+    /// Fold of each site, `[site]`, a position in `labels`.
+    pub of: Vec<usize>,
+}
+
+/// What predicts the held-out sites: context in, predictive at targets out.
+pub type Forecaster<'a> = dyn Fn(&Observations, &Sites) -> Result<Predictive> + 'a;
+
+/// One fold, scored.
+pub struct Fold {
+    /// Its label.
+    pub label: String,
+    /// Each held-out site with its forecast, in the order of the survey.
+    pub met: Vec<Forecast>,
+    /// The same sites, forecast by each of [`RULES`].
+    pub rules: Vec<Vec<Forecast>>,
+    /// Time to condition and predict, seconds.
+    pub seconds: f64,
+}
+
+/// A rule that anyone could apply: forecasts of sites `held` from a survey `seen`, given the planar
+/// places of both.
+type Rule = fn(&Survey, &[Vec<f64>], &[Vec<f64>]) -> Marginals;
+
+/// The rules that stand beside a model.
+const RULES: &[(&str, Rule)] = &[
+    ("intercept-only", intercept_only),
+    ("nearest-site", nearest_site),
+];
+
+/// Validates and prints.
+///
+/// # Errors
+/// What is wrong with the survey, the folds, or the model.
+pub fn run(args: &Args) -> Result<()> {
+    let survey = Survey::read(
+        &args.surveys,
+        &SurveyOptions {
+            lon: args.lon.clone(),
+            lat: args.lat.clone(),
+            positive: args.positive.clone(),
+            tested: args.tested.clone(),
+            value: args.value.clone(),
+            crs: args.crs.clone(),
+            layer: args.layer.clone(),
+        },
+    )?;
+    survey.notes.iter().for_each(note);
+    for dropped in &survey.dropped {
+        note(format!("row {} left out: {}", dropped.row, dropped.reason));
+    }
+    let folds = Folds::parse(&args.folds, &survey, args.seed)?;
+    let scored = cross_validate(&survey, &folds, &*forecaster(&args.model, &survey)?)?;
+    if args.json {
+        say(report(&args.model, &scored))
+    } else {
+        table(&args.model, &scored)
+    }
+}
+
+/// The forecaster that `--model` names.
+fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
+    let likelihood = match survey.outcome {
+        Outcome::Counts { .. } => likelihood::find("binomial")?,
+        Outcome::Values(_) => likelihood::find("gaussian")?,
+    };
+    match model {
+        "gp" => Ok(exact_gp(likelihood)),
+        _ => Err(Error::input(format!("there is no model `{model}` here"))
+            .try_this("validate the exact Gaussian process with --model gp")),
+    }
+}
+
+/// Fits an exact Gaussian process to each context, then conditions it on that context.
+pub fn exact_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
+    Box::new(move |context, targets| {
+        ExactGp::fit(context, likelihood)?
+            .condition(context)?
+            .at(targets)
+    })
+}
+
+/// Predicts every fold from the others.
+///
+/// # Errors
+/// [`Error::Input`] if a fold leaves fewer than three sites to learn from; else as the forecaster.
+pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Result<Vec<Fold>> {
+    let device = Device::Cpu;
+    let fold = |(fold, label): (usize, &String)| {
+        let (held, seen): (Vec<usize>, Vec<usize>) =
+            (0..survey.len()).partition(|i| folds.of[*i] == fold);
+        if seen.len() < 3 {
+            return Err(
+                Error::input("a fold leaves fewer than 3 sites to learn from")
+                    .fact("fold", label)
+                    .fact("sites left", seen.len())
+                    .try_this("use more folds"),
+            );
+        }
+        let (seen, held) = (survey.subset(&seen), survey.subset(&held));
+        let truths = truths(&held.outcome);
+        let started = Instant::now();
+        let frame = Frame::fit(&seen)?;
+        let context = frame.observations(&seen, &device)?;
+        let targets = frame.sites(&held.crs, &held.x, &held.y, &device)?;
+        let marginals = ask(&context, &targets)?.marginals(0, Of::Observation)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let met = forecasts(&frame.outcome(marginals), &truths)?;
+        let (here, there) = (
+            context.sites.host()?.swap_remove(0),
+            targets.host()?.swap_remove(0),
+        );
+        let rules = RULES
+            .iter()
+            .map(|(_, rule)| forecasts(&rule(&seen, &here, &there), &truths));
+        Ok(Fold {
+            label: label.clone(),
+            met,
+            rules: rules.collect::<Result<_>>()?,
+            seconds,
+        })
+    };
+    folds.labels.iter().enumerate().map(fold).collect()
+}
+
+fn truths(outcome: &Outcome) -> Vec<Truth> {
+    match outcome {
+        Outcome::Values(values) => values.iter().map(|v| Truth::Value(*v)).collect(),
+        Outcome::Counts { positive, tested } => positive
+            .iter()
+            .zip(tested)
+            .map(|(k, n)| Truth::Count {
+                positive: *k as u64,
+                tested: *n as u64,
+            })
+            .collect(),
+    }
+}
+
+impl Folds {
+    /// What `--folds` means: a number, or FILE:COLUMN.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for fewer than two folds or more than sites; a file whose rows are not the
+    /// survey's; a site without a fold. As [`Columns::read`] for the file.
+    pub fn parse(text: &str, survey: &Survey, seed: u64) -> Result<Self> {
+        if let Ok(n) = text.parse() {
+            return Self::random(n, survey.len(), seed);
+        }
+        let Some((file, column)) = text.rsplit_once(':') else {
+            return Err(Error::input("--folds is neither a number nor FILE:COLUMN")
+                .fact("--folds", text)
+                .try_this("write --folds 10, or --folds folds.csv:fold"));
+        };
+        let table = Columns::read(file)?;
+        let labels = table.text(column)?;
+        let rows: Vec<usize> = match table.names().iter().any(|name| name == "row") {
+            true => table
+                .numbers("row")?
+                .iter()
+                .map(|row| *row as usize + 1)
+                .collect(),
+            false => (1..=table.len()).collect(),
+        };
+        let label = |row: &usize| {
+            let at = rows.iter().position(|r| r == row);
+            at.map(|i| labels[i].clone())
+                .filter(|label| !label.is_empty())
+                .ok_or_else(|| {
+                    Error::input("a site of the survey has no fold")
+                        .fact("survey", survey.source.display())
+                        .fact("row", row)
+                        .fact("folds", file)
+                        .try_this("the rows of the folds are those of the survey file, all of them")
+                })
+        };
+        Self::named(&survey.rows.iter().map(label).collect::<Result<Vec<_>>>()?)
+    }
+
+    /// `n` folds of as equal size as can be, at random.
+    ///
+    /// # Errors
+    /// [`Error::Input`] unless 2 ≤ n ≤ sites.
+    pub fn random(n: usize, sites: usize, seed: u64) -> Result<Self> {
+        if !(2..=sites).contains(&n) {
+            return Err(
+                Error::input("there must be at least 2 folds and at most one per site")
+                    .fact("folds", n)
+                    .fact("sites", sites),
+            );
+        }
+        let mut of = vec![0; sites];
+        let order = Stream::new(seed, "folds", 0).permutation(sites);
+        order
+            .iter()
+            .enumerate()
+            .for_each(|(i, site)| of[*site] = i % n);
+        Ok(Folds {
+            labels: (0..n).map(|i| i.to_string()).collect(),
+            of,
+        })
+    }
+
+    /// Folds from each site's label, in the order of numbers where the labels are numbers.
+    fn named(each: &[String]) -> Result<Self> {
+        let mut labels = each.to_vec();
+        labels.sort_by(|a, b| match (a.parse::<f64>(), b.parse::<f64>()) {
+            (Ok(a), Ok(b)) => a.total_cmp(&b),
+            _ => a.cmp(b),
+        });
+        labels.dedup();
+        if labels.len() < 2 {
+            return Err(Error::input("every site is in the same fold")
+                .fact("fold", labels.join(""))
+                .try_this("name a column with at least two different labels"));
+        }
+        let place = |label| {
+            labels
+                .iter()
+                .position(|l| l == label)
+                .expect("collected above")
+        };
+        let of = each.iter().map(place).collect();
+        Ok(Folds { labels, of })
+    }
+}
+
+/// What was seen, link scale: values, or empirical logits ln((k + ½)/(n − k + ½)).
+fn link_scale(outcome: &Outcome) -> (Link, Vec<f64>) {
+    match outcome {
+        Outcome::Values(values) => (Link::Identity, values.clone()),
+        Outcome::Counts { positive, tested } => {
+            let logit = |(k, n): (&f64, &f64)| ((k + 0.5) / (n - k + 0.5)).ln();
+            (
+                Link::Logit,
+                positive.iter().zip(tested).map(logit).collect(),
+            )
+        }
+    }
+}
+
+fn marginals(link: Link, mean: Vec<f64>, sd: f64) -> Marginals {
+    let n = mean.len();
+    let of = Of::Observation;
+    Marginals {
+        link,
+        of,
+        components: 1,
+        weight: vec![1.0; n],
+        mean,
+        sd: vec![sd; n],
+    }
+}
+
+/// Every site is one draw from the law of all sites: no map at all.
+fn intercept_only(seen: &Survey, _: &[Vec<f64>], held: &[Vec<f64>]) -> Marginals {
+    let (link, values) = link_scale(&seen.outcome);
+    let (mean, sd) = mean_sd(&values);
+    marginals(link, vec![mean; held.len()], sd)
+}
+
+/// Every site is like its nearest neighbour, as nearly as the neighbours seen are alike.
+fn nearest_site(seen: &Survey, here: &[Vec<f64>], held: &[Vec<f64>]) -> Marginals {
+    let (link, values) = link_scale(&seen.outcome);
+    let square = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+    let nearest = |to: &[f64], but: Option<usize>| {
+        let others = (0..here.len()).filter(|i| Some(*i) != but);
+        others
+            .min_by(|a, b| square(&here[*a], to).total_cmp(&square(&here[*b], to)))
+            .unwrap_or(0)
+    };
+    let apart = (0..here.len()).map(|i| values[nearest(&here[i], Some(i))] - values[i]);
+    let sd = (apart.map(|d| d * d).sum::<f64>() / here.len() as f64).sqrt();
+    // Identical values everywhere: any small sd will do, but none at all is no law.
+    let sd = if sd > 0.0 { sd } else { mean_sd(&values).1 };
+    marginals(
+        link,
+        held.iter().map(|to| values[nearest(to, None)]).collect(),
+        sd,
+    )
+}
+
+/// Every site of every fold: the model's forecasts, then each rule's.
+fn pooled(folds: &[Fold]) -> (Summary, Vec<Summary>) {
+    let all: Vec<Forecast> = folds.iter().flat_map(|f| f.met.clone()).collect();
+    let rules = (0..RULES.len()).map(|r| {
+        Summary::of(
+            &folds
+                .iter()
+                .flat_map(|f| f.rules[r].clone())
+                .collect::<Vec<_>>(),
+        )
+    });
+    (Summary::of(&all), rules.collect())
+}
+
+/// The JSON object of `--json`: the scores over all sites, then what they are made of.
+pub fn report(model: &str, folds: &[Fold]) -> Value {
+    let (all, rules) = pooled(folds);
+    let timed = |summary: &Summary, seconds: f64| {
+        let mut object = json!(summary);
+        object["seconds"] = json!(seconds);
+        object
+    };
+    let mut object = timed(&all, folds.iter().map(|f| f.seconds).sum());
+    object["model"] = json!(model);
+    object["folds"] = folds
+        .iter()
+        .map(|fold| {
+            let mut object = timed(&Summary::of(&fold.met), fold.seconds);
+            object["fold"] = json!(fold.label);
+            object
+        })
+        .collect();
+    let rules = RULES
+        .iter()
+        .zip(&rules)
+        .map(|((name, _), s)| (name.to_string(), json!(s)));
+    object["baselines"] = Value::Object(rules.collect());
+    object
+}
+
+fn table(model: &str, folds: &[Fold]) -> Result<()> {
+    let (all, rules) = pooled(folds);
+    let line = |name: &str, s: &Summary, seconds: Option<f64>| {
+        let time = seconds.map_or(String::new(), |t| format!("{t:9.2}"));
+        say(format!(
+            "{name:<16}{:6}{:11.3}{:10.4}{:10.4}{:7.2}{:6.2}{:6.2}{time}",
+            s.n, s.log_score, s.crps, s.rmse, s.coverage.at_50, s.coverage.at_80, s.coverage.at_95
+        ))
+    };
+    say(format!(
+        "{:<16}{:>6}{:>11}{:>10}{:>10}{:>7}{:>6}{:>6}{:>9}",
+        "", "sites", "log score", "crps", "rmse", "50 %", "80 %", "95 %", "seconds"
+    ))?;
+    for fold in folds {
+        line(
+            &format!("fold {}", fold.label),
+            &Summary::of(&fold.met),
+            Some(fold.seconds),
+        )?;
+    }
+    line(model, &all, Some(folds.iter().map(|f| f.seconds).sum()))?;
+    for ((name, _), summary) in RULES.iter().zip(&rules) {
+        line(name, summary, None)?;
+    }
+    say("log score: nats per site, higher is better; crps, rmse: outcome units, lower is better")
+}
