@@ -87,6 +87,11 @@ impl Recipe {
         &self.text
     }
 
+    /// Every table, by name.
+    pub fn tables(&self) -> &toml::Table {
+        &self.table
+    }
+
     /// The table called `name`.
     ///
     /// # Errors
@@ -101,16 +106,6 @@ impl Recipe {
     /// A string at the top of the recipe.
     pub fn word(&self, name: &str) -> Option<&str> {
         self.table.get(name).and_then(|v| v.as_str())
-    }
-
-    /// The law of tasks.
-    pub fn tasks(&self) -> Result<crate::task::Tasks> {
-        crate::task::Tasks::new(&self.table)
-    }
-
-    /// Name of the likelihood.
-    pub fn likelihood(&self) -> Result<String> {
-        Ok(self.tasks()?.likelihood().name().to_string())
     }
 
     /// The settings under `name`, defaults where the table is absent.

@@ -11,6 +11,7 @@ use std::{
 const LAYERS: &[&[&str]] = &[
     &[
         "error",
+        "device",
         "registry",
         "rng",
         "sites",

@@ -10,7 +10,7 @@ use crate::{
     kernel::Kernel,
     likelihood::{self, Likelihood},
     prior::{self, Prior, Rule, hyper::Law},
-    recipe,
+    recipe::{self, Recipe},
     rng::Stream,
     sites::{Observations, Sites, Task, mean_sd, unit_box},
 };
@@ -55,6 +55,24 @@ pub struct Tasks {
     trials: Trials,
     settings: Settings,
     likelihood: &'static dyn Likelihood,
+}
+
+impl Recipe {
+    /// The law of tasks.
+    ///
+    /// # Errors
+    /// As [`Tasks::new`].
+    pub fn tasks(&self) -> Result<Tasks> {
+        Tasks::new(self.tables())
+    }
+
+    /// Name of the likelihood.
+    ///
+    /// # Errors
+    /// As [`Tasks::new`].
+    pub fn likelihood(&self) -> Result<String> {
+        Ok(self.tasks()?.likelihood().name().to_string())
+    }
 }
 
 /// The `[task]` table.

@@ -2,6 +2,10 @@
 
 use std::process::{Command, Stdio};
 
+#[cfg(feature = "gdal")]
+mod map;
+#[cfg(feature = "gdal")]
+mod refusals;
 mod words;
 
 /// The command, run where `data/` is, with no terminal to ask.
