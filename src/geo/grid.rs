@@ -374,7 +374,7 @@ impl Grid {
             )))
             .try_this("choose a coarser --resolution, and check its unit"));
         }
-        if rows * cols < 4.0 && resolution.is_some() {
+        if step > longer {
             return Err(facts(Error::input(
                 "the resolution is coarser than the area to map",
             ))
@@ -619,7 +619,7 @@ mod tests {
             };
             let pixels = Grid::cover(extent, &plane(), None).unwrap().len() as f64;
             assert!(
-                (4e3..1e6).contains(&pixels),
+                (2e3..1e6).contains(&pixels),
                 "{width} × {height}: {pixels} pixels"
             );
         }
