@@ -133,11 +133,7 @@ impl Observations {
             sites: self.sites.to_device(device)?,
             y: self.y.to_device(device)?,
             mask: self.mask.to_device(device)?,
-            trials: self
-                .trials
-                .as_ref()
-                .map(|t| t.to_device(device))
-                .transpose()?,
+            trials: self.trials.as_ref().map(|t| t.to_device(device)).transpose()?,
         })
     }
 

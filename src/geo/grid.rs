@@ -367,10 +367,10 @@ impl Grid {
                 )
                 .fact("pixel", format!("{step} (units of {})", crs.name()))
         };
-        if !(rows * cols <= MOST_PIXELS) {
+        let pixels = rows * cols;
+        if pixels.is_nan() || pixels > MOST_PIXELS {
             return Err(facts(Error::input(format!(
-                "the grid would have {:.1e} pixels",
-                rows * cols
+                "the grid would have {pixels:.1e} pixels"
             )))
             .try_this("choose a coarser --resolution, and check its unit"));
         }

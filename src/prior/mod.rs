@@ -39,12 +39,7 @@ pub trait Prior: Send + Sync {
 
     /// Draws one surface under each rule at sites in region units. Rules given together share
     /// their kernel's factor only if they are the same rule up to mean, sill and nugget.
-    fn surfaces(
-        &self,
-        xy: &[[f64; 2]],
-        count: usize,
-        rng: &mut Stream,
-    ) -> Result<Vec<(Rule, Surface)>>;
+    fn surfaces(&self, xy: &[[f64; 2]], count: usize, rng: &mut Stream) -> Result<Vec<(Rule, Surface)>>;
 }
 
 /// A registered prior.
@@ -69,7 +64,9 @@ impl Named for Entry {
 }
 
 /// Every prior.
-pub const PRIORS: &[Entry] = &[gp::ENTRY];
+pub const PRIORS: &[Entry] = &[
+    gp::ENTRY,
+];
 
 /// Builds the prior that a `[prior]` table names with `kind`.
 ///
@@ -79,10 +76,8 @@ pub fn build(table: &toml::Table) -> Result<Box<dyn Prior>> {
     let mut table = table.clone();
     let kind = table.remove("kind");
     let Some(kind) = kind.as_ref().and_then(|k| k.as_str()) else {
-        return Err(
-            Error::input("the recipe does not say which prior to draw from")
-                .try_this("add `kind = \"gp\"` under [prior]"),
-        );
+        return Err(Error::input("the recipe does not say which prior to draw from")
+            .try_this("add `kind = \"gp\"` under [prior]"));
     };
     (registry::find("prior", PRIORS, kind)?.build)(&table)
 }

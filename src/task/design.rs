@@ -50,14 +50,8 @@ impl Default for Design {
     fn default() -> Self {
         Design {
             context: vec![
-                Size {
-                    sites: [3, 2000],
-                    weight: 0.2,
-                },
-                Size {
-                    sites: [15, 300],
-                    weight: 0.8,
-                },
+                Size { sites: [3, 2000], weight: 0.2 },
+                Size { sites: [15, 300], weight: 0.8 },
             ],
             targets: 64,
             clustered: 0.5,
@@ -102,14 +96,11 @@ impl Design {
         self.aspect.check("aspect", true)?;
         let sound = |s: &Size| s.sites[0] >= 2 && s.sites[0] <= s.sites[1] && s.weight >= 0.0;
         let chance: f64 = self.context.iter().map(|s| s.weight).sum();
-        if self.targets == 0 || !self.context.iter().all(sound) || chance.is_nan() || chance <= 0.0
-        {
+        if self.targets == 0 || !self.context.iter().all(sound) || chance.is_nan() || chance <= 0.0 {
             return Err(Error::input("the design has an empty range of sites")
                 .fact("context", format!("{:?}", self.context))
                 .fact("targets", self.targets)
-                .try_this(
-                    "write e.g. context = [{ sites = [3, 300], weight = 1 }], targets = 64",
-                ));
+                .try_this("write e.g. context = [{ sites = [3, 300], weight = 1 }], targets = 64"));
         }
         Ok(())
     }
@@ -133,16 +124,8 @@ impl Design {
 
     /// Lays out `context` sites and this design's targets.
     pub fn layout(&self, context: usize, rng: &mut Stream) -> Layout {
-        let aspect = if self.line {
-            0.0
-        } else {
-            self.aspect.draw(rng).min(1.0)
-        };
-        let half = if !self.line && rng.unit() < 0.5 {
-            [aspect, 1.0]
-        } else {
-            [1.0, aspect]
-        };
+        let aspect = if self.line { 0.0 } else { self.aspect.draw(rng).min(1.0) };
+        let half = if !self.line && rng.unit() < 0.5 { [aspect, 1.0] } else { [1.0, aspect] };
         let count = |share: f64| (share * self.targets as f64).round() as usize;
         let (near, anywhere) = (count(self.near), count(self.anywhere));
         let alike = self.targets.saturating_sub(near + anywhere);
@@ -161,10 +144,7 @@ impl Design {
         let mut xy: Vec<[f64; 2]> = order.iter().map(|&i| pool[i]).collect();
         for _ in 0..near {
             let [x, y] = xy[rng.below(context)];
-            let (r, turn) = (
-                rng.log_uniform(0.002, 0.2),
-                rng.uniform(0.0, std::f64::consts::TAU),
-            );
+            let (r, turn) = (rng.log_uniform(0.002, 0.2), rng.uniform(0.0, std::f64::consts::TAU));
             let dy = if self.line { 0.0 } else { r * turn.sin() };
             xy.push([x + r * turn.cos(), y + dy]);
         }
@@ -181,17 +161,13 @@ impl Design {
     /// Sites that could have been surveyed.
     fn pool(&self, n: usize, half: [f64; 2], rng: &mut Stream) -> Vec<[f64; 2]> {
         let anywhere = |rng: &mut Stream| {
-            [
-                half[0] * rng.uniform(-1.0, 1.0),
-                half[1] * rng.uniform(-1.0, 1.0),
-            ]
+            [half[0] * rng.uniform(-1.0, 1.0), half[1] * rng.uniform(-1.0, 1.0)]
         };
         let kind = rng.unit();
         if kind < self.clustered {
             let share = rng.uniform(0.2, 1.0);
-            let centres: Vec<[f64; 2]> = (0..(self.clusters.draw(rng).round() as usize).max(1))
-                .map(|_| anywhere(rng))
-                .collect();
+            let centres: Vec<[f64; 2]> =
+                (0..(self.clusters.draw(rng).round() as usize).max(1)).map(|_| anywhere(rng)).collect();
             let radius = self.cluster_radius.draw(rng);
             return (0..n)
                 .map(|_| {
@@ -199,13 +175,7 @@ impl Design {
                         return anywhere(rng);
                     }
                     let c = centres[rng.below(centres.len())];
-                    let step = |flat: f64, rng: &mut Stream| {
-                        if flat == 0.0 {
-                            0.0
-                        } else {
-                            radius * rng.normal()
-                        }
-                    };
+                    let step = |flat: f64, rng: &mut Stream| if flat == 0.0 { 0.0 } else { radius * rng.normal() };
                     [c[0] + step(half[0], rng), c[1] + step(half[1], rng)]
                 })
                 .collect();

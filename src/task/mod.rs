@@ -33,11 +33,7 @@ pub struct Trials {
 
 impl Default for Trials {
     fn default() -> Self {
-        Trials {
-            base: Law::log_uniform(2.0, 500.0),
-            spread: Law::uniform(0.0, 0.8),
-            equal: 0.15,
-        }
+        Trials { base: Law::log_uniform(2.0, 500.0), spread: Law::uniform(0.0, 0.8), equal: 0.15 }
     }
 }
 
@@ -78,12 +74,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings {
-            likelihood: "binomial".into(),
-            frame: Frame::Context,
-            share: 2,
-            span: 1.0,
-        }
+        Settings { likelihood: "binomial".into(), frame: Frame::Context, share: 2, span: 1.0 }
     }
 }
 
@@ -174,13 +165,7 @@ impl Tasks {
         let settings: Settings = recipe::parse_table("[task]", &table("task")?)?;
         let likelihood = likelihood::find(&settings.likelihood)?;
         let prior = prior::build(&table("prior")?)?;
-        Ok(Tasks {
-            prior,
-            design,
-            trials,
-            settings,
-            likelihood,
-        })
+        Ok(Tasks { prior, design, trials, settings, likelihood })
     }
 
     /// How observations arise.
@@ -205,19 +190,14 @@ impl Tasks {
         Ok(surfaces
             .into_iter()
             .map(|(rule, surface)| {
-                let trials = self
-                    .likelihood
-                    .counts()
-                    .then(|| self.tested(layout.xy.len(), rng));
+                let trials = self.likelihood.counts().then(|| self.tested(layout.xy.len(), rng));
                 let y = match &trials {
                     None => surface.noisy.clone(),
                     Some(trials) => surface
                         .noisy
                         .iter()
                         .zip(trials)
-                        .map(|(eta, n)| {
-                            rng.binomial(*n as u64, self.likelihood.link().outcome(*eta)) as f64
-                        })
+                        .map(|(eta, n)| rng.binomial(*n as u64, self.likelihood.link().outcome(*eta)) as f64)
                         .collect(),
                 };
                 Draw {
@@ -235,18 +215,8 @@ impl Tasks {
 
     fn tested(&self, n: usize, rng: &mut Stream) -> Vec<f64> {
         let base = self.trials.base.draw(rng);
-        let spread = if rng.unit() < self.trials.equal {
-            0.0
-        } else {
-            self.trials.spread.draw(rng)
-        };
-        (0..n)
-            .map(|_| {
-                (base * (spread * rng.normal()).exp())
-                    .round()
-                    .clamp(1.0, 1000.0)
-            })
-            .collect()
+        let spread = if rng.unit() < self.trials.equal { 0.0 } else { self.trials.spread.draw(rng) };
+        (0..n).map(|_| (base * (spread * rng.normal()).exp()).round().clamp(1.0, 1000.0)).collect()
     }
 
     /// Batch number `index` under `seed`: `rows` tasks with `context` sites each.
@@ -291,11 +261,7 @@ impl Tasks {
             noisy.extend(draw.noisy[context..].iter().map(value));
             trials.extend(draw.trials.iter().flatten().map(|n| *n as f32));
             rules.push(Rule {
-                kernel: Arc::new(Reframed {
-                    kernel: draw.rule.kernel,
-                    unit,
-                    scale: 1.0 / (sd * sd),
-                }),
+                kernel: Arc::new(Reframed { kernel: draw.rule.kernel, unit, scale: 1.0 / (sd * sd) }),
                 nugget: draw.rule.nugget / (sd * sd),
                 mean: (draw.rule.mean - mean) / sd,
             });
@@ -305,16 +271,9 @@ impl Tasks {
         let cpu = &Device::Cpu;
         let s = Tensor::from_vec(s, (rows, n, dim), cpu)?;
         let y = Tensor::from_vec(y, (rows, n, 1), cpu)?;
-        let trials = if counts {
-            Some(Tensor::from_vec(trials, (rows, n), cpu)?)
-        } else {
-            None
-        };
+        let trials = if counts { Some(Tensor::from_vec(trials, (rows, n), cpu)?) } else { None };
         let part = |start: usize, len: usize| -> Result<Observations> {
-            let trials = trials
-                .as_ref()
-                .map(|t| t.narrow(1, start, len)?.contiguous())
-                .transpose()?;
+            let trials = trials.as_ref().map(|t| t.narrow(1, start, len)?.contiguous()).transpose()?;
             Observations::new(
                 Sites::new(s.narrow(1, start, len)?.contiguous()?),
                 y.narrow(1, start, len)?.contiguous()?,
