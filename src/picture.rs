@@ -19,8 +19,8 @@ use crate::{
     geo::{crs::Crs, grid::Grid},
 };
 
-/// Pixels along the longer side of the map itself, at most.
-const LONGEST: usize = 900;
+/// Width and height of the map itself, pixels, at most.
+const LARGEST: [f64; 2] = [900.0, 780.0];
 /// Room around the map, pixels: left, top, right, bottom.
 const MARGIN: [usize; 4] = [84, 92, 132, 92];
 
@@ -29,6 +29,7 @@ const WHITE: Rgb = [255, 255, 255];
 const INK: Rgb = [38, 38, 44];
 const GREY: Rgb = [120, 120, 128];
 const NO_DATA: Rgb = [229, 229, 231];
+const COAST: Rgb = [150, 150, 156];
 
 /// How values become colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,30 +211,29 @@ impl Picture {
 
     fn draw(&self) -> Result<Canvas> {
         let [left, top, right, bottom] = MARGIN;
-        let long = LONGEST as f64;
         let aspect = self.aspect.clamp(0.1, 10.0);
-        let (width, height) = if aspect > 1.0 {
-            (long / aspect, long)
-        } else {
-            (long, long * aspect)
-        };
-        let (width, height) = ((width as usize).max(360), (height as usize).max(240));
+        let wide = LARGEST[0].min(LARGEST[1] / aspect);
+        let (width, height) = ((wide as usize).max(360), ((wide * aspect) as usize).max(90));
         let mut canvas = Canvas::new(left + width + right, top + height + bottom);
         let range = self.range.unwrap_or_else(|| range(&self.values));
         let colour = |v: f64| self.palette.colour((v - range[0]) / (range[1] - range[0]));
 
+        let at = |i: usize, size: usize| (i as f64 + 0.5) / size as f64;
+        let seen = |x: usize, y: usize| !self.sample(at(x, width), at(y, height)).is_nan();
         for y in 0..height {
             for x in 0..width {
-                let v = self.sample(
-                    (x as f64 + 0.5) / width as f64,
-                    (y as f64 + 0.5) / height as f64,
-                );
-                canvas.put(
-                    left + x,
-                    top + y,
-                    if v.is_nan() { NO_DATA } else { colour(v) },
-                    1.0,
-                );
+                let v = self.sample(at(x, width), at(y, height));
+                // A thin line around what has data: the coast.
+                let coast = || {
+                    (x.saturating_sub(1)..(x + 2).min(width)).any(|x| seen(x, y))
+                        || (y.saturating_sub(1)..(y + 2).min(height)).any(|y| seen(x, y))
+                };
+                let colour = match v.is_nan() {
+                    false => colour(v),
+                    true if coast() => COAST,
+                    true => NO_DATA,
+                };
+                canvas.put(left + x, top + y, colour, 1.0);
             }
         }
         self.draw_marks(&mut canvas, (width, height), &colour);

@@ -6,5 +6,8 @@ mod exact_gp;
 mod kernels;
 #[path = "contract/scores.rs"]
 mod scores;
+#[cfg(feature = "gdal")]
 #[path = "golden/surveys.rs"]
 mod surveys;
+#[path = "contract/validate.rs"]
+mod validate;

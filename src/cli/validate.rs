@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::{note, say};
 use crate::{
     baseline::ExactGp,
+    checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
         frame::Frame,
@@ -25,6 +26,9 @@ use crate::{
     sites::{Observations, Sites, mean_sd},
 };
 
+/// The model name of the exact Gaussian process.
+const GP: &str = "gp";
+
 /// Hold sites out fold by fold, predict them from the others, and score the predictions
 #[derive(clap::Args)]
 pub struct Args {
@@ -35,9 +39,10 @@ pub struct Args {
     /// those of the survey file, in order or named by a column `row` that counts from 0
     #[arg(long, value_name = "N|FILE:COLUMN")]
     folds: String,
-    /// Model by name or file; `gp` fits an exact Gaussian process to every fold's context
-    #[arg(long, value_name = "NAME|FILE", default_value = "gp")]
-    model: String,
+    /// Model by name or file: `prevalence` for counts and `continuous` for values when left out; `gp`
+    /// fits an exact Gaussian process to every fold's context
+    #[arg(long, value_name = "NAME|FILE")]
+    model: Option<String>,
     /// Column of longitude or easting
     #[arg(long, value_name = "COLUMN")]
     lon: Option<String>,
@@ -123,25 +128,39 @@ pub fn run(args: &Args) -> Result<()> {
         note(format!("row {} left out: {}", dropped.row, dropped.reason));
     }
     let folds = Folds::parse(&args.folds, &survey, args.seed)?;
-    let scored = cross_validate(&survey, &folds, &*forecaster(&args.model, &survey)?)?;
+    let model = args.model.as_deref().unwrap_or(match survey.outcome {
+        Outcome::Counts { .. } => "prevalence",
+        Outcome::Values(_) => "continuous",
+    });
+    let scored = cross_validate(&survey, &folds, &*forecaster(model, &survey)?)?;
     if args.json {
-        say(report(&args.model, &scored))
+        say(report(model, &scored))
     } else {
-        table(&args.model, &scored)
+        table(model, &scored)
     }
 }
 
 /// The forecaster that `--model` names.
 fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
-    let likelihood = match survey.outcome {
-        Outcome::Counts { .. } => likelihood::find("binomial")?,
-        Outcome::Values(_) => likelihood::find("gaussian")?,
+    let wanted = match survey.outcome {
+        Outcome::Counts { .. } => "binomial",
+        Outcome::Values(_) => "gaussian",
     };
-    match model {
-        "gp" => Ok(exact_gp(likelihood)),
-        _ => Err(Error::input(format!("there is no model `{model}` here"))
-            .try_this("validate the exact Gaussian process with --model gp")),
+    if model == GP {
+        return Ok(exact_gp(likelihood::find(wanted)?));
     }
+    let checkpoint = Checkpoint::resolve(model)?;
+    let reads = checkpoint.likelihood()?;
+    if reads.name() != wanted {
+        return Err(Error::input("the model does not read this kind of outcome")
+            .fact("model", format!("{model}: {}", reads.about()))
+            .fact("survey", format!("{}: {wanted}", survey.source.display()))
+            .try_this("leave --model out, or use --model gp"));
+    }
+    let process = checkpoint.process(&Device::Cpu)?;
+    Ok(Box::new(move |context, targets| {
+        process.condition(context)?.at(targets)
+    }))
 }
 
 /// Fits an exact Gaussian process to each context, then conditions it on that context.
@@ -231,8 +250,8 @@ impl Folds {
             true => table
                 .numbers("row")?
                 .iter()
-                .map(|row| *row as usize + 1)
-                .collect(),
+                .map(|row| counted(*row, file))
+                .collect::<Result<_>>()?,
             false => (1..=table.len()).collect(),
         };
         let label = |row: &usize| {
@@ -296,6 +315,18 @@ impl Folds {
         let of = each.iter().map(place).collect();
         Ok(Folds { labels, of })
     }
+}
+
+/// A row of the survey as the surveys count them, from 1; folds name them from 0.
+fn counted(row: f64, file: &str) -> Result<usize> {
+    if row >= 0.0 && row.fract() == 0.0 && row < 1e12 {
+        return Ok(row as usize + 1);
+    }
+    Err(
+        Error::input("column `row` of the folds must count the survey's rows from 0")
+            .fact("folds", file)
+            .fact("row", row),
+    )
 }
 
 /// What was seen, link scale: values, or empirical logits ln((k + ½)/(n − k + ½)).

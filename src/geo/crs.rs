@@ -1,6 +1,7 @@
 //! Coordinate reference systems: codes, axis order, and transformation.
 //!
-//! PROJ, through GDAL. A [`Crs`] is text and a few facts read from it once, so it is `Send`,
+//! PROJ, through GDAL; a build without GDAL knows longitude and latitude on WGS84, equal-area
+//! planes and planes of their own, which is enough to predict and validate. A [`Crs`] is text and a few facts read from it once, so it is `Send`,
 //! `Sync` and cheap to clone; GDAL objects are built where they are used. Coordinates are always
 //! in traditional GIS order: x is easting or longitude, y is northing or latitude.
 
@@ -14,6 +15,10 @@ mod proj;
 #[cfg(not(feature = "gdal"))]
 #[path = "crs/disabled.rs"]
 mod proj;
+
+#[cfg(any(test, not(feature = "gdal")))]
+#[path = "crs/laea.rs"]
+mod laea;
 
 #[cfg(feature = "gdal")]
 pub use proj::{quiet, said};
@@ -121,9 +126,7 @@ impl Crs {
                     .fact("latitude", lat),
             );
         }
-        let mut crs = proj::describe(&format!(
-            "+proj=laea +lat_0={lat} +lon_0={lon} +x_0=0 +y_0=0 +datum=WGS84 +units=m +no_defs"
-        ))?;
+        let mut crs = proj::equal_area(lon, lat)?;
         crs.name = format!("equal-area plane (LAEA) centred on {lon}, {lat}");
         Ok(crs)
     }

@@ -367,14 +367,14 @@ impl Grid {
                 )
                 .fact("pixel", format!("{step} (units of {})", crs.name()))
         };
-        if !(rows * cols <= MOST_PIXELS) {
+        let pixels = rows * cols;
+        if pixels.is_nan() || pixels > MOST_PIXELS {
             return Err(facts(Error::input(format!(
-                "the grid would have {:.1e} pixels",
-                rows * cols
+                "the grid would have {pixels:.1e} pixels"
             )))
             .try_this("choose a coarser --resolution, and check its unit"));
         }
-        if rows * cols < 4.0 && resolution.is_some() {
+        if step > longer {
             return Err(facts(Error::input(
                 "the resolution is coarser than the area to map",
             ))
@@ -619,7 +619,7 @@ mod tests {
             };
             let pixels = Grid::cover(extent, &plane(), None).unwrap().len() as f64;
             assert!(
-                (4e3..1e6).contains(&pixels),
+                (2e3..1e6).contains(&pixels),
                 "{width} × {height}: {pixels} pixels"
             );
         }

@@ -113,138 +113,41 @@ pub struct SurveyOptions {
 }
 
 /// Spellings of columns, compared without case and without anything but letters and digits.
-const LONGITUDE: &[&str] = &[
-    "lon",
-    "long",
-    "longitude",
-    "lng",
-    "longnum",
-    "londd",
-    "longdd",
-    "longitudedd",
-    "lonwgs84",
-    "decimallongitude",
-    "gpslon",
-    "gpslong",
-    "gpslongitude",
-    "longitudex",
-    "xlon",
-    "xlongitude",
-];
-const LATITUDE: &[&str] = &[
-    "lat",
-    "latitude",
-    "latnum",
-    "latdd",
-    "latitudedd",
-    "latwgs84",
-    "decimallatitude",
-    "gpslat",
-    "gpslatitude",
-    "latitudey",
-    "ylat",
-    "ylatitude",
-];
+const LONGITUDE: &str = "lon long longitude lng longnum londd longdd longitudedd lonwgs84 \
+     longitudewgs84 decimallongitude gpslon gpslong gpslongitude longitudex xlon xlongitude";
+const LATITUDE: &str = "lat latitude latnum latdd latitudedd latwgs84 latitudewgs84 \
+     decimallatitude gpslat gpslatitude latitudey ylat ylatitude";
 /// Pairs, in order: the n-th easting goes with the n-th northing.
-const EASTING: &[&str] = &[
-    "x",
-    "easting",
-    "eastings",
-    "east",
-    "xcoord",
-    "coordx",
-    "coordsx",
-    "xcoordinate",
-    "xm",
-    "xkm",
-    "utmx",
-    "utme",
-    "utmeasting",
-    "pointx",
-];
-const NORTHING: &[&str] = &[
-    "y",
-    "northing",
-    "northings",
-    "north",
-    "ycoord",
-    "coordy",
-    "coordsy",
-    "ycoordinate",
-    "ym",
-    "ykm",
-    "utmy",
-    "utmn",
-    "utmnorthing",
-    "pointy",
-];
-const POSITIVE: &[&str] = &[
-    "positive",
-    "positives",
-    "pos",
-    "npos",
-    "npositive",
-    "npositives",
-    "numpos",
-    "numpositive",
-    "nopositive",
-    "numberpositive",
-    "positivecount",
-    "positiven",
-    "case",
-    "cases",
-    "ncases",
-    "numcases",
-    "numbercases",
-    "infected",
-    "ninfected",
-    "numinfected",
-    "numberinfected",
-    "npossum",
-    "totalpositive",
-];
-const TESTED: &[&str] = &[
-    "tested",
-    "ntested",
-    "numtested",
-    "notested",
-    "numbertested",
-    "testedn",
-    "examined",
-    "nexamined",
-    "examinedn",
-    "numexamined",
-    "noexamined",
-    "numberexamined",
-    "screened",
-    "nscreened",
-    "trials",
-    "ntrials",
-    "n",
-    "ntot",
-    "total",
-    "totaltested",
-    "totalexamined",
-    "sampled",
-    "nsampled",
-    "samplesize",
-];
+const EASTING: &str = "x easting eastings east xcoord coordx coordsx xcoordinate xm xkm utmx \
+     utme utmeasting pointx";
+const NORTHING: &str = "y northing northings north ycoord coordy coordsy ycoordinate ym ykm \
+     utmy utmn utmnorthing pointy";
+const POSITIVE: &str = "positive positives pos npos npositive npositives numpos numpositive \
+     nopositive numberpositive positivecount positiven cases ncases numcases numbercases infected \
+     ninfected numinfected numberinfected totalpositive";
+const TESTED: &str = "tested ntested numtested notested numbertested testedn examined nexamined \
+     examinedn numexamined noexamined numberexamined screened nscreened trials ntrials n ntot \
+     total totaltested totalexamined sampled nsampled samplesize";
+
+/// `name` is one of `spellings`.
+fn spelled(name: &str, spellings: &str) -> bool {
+    let plain: String = name
+        .chars()
+        .filter(|c| c.is_alphanumeric())
+        .flat_map(char::to_lowercase)
+        .collect();
+    spellings.split_whitespace().any(|s| s == plain)
+}
 
 /// Values that stand for "none" in so many tables that a map of them is a mistake.
 const CODES: &[f64] = &[-999.0, -9999.0, -99999.0, -999999.0, 1e20, 9.96921e36];
 
-fn plain(name: &str) -> String {
-    name.chars()
-        .filter(|c| c.is_alphanumeric())
-        .flat_map(char::to_lowercase)
-        .collect()
-}
-
 impl Survey {
     /// Reads and checks a survey table: CSV, Parquet, GeoParquet, GeoPackage, GeoJSON, Shapefile.
     ///
-    /// Rows without coordinates or outcome, rows at 0°, 0°, rows with nobody tested, and repeats
-    /// of a whole row are dropped and listed in [`Survey::dropped`].
+    /// Rows without coordinates or outcome, rows at 0, 0 (unless the plane is local), rows with
+    /// nobody tested, and repeats of a whole row are dropped and listed in [`Survey::dropped`].
+    /// Surveys that share a place are kept.
     ///
     /// # Errors
     /// [`Error::Input`] for anything that could make a wrong map: text in a number column, more
@@ -407,8 +310,9 @@ impl Reading<'_> {
                 .fact("columns", self.table.list())
                 .try_this("name two columns with --lon and --lat"));
         }
-        let is = |name: &str, list: &[&str]| list.contains(&plain(name).as_str());
-        if (is(&lon, LATITUDE) && is(&lat, LONGITUDE)) || (is(&lon, NORTHING) && is(&lat, EASTING))
+        // Not x and y: where x points north, as in Gauss-Krüger systems, these are rightly crossed.
+        if (spelled(&lon, LATITUDE) && spelled(&lat, LONGITUDE))
+            || (spelled(&lon, "northing northings") && spelled(&lat, "easting eastings"))
         {
             return Err(self
                 .refuse("longitude and latitude are swapped")
@@ -422,17 +326,19 @@ impl Reading<'_> {
         );
         let crs = match &self.options.crs {
             Some(text) => Crs::from_user(text)?,
-            None if is(&lon, LONGITUDE) && is(&lat, LATITUDE) => {
+            None if spelled(&lon, LONGITUDE) && spelled(&lat, LATITUDE) => {
                 self.notes.push(
                     "took the coordinates as longitude and latitude on WGS84 (EPSG:4326)".into(),
                 );
                 Crs::from_user("EPSG:4326")?
             }
             None => {
-                let plane = match (plain(&lon).as_str(), plain(&lat).as_str()) {
-                    ("xm", "ym") => "; these names suggest --crs local:m",
-                    ("xkm", "ykm") => "; these names suggest --crs local:km",
-                    _ => "",
+                let plane = if spelled(&lon, "xm") && spelled(&lat, "ym") {
+                    "; these names suggest --crs local:m"
+                } else if spelled(&lon, "xkm") && spelled(&lat, "ykm") {
+                    "; these names suggest --crs local:km"
+                } else {
+                    ""
                 };
                 return Err(self
                     .refuse("the coordinate reference system is not known")
@@ -451,8 +357,8 @@ impl Reading<'_> {
 
     /// The pair of columns spelled like coordinates: degrees before planes.
     fn guess_coordinates(&self) -> Result<(String, String)> {
-        let lon = self.spelled(LONGITUDE);
-        let lat = self.spelled(LATITUDE);
+        let lon = self.candidates(LONGITUDE);
+        let lat = self.candidates(LATITUDE);
         let one = |found: &[String]| found.len() == 1;
         if one(&lon) && one(&lat) {
             return Ok((lon[0].clone(), lat[0].clone()));
@@ -464,10 +370,13 @@ impl Reading<'_> {
                 .fact("candidates", list)
                 .try_this("name them with --lon COLUMN --lat COLUMN"));
         }
-        let mut pairs = EASTING.iter().zip(NORTHING).filter_map(|(east, north)| {
-            let (east, north) = (self.spelled(&[east]), self.spelled(&[north]));
-            (one(&east) && one(&north)).then(|| (east[0].clone(), north[0].clone()))
-        });
+        let mut pairs = EASTING
+            .split_whitespace()
+            .zip(NORTHING.split_whitespace())
+            .filter_map(|(east, north)| {
+                let (east, north) = (self.candidates(east), self.candidates(north));
+                (one(&east) && one(&north)).then(|| (east[0].clone(), north[0].clone()))
+            });
         match (pairs.next(), pairs.next()) {
             (Some(pair), None) => Ok(pair),
             (Some(a), Some(b)) => Err(self
@@ -481,10 +390,11 @@ impl Reading<'_> {
         }
     }
 
-    fn spelled(&self, spellings: &[&str]) -> Vec<String> {
-        let names = self.table.names().iter();
-        names
-            .filter(|n| spellings.contains(&plain(n).as_str()))
+    fn candidates(&self, spellings: &str) -> Vec<String> {
+        self.table
+            .names()
+            .iter()
+            .filter(|name| spelled(name, spellings))
             .cloned()
             .collect()
     }
@@ -541,12 +451,12 @@ impl Reading<'_> {
         &self,
         what: &str,
         given: &Option<String>,
-        spellings: &[&str],
+        spellings: &str,
     ) -> Result<(String, bool)> {
         if let Some(name) = given {
             return Ok((name.clone(), false));
         }
-        let found = self.spelled(spellings);
+        let found = self.candidates(spellings);
         match found.as_slice() {
             [one] => Ok((one.clone(), true)),
             [] => Err(self
@@ -575,8 +485,8 @@ impl Reading<'_> {
                 (true, true) => Some("no coordinates".to_string()),
                 (true, false) => Some(format!("no {east}")),
                 (false, true) => Some(format!("no {north}")),
-                _ if places.crs.is_geographic() && x[i] == 0.0 && y[i] == 0.0 => {
-                    Some("at 0°, 0° in the sea, as places without coordinates often are".into())
+                _ if !places.crs.is_local() && x[i] == 0.0 && y[i] == 0.0 => {
+                    Some("at 0, 0, as places without coordinates often are".into())
                 }
                 _ => None,
             };
@@ -615,6 +525,22 @@ impl Reading<'_> {
                     .try_this("correct the cell, or leave it empty if the place is unknown"));
             }
         }
+        // On a plane of its own −999 can be a place; as both coordinates it is none.
+        let code = |i: &usize| match places.crs.is_local() {
+            true => x[*i] == y[*i] && CODES.contains(&x[*i]),
+            false => CODES.contains(&x[*i]) || CODES.contains(&y[*i]),
+        };
+        if let Some(i) = (0..x.len()).find(code) {
+            let which = usize::from(!CODES.contains(&x[i]));
+            return Err(self
+                .refuse_cell(
+                    "a coordinate looks like a code for a missing one",
+                    i,
+                    &places.names[which],
+                    [x[i], y[i]][which],
+                )
+                .try_this("leave cells without a value empty"));
+        }
         let sound = |i: &usize| x[*i].is_finite() && y[*i].is_finite();
         if places.crs.is_geographic() {
             let lon = |v: f64| (-180.0..=360.0).contains(&v);
@@ -638,19 +564,19 @@ impl Reading<'_> {
                     .fact("the row's x and y", format!("{}, {}", x[i], y[i]))
                     .fact("coordinate system", places.crs.name());
                 let swapped = lat(x[i]) && lon(y[i]);
-                return Err(if swapped && all().all(|i| lat(x[i]) && lon(y[i])) {
-                    error.try_this(match &self.options.lon {
-                        Some(lon_name) if self.options.lat.is_some() => format!(
-                            "longitude and latitude look swapped: try --lon {} --lat {lon_name}",
-                            places.names[1]
-                        ),
-                        _ => format!(
-                            "longitude and latitude look swapped: swap `{}` and `{}`",
-                            places.names[0], places.names[1]
-                        ),
-                    })
+                let always = all().all(|i| lat(x[i]) && lon(y[i]));
+                let [east, north] = &places.names;
+                return Err(if swapped && always && 2 * count >= all().count() {
+                    let how = match self.options.lon {
+                        Some(_) => format!("try --lon {north} --lat {east}"),
+                        None => format!("swap `{east}` and `{north}`"),
+                    };
+                    error.try_this(format!("longitude and latitude look swapped: {how}"))
                 } else if swapped {
-                    error.try_this("longitude and latitude look swapped in this row: correct it")
+                    error.try_this(format!(
+                        "longitude and latitude look swapped in this row: correct it, or if all \
+                         rows are like this, swap `{east}` and `{north}`"
+                    ))
                 } else if x[i].abs() > 400.0 || y[i].abs() > 400.0 {
                     error.try_this(format!(
                         "these look like metres, not degrees; {}{}",
@@ -796,7 +722,7 @@ impl Reading<'_> {
         };
         let area = || format!("{west}° to {east}° east, {south}° to {north}° north");
         let nearest = (0..survey.len()).map(away).fold(f64::INFINITY, f64::min);
-        if moved.is_err() || nearest > 10.0 {
+        if moved.is_err() || nearest > 5.0 {
             let place = match moved {
                 Ok(()) => format!("{:.2}, {:.2}", lon[0], lat[0]),
                 Err(_) => "nowhere".into(),

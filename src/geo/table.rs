@@ -4,10 +4,12 @@
 //! (OGC 06-103r4, §8). Other vector files come through GDAL, in `table/enabled.rs`.
 
 use std::{
+    cell::Cell,
     fs::File,
     io::Write,
+    panic,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Once},
 };
 
 use arrow::{
@@ -477,21 +479,8 @@ fn read_parquet(path: &Path) -> Result<Loaded> {
             .try_this("it may be cut short or of another kind: copy or write it again")
     };
     let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| broken(&e))?;
-    let schema = builder.schema().clone();
-    let geo = builder
-        .metadata()
-        .file_metadata()
-        .key_value_metadata()
-        .and_then(|pairs| pairs.iter().find(|pair| pair.key == "geo"))
-        .and_then(|pair| pair.value.clone());
-    let batches = builder
-        .build()
-        .map_err(|e| broken(&e))?
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(|e| broken(&e))?;
-    let batch = concat_batches(&schema, &batches).map_err(|e| broken(&e))?;
-
+    let (geo, batch) = guarded(|| decode(file)).map_err(|e| broken(&e))?;
+    let schema = batch.schema();
     let geometry = match &geo {
         Some(text) => Some(GeoColumn::parse(text).map_err(|reason| {
             Error::input("the GeoParquet metadata cannot be understood")
@@ -535,6 +524,47 @@ fn read_parquet(path: &Path) -> Result<Loaded> {
         points,
         notes: Vec::new(),
     })
+}
+
+/// The `geo` metadata, if any, and every row in one batch.
+fn decode(file: File) -> std::result::Result<(Option<String>, RecordBatch), String> {
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
+    let schema = builder.schema().clone();
+    let pairs = builder.metadata().file_metadata().key_value_metadata();
+    let geo = pairs
+        .and_then(|pairs| pairs.iter().find(|pair| pair.key == "geo"))
+        .and_then(|pair| pair.value.clone());
+    let batches = builder
+        .build()
+        .map_err(|e| e.to_string())?
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map_err(|e| e.to_string())?;
+    let batch = concat_batches(&schema, &batches).map_err(|e| e.to_string())?;
+    Ok((geo, batch))
+}
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a decoder that panics on some damaged files (parquet 59 asserts on bit widths), and
+/// gives the panic back as an error instead of printing it. Other panics print as ever.
+fn guarded<T>(
+    decode: impl FnOnce() -> std::result::Result<T, String>,
+) -> std::result::Result<T, String> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !GUARDED.get() {
+                usual(info);
+            }
+        }));
+    });
+    GUARDED.set(true);
+    let outcome = panic::catch_unwind(panic::AssertUnwindSafe(decode));
+    GUARDED.set(false);
+    outcome.unwrap_or_else(|_| Err("the decoder met impossible bytes".into()))
 }
 
 /// What GeoParquet metadata say about the primary geometry.

@@ -214,7 +214,8 @@ impl FromStr for Spec {
                 refuse(&format!("has a {} that is not finite", wanted.name)).try_this(&example)
             );
         }
-        if !wanted.threshold && !(parameter > 0.0 && parameter < 1.0) {
+        let level = parameter > 0.0 && parameter < 1.0;
+        if !(wanted.threshold || level) {
             let help = if (1.0..100.0).contains(&parameter) {
                 format!(
                     "for {parameter} % write {name}:{}",

@@ -112,6 +112,12 @@ pub(super) fn describe(text: &str) -> Result<Crs> {
     }
 }
 
+pub(super) fn equal_area(lon: f64, lat: f64) -> Result<Crs> {
+    describe(&format!(
+        "+proj=laea +lat_0={lat} +lon_0={lon} +x_0=0 +y_0=0 +datum=WGS84 +units=m +no_defs"
+    ))
+}
+
 pub(super) fn same(a: &str, b: &str) -> bool {
     quiet();
     // Without our axis mapping, or EPSG:4326 and OGC:CRS84 would differ by their books' order.
