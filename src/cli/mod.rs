@@ -33,7 +33,6 @@ enum Command {
     Map(Box<map::Args>),
     Validate(validate::Args),
     Train(train::Args),
-    Validate(validate::Args),
     List(list::Args),
 }
 
@@ -46,7 +45,6 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Map(args) => map::run(args),
         Command::Validate(args) => validate::run(args),
         Command::Train(args) => train::run(args),
-        Command::Validate(args) => validate::run(args),
         Command::List(args) => list::run(args),
     }
 }

@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 
 #[cfg(feature = "gdal")]
 mod map;
+mod recipes;
 #[cfg(feature = "gdal")]
 mod refusals;
 mod words;
@@ -48,4 +49,36 @@ fn refused(args: &[&str]) -> String {
         text(&output.stdout)
     );
     text(&output.stderr)
+}
+
+/// The one error: what, where, what to try, each said once and the first two with these words.
+fn assert_error(error: &str, what: &str, facts: &[&str], help: &str) {
+    let said: Vec<&str> = error
+        .lines()
+        .skip_while(|line| !line.starts_with("error: "))
+        .collect();
+    assert!(
+        said.first().is_some_and(|line| line.contains(what)),
+        "no `{what}` in\n{error}"
+    );
+    for fact in facts {
+        let found = said
+            .iter()
+            .any(|line| line.starts_with("  ") && line.contains(fact));
+        assert!(found, "no fact with `{fact}` in\n{error}");
+    }
+    let tried = said.iter().position(|line| line.starts_with("help: "));
+    assert!(
+        tried.is_some_and(|at| said[at..].join(" ").contains(help)),
+        "no help with `{help}` in\n{error}"
+    );
+    assert_eq!(
+        error
+            .lines()
+            .filter(|line| line.starts_with("error: "))
+            .count(),
+        1,
+        "{error}"
+    );
+    assert!(!error.contains("panicked"), "{error}");
 }

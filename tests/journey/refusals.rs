@@ -7,7 +7,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::{command, refused, text};
+use super::{assert_error, command, refused, text};
 
 const SURVEY: &str = "data/survey.csv";
 const GRID: &str = "data/grid.tif";
@@ -18,38 +18,6 @@ const SOUND: &str = "lon,lat,tested,positive
 -3.9,2.4,40,12
 -2.5,3.1,80,30
 ";
-
-/// The one error: what, where, what to try, each said once and the first two with these words.
-fn assert_error(error: &str, what: &str, facts: &[&str], help: &str) {
-    let said: Vec<&str> = error
-        .lines()
-        .skip_while(|line| !line.starts_with("error: "))
-        .collect();
-    assert!(
-        said.first().is_some_and(|line| line.contains(what)),
-        "no `{what}` in\n{error}"
-    );
-    for fact in facts {
-        let found = said
-            .iter()
-            .any(|line| line.starts_with("  ") && line.contains(fact));
-        assert!(found, "no fact with `{fact}` in\n{error}");
-    }
-    let tried = said.iter().position(|line| line.starts_with("help: "));
-    assert!(
-        tried.is_some_and(|at| said[at..].join(" ").contains(help)),
-        "no help with `{help}` in\n{error}"
-    );
-    assert_eq!(
-        error
-            .lines()
-            .filter(|line| line.starts_with("error: "))
-            .count(),
-        1,
-        "{error}"
-    );
-    assert!(!error.contains("panicked"), "{error}");
-}
 
 /// Whether nothing at all was left: no output folder, and nothing half made beside it.
 fn is_untouched(out: &Path) -> bool {
