@@ -426,27 +426,55 @@ pub fn report(model: &str, folds: &[Fold]) -> Value {
 
 fn table(model: &str, folds: &[Fold]) -> Result<()> {
     let (all, rules) = pooled(folds);
-    let line = |name: &str, s: &Summary, seconds: Option<f64>| {
-        let time = seconds.map_or(String::new(), |t| format!("{t:9.2}"));
-        say(format!(
-            "{name:<16}{:6}{:11.3}{:10.4}{:10.4}{:7.2}{:6.2}{:6.2}{time}",
-            s.n, s.log_score, s.crps, s.rmse, s.coverage.at_50, s.coverage.at_80, s.coverage.at_95
-        ))
-    };
+    let mut lines: Vec<(String, Summary, Option<f64>)> = Vec::new();
+    for fold in folds {
+        lines.push((
+            format!("fold {}", fold.label),
+            Summary::of(&fold.met),
+            Some(fold.seconds),
+        ));
+    }
+    lines.push((
+        model.to_string(),
+        all,
+        Some(folds.iter().map(|f| f.seconds).sum()),
+    ));
+    lines.extend(
+        RULES
+            .iter()
+            .zip(rules)
+            .map(|((name, _), s)| (name.to_string(), s, None)),
+    );
+    let wide = lines
+        .iter()
+        .map(|(name, ..)| name.chars().count())
+        .max()
+        .unwrap_or(0);
     say(format!(
-        "{:<16}{:>6}{:>11}{:>10}{:>10}{:>7}{:>6}{:>6}{:>9}",
+        "{:<wide$}{:>7}{:>11}{:>10}{:>10}{:>7}{:>6}{:>6}{:>9}",
         "", "sites", "log score", "crps", "rmse", "50 %", "80 %", "95 %", "seconds"
     ))?;
-    for fold in folds {
-        line(
-            &format!("fold {}", fold.label),
-            &Summary::of(&fold.met),
-            Some(fold.seconds),
-        )?;
-    }
-    line(model, &all, Some(folds.iter().map(|f| f.seconds).sum()))?;
-    for ((name, _), summary) in RULES.iter().zip(&rules) {
-        line(name, summary, None)?;
+    for (name, s, seconds) in &lines {
+        let [a, b, c] = [s.coverage.at_50, s.coverage.at_80, s.coverage.at_95];
+        let time = seconds.map_or(String::new(), |t| format!("{t:9.2}"));
+        say(format!(
+            "{name:<wide$}{:7}{:11.3}{:>10}{:>10}{a:7.2}{b:6.2}{c:6.2}{time}",
+            s.n,
+            s.log_score,
+            short(s.crps),
+            short(s.rmse)
+        ))?;
     }
     say("log score: nats per site, higher is better; crps, rmse: outcome units, lower is better")
+}
+
+/// A positive number in at most eight characters: proportions to four decimals, the rest to about
+/// four digits.
+fn short(value: f64) -> String {
+    match value {
+        v if v < 10.0 => format!("{v:.4}"),
+        v if v < 1000.0 => format!("{v:.2}"),
+        v if v < 1e7 => format!("{v:.0}"),
+        v => format!("{v:.2e}"),
+    }
 }

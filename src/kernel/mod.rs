@@ -40,7 +40,7 @@ pub struct Entry {
     pub name: &'static str,
     /// One line on what it is and where it comes from.
     pub about: &'static str,
-    /// A small instance, length scale 1 and sill 2, that the contract tests can use.
+    /// A small instance with sill 2, and length scale 1 where it has one, for the contract tests.
     pub tiny: fn() -> Box<dyn Kernel>,
     /// Correlation one length scale away, where the kernel has that notion.
     pub at_length_scale: Option<f64>,

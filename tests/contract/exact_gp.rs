@@ -498,6 +498,25 @@ fn fitting_counts_finds_the_village_effect() -> Result<()> {
     Ok(())
 }
 
+/// Outcomes that say nothing about space still give a process, and forecasts that are finite.
+#[test]
+fn fitting_survives_constant_outcomes() -> Result<()> {
+    let (xy, _) = simulate(30, 0.4, 1.0, 0.1)?;
+    let all = |value: f64| vec![value; 30];
+    for (seen, likelihood) in [
+        (values(&xy, &all(-1e6)), "gaussian"),
+        (counts(&xy, &all(0.0), &all(50.0)), "binomial"),
+        (counts(&xy, &all(1000.0), &all(1000.0)), "binomial"),
+    ] {
+        let fitted = ExactGp::fit(&seen, likelihood::find(likelihood)?)?;
+        let [mean, surface, observation] = ask(&fitted, &seen, &T)?;
+        let numbers = mean.iter().chain(&surface).chain(&observation);
+        assert!(numbers.into_iter().all(|v| v.is_finite()), "{fitted:?}");
+        assert!(surface.iter().all(|sd| *sd > 0.0), "{surface:?}");
+    }
+    Ok(())
+}
+
 #[test]
 fn what_cannot_be_conditioned_on_is_refused() -> Result<()> {
     let (gaussian, binomial) = (likelihood::find("gaussian")?, likelihood::find("binomial")?);
