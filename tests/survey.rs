@@ -1170,8 +1170,13 @@ mod vector_files {
             let bytes = std::fs::read(&path).unwrap();
             std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
             let result = Survey::read(&path, &none());
-            assert!(result.is_err(), "{driver}: {result:?}");
+            refused(result, &[name]);
         }
+        let (_folder, path) = made("ESRI Shapefile", "s.shp", Some(4326), &POINTS);
+        let table = path.with_extension("dbf");
+        let bytes = std::fs::read(&table).unwrap();
+        std::fs::write(&table, &bytes[..bytes.len() - 100]).unwrap();
+        refused(Survey::read(&path, &none()), &["s.shp"]);
     }
 }
 
@@ -1233,6 +1238,16 @@ fn gambia_needs_its_zone_and_then_is_read() {
         Survey::read(children, &told),
         &["tested", "one row per site"],
     );
+}
+
+#[test]
+fn the_bundled_example_is_read() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/survey.csv");
+    let survey = Survey::read(path, &SurveyOptions::default())
+        .map_err(|e| shown(&e))
+        .unwrap();
+    assert!(survey.len() > 100);
+    assert!(survey.crs.is_geographic());
 }
 
 #[test]

@@ -342,23 +342,6 @@ mod tests {
             }
         }
 
-        /// Two sites a metre apart, 500 km from the equator's UTM origin, stay a metre apart:
-        /// centred in f64 before the cast (f32 metres resolve 0.5 m there).
-        #[cfg(feature = "gdal")]
-        #[test]
-        fn centring_happens_before_the_cast() {
-            let (x, y) = (
-                vec![500_000.0, 500_001.0, 500_000.0],
-                vec![8e6, 8e6, 8_000_001.0],
-            );
-            let survey = survey("EPSG:32631", x.clone(), y.clone(), counts(3));
-            let frame = Frame::fit(&survey).unwrap();
-            let seen = model(&frame, &survey.crs, &x, &y);
-            let apart =
-                frame.metres_per_unit * (seen[0][0] - seen[1][0]).hypot(seen[0][1] - seen[1][1]);
-            assert!((apart - 1.0).abs() < 2e-3, "{apart}");
-        }
-
         #[test]
         fn the_frame_survives_the_run_record() {
             let (x, y) = ring(30.0, -2.0, 50e3);
@@ -389,6 +372,26 @@ mod tests {
             let sites = frame.sites(&survey.crs, &x, &y, &Device::Cpu).unwrap();
             assert_eq!(sites.s.dims(), [1, n, 2]);
         }
+    }
+
+    /// Sites a metre apart, 8,000 km from the origin of their plane, stay a metre apart: centred
+    /// in f64 before the cast (f32 metres resolve half a metre there).
+    #[test]
+    fn centring_happens_before_the_cast() {
+        let (x, y) = (vec![5e5, 500_001.0, 5e5], vec![8e6, 8e6, 8_000_001.2]);
+        let survey = survey(
+            "local:m",
+            x.clone(),
+            y.clone(),
+            Outcome::Values(vec![0.0; 3]),
+        );
+        let frame = Frame::fit(&survey).unwrap();
+        let seen = model(&frame, &survey.crs, &x, &y);
+        let metres = |i: usize, j: usize| {
+            frame.metres_per_unit * (seen[i][0] - seen[j][0]).hypot(seen[i][1] - seen[j][1])
+        };
+        assert!((metres(0, 1) - 1.0).abs() < 1e-5, "{}", metres(0, 1));
+        assert!((metres(0, 2) - 1.2).abs() < 1e-5, "{}", metres(0, 2));
     }
 
     #[test]

@@ -124,9 +124,9 @@ const NORTHING: &str = "y northing northings north ycoord coordy coordsy ycoordi
      utmy utmn utmnorthing pointy";
 const POSITIVE: &str = "positive positives pos npos npositive npositives numpos numpositive \
      nopositive numberpositive positivecount positiven cases ncases numcases numbercases infected \
-     ninfected numinfected numberinfected totalpositive";
-const TESTED: &str = "tested ntested numtested notested numbertested testedn examined nexamined \
-     examinedn numexamined noexamined numberexamined screened nscreened trials ntrials n ntot \
+     numberpos ninfected numinfected numberinfected totalpositive";
+const TESTED: &str = "tested ntested numtested notested numbertested numbertes testedn examined nexamined \
+     examinedn numexamined noexamined numberexamined numberexa screened nscreened trials ntrials n ntot \
      total totaltested totalexamined sampled nsampled samplesize";
 
 /// `name` is one of `spellings`.
@@ -224,10 +224,15 @@ impl Reading<'_> {
 
     /// Refuses for what stands in one cell of row `i` (from 0).
     fn refuse_cell(&self, what: impl Into<String>, i: usize, column: &str, value: f64) -> Error {
+        let shown = if value.abs() < 1e15 {
+            value.to_string()
+        } else {
+            format!("{value:e}")
+        };
         self.refuse(what)
             .fact("row", self.table.place(i))
             .fact("column", column)
-            .fact("value", value)
+            .fact("value", shown)
     }
 
     // Coordinates
@@ -768,7 +773,7 @@ impl Raw {
                 for (i, &v) in values.iter().enumerate() {
                     if v.is_infinite() || v.abs() > 1e30 {
                         return Err(reading
-                            .refuse_cell("a value is infinite or as good as", i, name, v)
+                            .refuse_cell("a value is too large to be one", i, name, v)
                             .try_this("correct the cell, or leave it empty if it is unknown"));
                     }
                     if CODES.contains(&v) {
@@ -793,12 +798,11 @@ impl Raw {
                         } else {
                             continue;
                         };
-                        return Err(reading.refuse_cell(wrong, i, name, v).try_this(match v.fract() {
-                            f if f != 0.0 => {
-                                "counts are numbers of people; map a rate or a prevalence with --value"
-                            }
-                            _ => "correct the cell, or leave it empty if it is unknown",
-                        }));
+                        let help = match v.is_finite() && v.fract() != 0.0 {
+                            true => "counts are of people; map a rate or a prevalence with --value",
+                            false => "correct the cell, or leave it empty if it is unknown",
+                        };
+                        return Err(reading.refuse_cell(wrong, i, name, v).try_this(help));
                     }
                     if positive[i] > tested[i] {
                         return Err(reading

@@ -22,12 +22,21 @@ pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
             .fact("GDAL says", e)
             .try_this("it may be cut short or of another kind: copy or write it again")
     };
-    let flags = GdalOpenFlags::GDAL_OF_VECTOR | GdalOpenFlags::GDAL_OF_READONLY;
+    let flags = GdalOpenFlags::GDAL_OF_VECTOR
+        | GdalOpenFlags::GDAL_OF_READONLY
+        | GdalOpenFlags::GDAL_OF_VERBOSE_ERROR;
     let options = DatasetOptions {
         open_flags: flags,
         ..Default::default()
     };
-    let dataset = Dataset::open_ex(path, options).map_err(|e| broken(&e))?;
+    said();
+    let dataset = Dataset::open_ex(path, options)
+        .map_err(|e| broken(&said().unwrap_or_else(|| e.to_string())))?;
+    if dataset.layer_count() == 0 {
+        return Err(broken(
+            &said().unwrap_or_else(|| "it holds no layer".into()),
+        ));
+    }
     let driver = dataset.driver().short_name();
     let (mut layer, notes) = choose(&dataset, path, layer)?;
     if driver == "GPKG" {
@@ -56,6 +65,7 @@ pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
         .collect();
     let (mut x, mut y, mut others) = (Vec::new(), Vec::new(), Vec::new());
     let expected = layer.feature_count();
+    let mut failure = None;
     said();
     for (row, feature) in layer.features().enumerate() {
         for (i, column) in columns.iter_mut().enumerate() {
@@ -66,18 +76,20 @@ pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
                 Column::Text(cells) => cells.push(feature.field_as_string(i)?.unwrap_or_default()),
             }
         }
+        failure = failure.or_else(said);
         let point = match feature.geometry() {
             Some(geometry) => point(geometry)
                 .map_err(|kind| others.push((row, kind)))
                 .ok(),
             None => None,
         };
+        said(); // The binding hands out null for a row without geometry, and GDAL objects to it.
         let [px, py] = point.flatten().unwrap_or([f64::NAN; 2]);
         x.push(px);
         y.push(py);
     }
-    // GDAL ends a layer early and quietly when the file does; only the count and its log tell.
-    if let Some(message) = said().filter(|_| (x.len() as u64) < expected) {
+    // GDAL ends a layer early and quietly when the file does: only its log and the count tell.
+    if let Some(message) = failure.or_else(said) {
         return Err(broken(&message));
     }
     if (x.len() as u64) < expected {
