@@ -11,10 +11,6 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     match cli::run(cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        // The reader went away (`isopleth list | head -1`): nothing is left to say to anyone.
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
-            ExitCode::SUCCESS
-        }
         Err(error) => {
             // If standard error is closed too, the exit code still tells.
             let _ = std::io::stderr().write_all(report(&error).as_bytes());

@@ -17,10 +17,16 @@ pub fn parse_table<T: DeserializeOwned>(place: &str, table: &toml::Table) -> Res
 
 /// Turns serde's message about an unknown field or value into ours.
 fn explain(place: &str, message: &str) -> Error {
-    let message = message.trim();
-    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-    if message.starts_with("unknown field") || message.starts_with("unknown variant") {
-        let what = if message.starts_with("unknown field") {
+    // The reason, and then where: "in `train.steps`".
+    let (reason, place_in) = message.trim().split_once("\nin `").unwrap_or((message.trim(), ""));
+    let setting = place_in.trim_end().trim_end_matches('`');
+    let at = |error: Error| match setting {
+        "" => error,
+        setting => error.fact("setting", setting),
+    };
+    let quoted: Vec<&str> = reason.split('`').skip(1).step_by(2).collect();
+    if reason.starts_with("unknown field") || reason.starts_with("unknown variant") {
+        let what = if reason.starts_with("unknown field") {
             "setting"
         } else {
             "value"
@@ -31,9 +37,9 @@ fn explain(place: &str, message: &str) -> Error {
             Some(near) => format!("did you mean `{near}`?"),
             None => format!("known: {}", known.join(", ")),
         };
-        return Error::input(format!("unknown {what} `{name}` in {place}")).try_this(help);
+        return at(Error::input(format!("unknown {what} `{name}` in {place}"))).try_this(help);
     }
-    Error::input(format!("{place} of the recipe cannot be read"))
-        .fact("reason", message.lines().next().unwrap_or(message))
+    at(Error::input(format!("{place} of the recipe cannot be read")))
+        .fact("reason", reason)
         .try_this("compare with the recipes in models/")
 }

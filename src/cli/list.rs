@@ -4,10 +4,13 @@ use serde_json::json;
 
 use super::say;
 use crate::{
+    checkpoint::shipped,
     error::{Error, Result},
     kernel::KERNELS,
     likelihood::LIKELIHOODS,
     model::MODELS,
+    prior::PRIORS,
+    product::PRODUCTS,
     registry::{self, Named},
     score::SCORES,
 };
@@ -38,8 +41,13 @@ struct Entry {
 const SHELVES: &[Shelf] = &[
     Shelf {
         name: "models",
-        about: "neural processes that can be trained",
-        entries: || entries(MODELS),
+        about: "what --model takes, and the kinds that a recipe can train",
+        entries: models,
+    },
+    Shelf {
+        name: "priors",
+        about: "laws that training surfaces are drawn from",
+        entries: || entries(PRIORS),
     },
     Shelf {
         name: "kernels",
@@ -50,6 +58,11 @@ const SHELVES: &[Shelf] = &[
         name: "likelihoods",
         about: "how an observation reads the surface",
         entries: || entries(LIKELIHOODS),
+    },
+    Shelf {
+        name: "products",
+        about: "what a map shows",
+        entries: || entries(PRODUCTS),
     },
     Shelf {
         name: "scores",
@@ -74,6 +87,25 @@ fn entries<T: Named>(registry: &[T]) -> Vec<Entry> {
             name: e.name().to_string(),
             about: e.about().to_string(),
         })
+        .collect()
+}
+
+/// Trained models first, since they are what a user can name at once.
+fn models() -> Vec<Entry> {
+    let entry = |name: &str, use_, about: &str| Entry {
+        name: name.to_string(),
+        about: format!("{use_}: {about}"),
+    };
+    let gp = "Gaussian process fitted to the survey by maximum likelihood, the yardstick";
+    let trained = shipped()
+        .into_iter()
+        .map(|(name, about)| entry(name, "trained", about));
+    let kinds = MODELS
+        .iter()
+        .map(|kind| entry(kind.name(), "to train", kind.about()));
+    trained
+        .chain([entry("gp", "exact", gp)])
+        .chain(kinds)
         .collect()
 }
 

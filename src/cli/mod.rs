@@ -1,10 +1,15 @@
 //! The command line: one subcommand, one file. Each says what was typed (`Args`) and what it means (`run`).
 
-use std::{fmt::Display, io::Write};
+use std::{
+    fmt::Display,
+    io::{ErrorKind, Write},
+};
 
 use crate::error::{Error, Result};
 
 pub mod list;
+pub mod map;
+pub mod survey;
 pub mod train;
 pub mod validate;
 
@@ -25,34 +30,39 @@ First steps:
 /// Every subcommand, in the order of a first week. To add one: its file, and three lines here.
 #[derive(clap::Subcommand)]
 enum Command {
-    Train(train::Args),
+    Map(Box<map::Args>),
     Validate(validate::Args),
+    Train(train::Args),
     List(list::Args),
 }
 
 /// Runs what was typed.
 ///
 /// # Errors
-/// Whatever the subcommand returns; a closed standard output comes back as
-/// [`std::io::ErrorKind::BrokenPipe`] in [`Error::Io`].
+/// Whatever the subcommand returns.
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
-        Command::Train(args) => train::run(args),
+        Command::Map(args) => map::run(args),
         Command::Validate(args) => validate::run(args),
+        Command::Train(args) => train::run(args),
         Command::List(args) => list::run(args),
     }
 }
 
 /// One line to standard output. Commands use this and not `println!`, which panics when the reader
-/// has gone (`| head`) and when the disk behind a redirect is full.
+/// has gone (`| head`): nobody listens then, and the work goes on.
 ///
 /// # Errors
-/// [`Error::Io`] if standard output is closed or full.
+/// [`Error::Io`] if the line could not be written for another reason: the disk behind a redirect
+/// is full.
 pub fn say(line: impl Display) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}")
-        .and_then(|()| out.flush())
-        .map_err(|source| Error::io("write to", "standard output".as_ref(), source))
+    match writeln!(out, "{line}").and_then(|()| out.flush()) {
+        Err(source) if source.kind() != ErrorKind::BrokenPipe => {
+            Err(Error::io("write to", "standard output".as_ref(), source))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// One line of news (progress, guesses, warnings) to standard error. News that nobody hears stops no work.

@@ -1,6 +1,8 @@
-//! Maps: coordinate reference systems, survey tables, and the frame between world and model.
+//! Maps: coordinate reference systems, survey tables, grids, and the frame between world and model.
 
 pub mod crs;
 pub mod frame;
+pub mod geotiff;
+pub mod grid;
 pub mod survey;
 pub mod table;

@@ -1,6 +1,11 @@
 //! Laws of single numbers: length scale, sill, nugget, mean, trials.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, MapAccess, Visitor, value::MapAccessDeserializer},
+};
 
 use crate::{
     error::{Error, Result},
@@ -22,13 +27,39 @@ pub enum Named {
 }
 
 /// A constant or a law.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Law {
     /// Always this number.
     Fixed(f64),
     /// A named law.
     Law(Named),
+}
+
+/// By hand, since serde's untagged enums swallow what was wrong: a misspelt law must be named.
+impl<'de> Deserialize<'de> for Law {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Law;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a number, or a law such as { uniform = [0.1, 0.5] }")
+            }
+            fn visit_f64<E: de::Error>(self, value: f64) -> std::result::Result<Law, E> {
+                Ok(Law::Fixed(value))
+            }
+            fn visit_i64<E: de::Error>(self, value: i64) -> std::result::Result<Law, E> {
+                Ok(Law::Fixed(value as f64))
+            }
+            fn visit_u64<E: de::Error>(self, value: u64) -> std::result::Result<Law, E> {
+                Ok(Law::Fixed(value as f64))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<Law, A::Error> {
+                Named::deserialize(MapAccessDeserializer::new(map)).map(Law::Law)
+            }
+        }
+        deserializer.deserialize_any(Reader)
+    }
 }
 
 impl Law {

@@ -1,48 +1,8 @@
-//! Journeys through the binary, as a user takes them: help, lists, slips of the finger.
+//! Help, lists, slips of the finger, and outputs that are closed or full.
 
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 
-fn isopleth(args: &[&str]) -> Output {
-    command(args).output().unwrap()
-}
-
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("isopleth"));
-    command.args(args).stdin(Stdio::null());
-    command
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-/// Standard output of a command that must work.
-fn ok(args: &[&str]) -> String {
-    let output = isopleth(args);
-    assert!(
-        output.status.success(),
-        "{args:?}: {}",
-        text(&output.stderr)
-    );
-    text(&output.stdout)
-}
-
-/// Standard error of a command that must be refused as the input's fault.
-fn refused(args: &[&str]) -> String {
-    let output = isopleth(args);
-    assert_eq!(
-        output.status.code(),
-        Some(2),
-        "{args:?}: {}",
-        text(&output.stderr)
-    );
-    assert!(
-        output.stdout.is_empty(),
-        "{args:?}: {}",
-        text(&output.stdout)
-    );
-    text(&output.stderr)
-}
+use super::{command, ok, refused, text};
 
 /// Names in the table of subcommands that `--help` prints.
 fn subcommands() -> Vec<String> {
@@ -99,7 +59,14 @@ fn without_a_subcommand_the_help_is_shown() {
 #[test]
 fn list_shows_every_registry_and_where_things_come_from() {
     let all = ok(&["list"]);
-    for registry in ["models", "kernels", "likelihoods", "scores"] {
+    for registry in [
+        "models",
+        "priors",
+        "kernels",
+        "likelihoods",
+        "products",
+        "scores",
+    ] {
         assert!(all.contains(&format!("{registry}: ")), "{all}");
         let alone = ok(&["list", registry]);
         assert!(all.contains(&alone), "{alone}");

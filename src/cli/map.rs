@@ -1,0 +1,689 @@
+//! `isopleth map`: condition a process on a survey and write maps over a grid.
+
+use std::{
+    collections::BTreeMap,
+    io::{IsTerminal, Write},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use candle_core::Device;
+use serde_json::{Value, json};
+
+use super::{say, survey::SurveyArgs};
+use crate::{
+    baseline::ExactGp,
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    geo::{
+        crs::Crs,
+        frame::Frame,
+        geotiff::{Polygons, Raster},
+        grid::{Extent, Grid, Resolution},
+        survey::{self, Survey},
+    },
+    likelihood::{self, Likelihood},
+    mapping::{
+        self, Plan,
+        record::{self, ProductNote, Record},
+    },
+    picture::{Palette, Picture},
+    predictive::{Link, Of},
+    process::Process,
+    product::{self, Outcome, Scale, Spec},
+    sites::Observations,
+};
+
+/// Map prevalence and its uncertainty from a table of survey sites
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    survey: SurveyArgs,
+    /// Any GeoTIFF on the grid to predict over; its pixels without data stay without
+    #[arg(long, value_name = "GRID.tif", conflicts_with_all = ["resolution", "crs_out"])]
+    like: Option<PathBuf>,
+    /// Pixel size: 5km, 500m, 0.05deg. About 250,000 pixels when left out
+    #[arg(long, value_name = "LENGTH")]
+    resolution: Option<String>,
+    /// Coordinate reference system of the maps; the survey's, or an equal-area plane where that is
+    /// longitude and latitude
+    #[arg(long, value_name = "CRS")]
+    crs_out: Option<String>,
+    /// Polygons to map inside of: GeoPackage, GeoJSON, Shapefile
+    #[arg(long, value_name = "AREA")]
+    clip: Option<PathBuf>,
+    /// Model by name or file; `gp` fits an exact Gaussian process. `prevalence` for counts and
+    /// `continuous` for values when left out
+    #[arg(long, value_name = "NAME|FILE")]
+    model: Option<String>,
+    /// Also map the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
+    #[arg(
+        long,
+        value_name = "VALUE",
+        value_delimiter = ',',
+        allow_negative_numbers = true
+    )]
+    threshold: Vec<f64>,
+    /// Products: mean, sd, quantile:0.9, interval:0.95, exceedance:0.2 (`isopleth list products`)
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "mean,sd,quantile:0.025,quantile:0.975,interval:0.95"
+    )]
+    products: Vec<String>,
+    /// What maps are of: the surface, or what a survey at a new site would find
+    #[arg(long, default_value = "surface", value_parser = ["surface", "observation"])]
+    of: String,
+    /// Directory for the GeoTIFFs, pictures and the run record
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Replace the files of an earlier run in that directory
+    #[arg(long)]
+    force: bool,
+    /// Pixels along a tile's side; changes memory use, never the map
+    #[arg(long, default_value_t = mapping::TILE, value_name = "PIXELS")]
+    tile: usize,
+    /// Write no PNG pictures
+    #[arg(long)]
+    no_pictures: bool,
+    /// Where the model computes
+    #[arg(long, default_value = "cpu", value_parser = ["cpu", "cuda"])]
+    device: String,
+}
+
+/// Share of the sites' longer side by which a map reaches beyond them, without --like or --clip.
+const MARGIN: f64 = 0.05;
+
+/// Maps, from the table to the files.
+///
+/// # Errors
+/// Anything that is wrong with the input; nothing is then left in the output directory.
+pub fn run(args: &Args) -> Result<()> {
+    let start = Instant::now();
+    // What costs nothing to check comes first.
+    let specs = specs(args)?;
+    let resolution = args.resolution.as_deref().map(str::parse).transpose()?;
+    let mut output = Output::prepare(&args.out, args.force)?;
+    let device = device(&args.device)?;
+
+    let survey = args.survey.read()?;
+    let frame = Frame::fit(&survey)?;
+    let context = frame.observations(&survey, &device)?;
+    let outcome = outcome(args, &survey);
+    specs.iter().try_for_each(|spec| spec.check(outcome.link))?;
+    let grid = grid(args, resolution, &survey, &frame)?;
+    let inside = grid.overlap(&survey.crs, &survey.x, &survey.y)?;
+    let model = open_model(args.model.as_deref(), &survey, &context, &device)?;
+    tell_input(&survey, &grid, &frame, &model)?;
+
+    let tags = [("MODEL".to_string(), model.name.clone())];
+    let mut products = product::open(&specs, &outcome, &grid, output.scratch(), &tags)?;
+    let posterior = model.process.condition(&context)?;
+    let plan = Plan {
+        of: outcome.of,
+        tile: args.tile,
+        ..Plan::new(device)
+    };
+    let mut bar = Bar::new();
+    let summary = mapping::run(
+        &*posterior,
+        &context,
+        &grid,
+        &frame,
+        &mut products,
+        &plan,
+        &mut |done, of| bar.show(done, of),
+    )?;
+    bar.clear();
+
+    let mut made = Vec::new();
+    for product in products {
+        let spec = product.spec();
+        let mut files = vec![product.finish()?];
+        if !args.no_pictures {
+            files.push(picture(
+                &files[0],
+                &spec,
+                &outcome,
+                &survey,
+                &grid,
+                &model.name,
+            )?);
+        }
+        let band = outcome.band(&spec);
+        made.push(ProductNote {
+            product: spec.to_string(),
+            description: band.description,
+            unit: band.unit,
+            files: files
+                .iter()
+                .filter_map(|f| f.file_name()?.to_str().map(String::from))
+                .collect(),
+        });
+    }
+    let mut record = Record {
+        isopleth: env!("CARGO_PKG_VERSION").into(),
+        command: std::env::args().collect(),
+        model: model.card.clone(),
+        of: outcome.of,
+        survey: (&survey).into(),
+        frame: frame.clone(),
+        grid: (&grid).into(),
+        products: made,
+        warnings: warnings(&model, &survey, &grid, inside, &summary),
+        summary,
+        seconds: 0.0,
+    };
+    record.seconds = (start.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
+    record.write(output.scratch())?;
+    output.publish(&record.files())?;
+    tell_output(&args.out, &outcome, &survey, &record)
+}
+
+/// What was asked for, thresholds included, each once.
+fn specs(args: &Args) -> Result<Vec<Spec>> {
+    let asked = args.products.iter().map(|p| p.parse());
+    let thresholds = args
+        .threshold
+        .iter()
+        .map(|t| format!("exceedance:{t}").parse());
+    let mut specs: Vec<Spec> = Vec::new();
+    for spec in asked.chain(thresholds) {
+        let spec = spec?;
+        if !specs.contains(&spec) {
+            specs.push(spec);
+        }
+    }
+    Ok(specs)
+}
+
+fn device(name: &str) -> Result<Device> {
+    if name == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    Device::new_cuda(0).map_err(|e| {
+        Error::input("there is no GPU that can be used")
+            .fact("reason", e)
+            .try_this("leave --device out, or build with `--features cuda` on a machine with one")
+    })
+}
+
+fn outcome(args: &Args, survey: &Survey) -> Outcome {
+    let of = if args.of == "surface" {
+        Of::Surface
+    } else {
+        Of::Observation
+    };
+    match (&survey.outcome, &args.survey.value) {
+        (survey::Outcome::Counts { .. }, _) => Outcome {
+            name: "prevalence".into(),
+            unit: "1".into(),
+            link: Link::Logit,
+            of,
+        },
+        (survey::Outcome::Values(_), name) => {
+            let name = name.clone().unwrap_or_else(|| "value".into());
+            Outcome {
+                name,
+                unit: String::new(),
+                link: Link::Identity,
+                of,
+            }
+        }
+    }
+}
+
+/// The grid asked for: that of a raster, or one that covers the area or the sites.
+fn grid(
+    args: &Args,
+    resolution: Option<Resolution>,
+    survey: &Survey,
+    frame: &Frame,
+) -> Result<Grid> {
+    if let Some(like) = &args.like {
+        let grid = if survey.crs.is_local() {
+            Grid::read_local(like, &survey.crs)?
+        } else {
+            Grid::read(like)?
+        };
+        return match &args.clip {
+            Some(area) => grid.clip(area),
+            None => Ok(grid),
+        };
+    }
+    let crs = match (&args.crs_out, resolution) {
+        (Some(crs), _) => Crs::from_user(crs)?,
+        (None, Some(Resolution::Degrees(_))) if survey.crs.is_geographic() => survey.crs.clone(),
+        (None, Some(Resolution::Degrees(_))) if !survey.crs.is_local() => {
+            Crs::from_user("EPSG:4326")?
+        }
+        _ if survey.crs.is_geographic() => frame.plane.clone(),
+        _ => survey.crs.clone(),
+    };
+    if let Some(area) = &args.clip {
+        let polygons = Polygons::read(area, &crs)?;
+        return Grid::cover(polygons.extent, &crs, resolution)?.clip_to(&polygons);
+    }
+    let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
+    survey.crs.transform(&crs, &mut x, &mut y)?;
+    let extent =
+        Extent::of(&x, &y).ok_or_else(|| Error::input("the sites have no finite coordinates"))?;
+    Grid::cover(extent.grow(MARGIN), &crs, resolution)
+}
+
+/// A process that is ready, with what is known about it.
+struct Model {
+    name: String,
+    process: Box<dyn Process>,
+    /// For the run record.
+    card: Value,
+    /// Context sizes it was trained on, where it was trained.
+    trained_sites: Option<[usize; 2]>,
+}
+
+/// A trained model by name or file, or the exact Gaussian process fitted to the context.
+fn open_model(
+    name: Option<&str>,
+    survey: &Survey,
+    context: &Observations,
+    device: &Device,
+) -> Result<Model> {
+    let (likelihood, default) = match &survey.outcome {
+        survey::Outcome::Counts { .. } => ("binomial", "prevalence"),
+        survey::Outcome::Values(_) => ("gaussian", "continuous"),
+    };
+    let name = name.unwrap_or(default);
+    let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
+    if name == "gp" {
+        let gp = ExactGp::fit(context, wanted)?;
+        let card = json!({
+            "name": "gp",
+            "predicts": "exact Gaussian process, fitted to this survey by maximum likelihood",
+            "likelihood": likelihood,
+            "kernel": format!("{:?}", gp.kernel),
+            "nugget": gp.nugget,
+            "log_marginal": gp.log_marginal,
+        });
+        let name = "gp".to_string();
+        return Ok(Model {
+            name,
+            process: Box::new(gp),
+            card,
+            trained_sites: None,
+        });
+    }
+    let checkpoint = Checkpoint::resolve(name)?;
+    let own = checkpoint.likelihood()?;
+    if own.counts() != wanted.counts() {
+        let (reads, help) = if own.counts() {
+            (
+                "counts",
+                "name the columns with --positive and --tested, or use a continuous model",
+            )
+        } else {
+            (
+                "continuous values",
+                "name the column with --value, or use a prevalence model",
+            )
+        };
+        return Err(
+            Error::input("the model and the survey are of different kinds")
+                .fact("model", format!("{name} reads {reads}"))
+                .fact(
+                    "survey",
+                    if wanted.counts() {
+                        "counts"
+                    } else {
+                        "continuous values"
+                    },
+                )
+                .try_this(help),
+        );
+    }
+    let sizes = checkpoint.recipe()?.tasks()?.design().context.clone();
+    let least = sizes.iter().map(|s| s.sites[0]).min();
+    let most = sizes.iter().map(|s| s.sites[1]).max();
+    Ok(Model {
+        name: checkpoint.card.name.clone(),
+        process: checkpoint.process(device)?,
+        card: serde_json::to_value(&checkpoint.card)
+            .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
+        trained_sites: least.zip(most).map(|(a, b)| [a, b]),
+    })
+}
+
+/// What the user should know before believing the map.
+fn warnings(
+    model: &Model,
+    survey: &Survey,
+    grid: &Grid,
+    inside: usize,
+    summary: &mapping::Summary,
+) -> Vec<String> {
+    let sites = survey.x.len();
+    let mut warnings = grid.notes.clone();
+    if let Some([least, most]) = model.trained_sites
+        && !(least..=most).contains(&sites)
+    {
+        warnings.push(format!(
+            "the model was trained on {least} to {most} sites and the survey has {sites}: compare \
+             with --model gp"
+        ));
+    }
+    if inside < sites {
+        warnings.push(format!(
+            "{} of {sites} sites lie outside the grid; they inform the map all the same",
+            sites - inside
+        ));
+    }
+    if summary.far > 0.05 {
+        warnings.push(format!(
+            "{:.0} % of the pixels are more than {} km from every site: there the map shows \
+             little but the model's prior",
+            100.0 * summary.far,
+            round(summary.reach_km),
+        ));
+    }
+    warnings
+}
+
+/// Three significant digits.
+fn round(value: f64) -> String {
+    if value == 0.0 || !value.is_finite() {
+        return value.to_string();
+    }
+    let decimals = (2.0 - value.abs().log10().floor()).clamp(0.0, 9.0) as usize;
+    let text = format!("{value:.decimals$}");
+    let text = if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.')
+    } else {
+        &text
+    };
+    text.to_string()
+}
+
+/// One line of the summary, its name in a column.
+fn line(name: &str, text: impl std::fmt::Display) -> Result<()> {
+    say(format!("{name:<11} {text}"))
+}
+
+fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {
+    let used = survey.x.len();
+    line(
+        "survey",
+        format!("{}: {used} sites used", survey.source.display()),
+    )?;
+    if !survey.dropped.is_empty() {
+        let mut reasons: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for dropped in &survey.dropped {
+            reasons
+                .entry(&dropped.reason)
+                .or_default()
+                .push(dropped.row);
+        }
+        for (reason, rows) in reasons {
+            let shown: Vec<String> = rows.iter().take(8).map(usize::to_string).collect();
+            let more = if rows.len() > 8 { ", …" } else { "" };
+            let text = format!(
+                "{reason}: row{} {}{more}",
+                plural(rows.len()),
+                shown.join(", ")
+            );
+            line(
+                "dropped",
+                format!("{} row{}, {text}", rows.len(), plural(rows.len())),
+            )?;
+        }
+    }
+    survey.notes.iter().try_for_each(|n| line("note", n))?;
+    let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
+    survey.crs.transform(&frame.plane, &mut x, &mut y)?;
+    if let Some(extent) = Extent::of(&x, &y) {
+        let km = |length: f64| round(length * frame.plane.metres_per_unit() / 1000.0);
+        let (wide, high) = (km(extent.width()), km(extent.height()));
+        line(
+            "region",
+            format!("{wide} × {high} km, sites in {}", survey.crs.name()),
+        )?;
+    }
+    line(
+        "grid",
+        format!(
+            "{} × {} pixels of {}, {} to map, {}",
+            grid.cols,
+            grid.rows,
+            grid.resolution(),
+            grid.wanted(),
+            grid.crs.name()
+        ),
+    )?;
+    let what = model
+        .card
+        .get("predicts")
+        .and_then(Value::as_str)
+        .unwrap_or("");
+    line("model", format!("{}: {what}", model.name))
+}
+
+fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) -> Result<()> {
+    let s = &record.summary;
+    let range = |low: f64, high: f64| format!("{} … {}", round(low), round(high));
+    let seen = observed(survey);
+    let low = seen.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = seen.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let whose = if outcome.of == Of::Surface {
+        ""
+    } else {
+        " at new sites"
+    };
+    line(
+        &outcome.name,
+        format!(
+            "{}{whose}, on average {}; observed {}",
+            range(s.lowest, s.highest),
+            round(s.average),
+            range(low, high)
+        ),
+    )?;
+    record
+        .warnings
+        .iter()
+        .try_for_each(|w| line("warning", w))?;
+    line("files", format!("in {}", out.display()))?;
+    // A picture lies beside its raster and differs in the ending only.
+    let names = |p: &ProductNote| match &p.files[..] {
+        [raster] => raster.clone(),
+        [raster, ..] => format!("{raster}, .png"),
+        [] => String::new(),
+    };
+    let rows = record
+        .products
+        .iter()
+        .map(|p| (names(p), p.description.clone()));
+    let rows: Vec<_> = rows
+        .chain([(
+            record::FILE.into(),
+            "What was asked, used and found".to_string(),
+        )])
+        .collect();
+    let width = rows.iter().map(|(files, _)| files.len()).max().unwrap_or(0);
+    rows.iter()
+        .try_for_each(|(files, what)| line("", format!("{files:width$}  {what}")))?;
+    line("time", format!("{:.1} s", record.seconds))
+}
+
+fn plural(n: usize) -> &'static str {
+    if n == 1 { "" } else { "s" }
+}
+
+/// What was observed at each site, outcome units: proportions for counts.
+fn observed(survey: &Survey) -> Vec<f64> {
+    match &survey.outcome {
+        survey::Outcome::Counts { positive, tested } => {
+            positive.iter().zip(tested).map(|(k, n)| k / n).collect()
+        }
+        survey::Outcome::Values(values) => values.clone(),
+    }
+}
+
+/// Draws a product beside its GeoTIFF.
+fn picture(
+    file: &Path,
+    spec: &Spec,
+    outcome: &Outcome,
+    survey: &Survey,
+    grid: &Grid,
+    model: &str,
+) -> Result<PathBuf> {
+    let shrink = (grid.rows.max(grid.cols) as f64 / 900.0).max(1.0);
+    let [rows, cols] = [grid.rows, grid.cols].map(|n| ((n as f64 / shrink) as usize).max(1));
+    let values = Raster::open(file)?.thumbnail(rows, cols)?;
+    let band = outcome.band(spec);
+    let title = match band.unit.as_str() {
+        "" | "1" => band.description,
+        unit => format!("{} ({unit})", band.description),
+    };
+    let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
+    survey.crs.transform(&grid.crs, &mut x, &mut y)?;
+    let seen = observed(survey);
+    // Only a map of levels has the colours of what was observed.
+    let coloured = spec.entry.name == "mean";
+    let mut picture = Picture::new(title, rows, cols, values).on(grid).with_sites(
+        grid,
+        &x,
+        &y,
+        coloured.then_some(&seen),
+    );
+    picture.subtitle = format!(
+        "{} sites · pixels of {} · model {model}",
+        survey.x.len(),
+        grid.resolution()
+    );
+    picture.legend = if coloured {
+        format!("survey site, coloured by observed {}", outcome.name)
+    } else {
+        "survey site".into()
+    };
+    (picture.palette, picture.range) = match spec.entry.scale {
+        Scale::Level => (Palette::Level, None),
+        Scale::Spread => (Palette::Spread, None),
+        Scale::Probability => (Palette::Diverging, Some([0.0, 1.0])),
+    };
+    let path = file.with_extension("png");
+    picture.save(&path)?;
+    Ok(path)
+}
+
+/// The output directory: written beside its place, moved there when whole.
+struct Output {
+    target: PathBuf,
+    scratch: PathBuf,
+}
+
+impl Output {
+    /// # Errors
+    /// [`Error::Input`] if there is something in the way that may not be replaced.
+    fn prepare(target: &Path, force: bool) -> Result<Self> {
+        let refuse = |what: &str| Error::input(what).fact("out", target.display());
+        match std::fs::read_dir(target) {
+            Ok(mut entries) => {
+                if entries.next().is_some() && !force {
+                    return Err(refuse("the output directory is not empty")
+                        .try_this("choose another --out, or replace an earlier run with --force"));
+                }
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) if target.exists() => {
+                return Err(refuse("the output directory cannot be used")
+                    .fact("reason", e)
+                    .try_this("choose another --out"));
+            }
+            Err(e) => return Err(Error::io("read", target, e)),
+        }
+        let Some(name) = target.file_name() else {
+            return Err(refuse("the output directory has no name of its own")
+                .try_this("name a new directory, such as --out out"));
+        };
+        let hidden = format!(".{}.partial-{}", name.to_string_lossy(), std::process::id());
+        let scratch = target.with_file_name(hidden);
+        std::fs::create_dir_all(&scratch).map_err(|e| Error::io("create", &scratch, e))?;
+        Ok(Output {
+            target: target.to_path_buf(),
+            scratch,
+        })
+    }
+
+    fn scratch(&self) -> &Path {
+        &self.scratch
+    }
+
+    /// Moves `files` into place, the last one last. Of what is there, only the files of an earlier
+    /// run are removed: those its record names.
+    fn publish(&mut self, files: &[String]) -> Result<()> {
+        if !self.target.exists() {
+            return std::fs::rename(&self.scratch, &self.target)
+                .map_err(|e| Error::io("rename to", &self.target, e));
+        }
+        let old = self.target.join(record::FILE);
+        let earlier = std::fs::read_to_string(&old).ok();
+        let earlier = earlier.and_then(|text| serde_json::from_str::<Record>(&text).ok());
+        for name in earlier.iter().flat_map(|r| r.files().into_iter().rev()) {
+            let plain = Path::new(&name)
+                .file_name()
+                .is_some_and(|n| n == name.as_str());
+            if plain
+                && let Err(e) = std::fs::remove_file(self.target.join(&name))
+                && e.kind() != std::io::ErrorKind::NotFound
+            {
+                return Err(Error::io("replace", &self.target.join(&name), e));
+            }
+        }
+        for name in files {
+            let to = self.target.join(name);
+            std::fs::rename(self.scratch.join(name), &to)
+                .map_err(|e| Error::io("rename to", &to, e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.scratch);
+    }
+}
+
+/// Progress on a terminal, in place; nothing where nobody watches.
+struct Bar {
+    shown: Option<Instant>,
+    watched: bool,
+}
+
+impl Bar {
+    fn new() -> Self {
+        Bar {
+            shown: None,
+            watched: std::io::stderr().is_terminal(),
+        }
+    }
+
+    fn show(&mut self, done: usize, of: usize) {
+        let due = self
+            .shown
+            .is_none_or(|t| t.elapsed() > Duration::from_millis(200));
+        if self.watched && due {
+            self.shown = Some(Instant::now());
+            let percent = 100.0 * done as f64 / of.max(1) as f64;
+            let _ = write!(
+                std::io::stderr().lock(),
+                "\rmapping     {percent:3.0} % of {of} pixels "
+            );
+        }
+    }
+
+    fn clear(&self) {
+        if self.watched && self.shown.is_some() {
+            let _ = write!(std::io::stderr().lock(), "\r{:60}\r", "");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! A build without GDAL reads and writes no rasters. Same shape as `enabled.rs`.
+
+use std::path::{Path, PathBuf};
+
+use super::{Band, Data, Header};
+use crate::{
+    error::{Error, Result},
+    geo::{
+        crs::Crs,
+        grid::{Extent, Grid, Window},
+    },
+};
+
+fn refuse(path: &Path) -> Error {
+    Error::input("this build has no GDAL, and so no rasters")
+        .fact("file", path.display())
+        .try_this("rebuild with default features")
+}
+
+/// A raster that cannot be opened in this build.
+pub struct Raster {
+    /// The file.
+    pub path: PathBuf,
+    /// What it says about itself.
+    pub header: Header,
+}
+
+impl Raster {
+    /// Refuses.
+    pub fn open(path: &Path) -> Result<Self> {
+        Err(refuse(path))
+    }
+    /// Refuses.
+    pub fn data(&self, _window: Window) -> Result<Data> {
+        Err(refuse(&self.path))
+    }
+    /// Refuses.
+    pub fn thumbnail(&self, _rows: usize, _cols: usize) -> Result<Vec<f64>> {
+        Err(refuse(&self.path))
+    }
+}
+
+/// A writer that cannot be made in this build.
+pub struct Cog {
+    path: PathBuf,
+}
+
+impl Cog {
+    /// Refuses.
+    pub fn create(
+        path: &Path,
+        _grid: &Grid,
+        _band: &Band,
+        _tags: &[(String, String)],
+    ) -> Result<Self> {
+        Err(refuse(path))
+    }
+    /// Refuses.
+    pub fn write(&mut self, _window: Window, _values: &[f32]) -> Result<()> {
+        Err(refuse(&self.path))
+    }
+    /// Refuses.
+    pub fn finish(self) -> Result<PathBuf> {
+        Err(refuse(&self.path))
+    }
+}
+
+/// Polygons that cannot be read in this build.
+pub struct Polygons {
+    /// The file.
+    pub path: PathBuf,
+    /// Bounding box.
+    pub extent: Extent,
+}
+
+impl Polygons {
+    /// Refuses.
+    pub fn read(path: &Path, _crs: &Crs) -> Result<Self> {
+        Err(refuse(path))
+    }
+    /// Refuses.
+    pub fn cover(&self, _grid: &Grid, _window: Window) -> Result<Vec<bool>> {
+        Err(refuse(&self.path))
+    }
+}

@@ -1,0 +1,151 @@
+//! The run record: what was asked, what was used, what came out. Written last, so that a directory
+//! with a record is whole.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Summary;
+use crate::{
+    error::{Error, Result},
+    geo::{
+        frame::Frame,
+        grid::Grid,
+        survey::{Dropped, Outcome, Survey},
+    },
+    predictive::Of,
+};
+
+/// Name of the record in an output directory.
+pub const FILE: &str = "run.json";
+
+/// A mapping run. Field names are those of the JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Version of this crate.
+    pub isopleth: String,
+    /// The command as it was typed, word by word.
+    pub command: Vec<String>,
+    /// The model's card.
+    pub model: Value,
+    /// Whether maps are of the surface or of a new observation.
+    pub of: Of,
+    /// The survey.
+    pub survey: SurveyNote,
+    /// World ↔ model units.
+    pub frame: Frame,
+    /// The grid.
+    pub grid: GridNote,
+    /// What was made.
+    pub products: Vec<ProductNote>,
+    /// What the map holds.
+    pub summary: Summary,
+    /// What the user should know before believing the map.
+    pub warnings: Vec<String>,
+    /// Wall time of the run, seconds.
+    pub seconds: f64,
+}
+
+/// What was read from the survey.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SurveyNote {
+    /// The file.
+    pub file: String,
+    /// Its coordinate reference system.
+    pub crs: String,
+    /// Sites used.
+    pub used: usize,
+    /// Rows left out, each with its reason.
+    pub dropped: Vec<Dropped>,
+    /// What was guessed.
+    pub notes: Vec<String>,
+    /// People positive and tested over all sites, for counts.
+    pub people: Option<[f64; 2]>,
+}
+
+impl From<&Survey> for SurveyNote {
+    fn from(survey: &Survey) -> Self {
+        SurveyNote {
+            file: survey.source.display().to_string(),
+            crs: survey.crs.name().to_string(),
+            used: survey.x.len(),
+            dropped: survey.dropped.clone(),
+            notes: survey.notes.clone(),
+            people: match &survey.outcome {
+                Outcome::Counts { positive, tested } => {
+                    Some([positive.iter().sum(), tested.iter().sum()])
+                }
+                Outcome::Values(_) => None,
+            },
+        }
+    }
+}
+
+/// The grid of the map.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GridNote {
+    /// Rows of pixels.
+    pub rows: usize,
+    /// Columns of pixels.
+    pub cols: usize,
+    /// Outer corner of the first pixel, CRS units.
+    pub origin: [f64; 2],
+    /// (dx, dy) of a pixel, CRS units.
+    pub pixel: [f64; 2],
+    /// Coordinate reference system, well-known text.
+    pub crs: String,
+    /// Pixels wanted.
+    pub wanted: usize,
+}
+
+impl From<&Grid> for GridNote {
+    fn from(grid: &Grid) -> Self {
+        GridNote {
+            rows: grid.rows,
+            cols: grid.cols,
+            origin: grid.origin,
+            pixel: grid.pixel,
+            crs: grid.crs.wkt().to_string(),
+            wanted: grid.wanted(),
+        }
+    }
+}
+
+/// One product.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ProductNote {
+    /// Its specification: `quantile:0.025`.
+    pub product: String,
+    /// In words.
+    pub description: String,
+    /// Unit of its values.
+    pub unit: String,
+    /// Its files in the output directory.
+    pub files: Vec<String>,
+}
+
+impl Record {
+    /// Writes `run.json` in `directory`, under a temporary name first.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the disk refuses.
+    pub fn write(&self, directory: &Path) -> Result<()> {
+        let (path, partial) = (directory.join(FILE), directory.join(".run.json.partial"));
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|e| Error::io("write", &path, std::io::Error::other(e)))?;
+        let result = std::fs::write(&partial, text + "\n")
+            .and_then(|()| std::fs::File::open(&partial)?.sync_all())
+            .and_then(|()| std::fs::rename(&partial, &path));
+        result.map_err(|e| {
+            let _ = std::fs::remove_file(&partial);
+            Error::io("write", &path, e)
+        })
+    }
+
+    /// Every file that the run wrote, the record last.
+    pub fn files(&self) -> Vec<String> {
+        let products = self.products.iter().flat_map(|p| p.files.iter().cloned());
+        products.chain([FILE.to_string()]).collect()
+    }
+}

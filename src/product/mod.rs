@@ -1,0 +1,456 @@
+//! What a map shows: one raster per product, made tile by tile. Registry: [`PRODUCTS`].
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use crate::{
+    error::{Error, Result},
+    geo::{
+        geotiff::{Band, Cog},
+        grid::{Grid, Window},
+    },
+    predictive::{Link, Marginals, Of},
+    registry::{self, Named},
+};
+
+pub mod exceedance;
+pub mod interval;
+pub mod mean;
+pub mod quantile;
+pub mod sd;
+
+/// A window of the map with its posterior.
+#[derive(Debug, Clone)]
+pub struct Tile {
+    /// Where.
+    pub window: Window,
+    /// Which of its pixels are wanted, row-major.
+    pub valid: Vec<bool>,
+    /// Marginals of the wanted pixels, row-major, outcome units.
+    pub marginals: Marginals,
+}
+
+/// A raster in the making.
+pub trait Product {
+    /// The specification it was made from: `quantile:0.025`.
+    fn spec(&self) -> Spec;
+    /// Takes the next tile. Each pixel comes once, here or in [`Product::skip`].
+    fn accept(&mut self, tile: &Tile) -> Result<()>;
+    /// Takes a window without a wanted pixel.
+    fn skip(&mut self, window: Window) -> Result<()>;
+    /// Completes the file and says where it is.
+    fn finish(self: Box<Self>) -> Result<PathBuf>;
+}
+
+/// What values of a product are, for colours and legends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scale {
+    /// A level of the outcome.
+    Level,
+    /// A width in outcome units: sd, interval width.
+    Spread,
+    /// A probability.
+    Probability,
+}
+
+/// A kind of product.
+pub struct Entry {
+    /// The name in `--products`.
+    pub name: &'static str,
+    /// One line on what it is.
+    pub about: &'static str,
+    /// What stands after the colon, if anything does.
+    pub parameter: Option<Parameter>,
+    /// What its values are.
+    pub scale: Scale,
+    /// In words, of an outcome such as "prevalence".
+    pub title: fn(outcome: &str, parameter: f64) -> String,
+    /// The value at target `i`.
+    pub value: fn(marginals: &Marginals, i: usize, parameter: f64) -> f64,
+}
+
+/// The number after the colon of a specification.
+pub struct Parameter {
+    /// Its name, for messages: "level".
+    pub name: &'static str,
+    /// An example: "0.025".
+    pub example: &'static str,
+    /// Whether it is a threshold in outcome units; otherwise it lies strictly between 0 and 1.
+    pub threshold: bool,
+}
+
+/// Every product.
+pub const PRODUCTS: &[Entry] = &[
+    mean::ENTRY,
+    sd::ENTRY,
+    quantile::ENTRY,
+    interval::ENTRY,
+    exceedance::ENTRY,
+];
+
+impl Named for Entry {
+    fn name(&self) -> &str {
+        self.name
+    }
+    fn about(&self) -> &str {
+        self.about
+    }
+}
+
+/// A product as a user asks for it: `mean`, `quantile:0.025`, `exceedance:0.2`.
+#[derive(Clone, Copy)]
+pub struct Spec {
+    /// Which kind.
+    pub entry: &'static Entry,
+    /// Its parameter; NaN where the kind has none.
+    pub parameter: f64,
+}
+
+impl Spec {
+    /// P(outcome > `threshold`).
+    pub fn exceedance(threshold: f64) -> Self {
+        Spec {
+            entry: &exceedance::ENTRY,
+            parameter: threshold,
+        }
+    }
+
+    /// Name of the file without its ending: `quantile_0.025`.
+    pub fn stem(&self) -> String {
+        self.to_string().replace(':', "_")
+    }
+
+    /// Refuses thresholds that the outcome cannot cross.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a proportion outside (0, 1), or a rate that is not positive.
+    pub fn check(&self, link: Link) -> Result<()> {
+        if !self.entry.parameter.as_ref().is_some_and(|p| p.threshold) {
+            return Ok(());
+        }
+        let t = self.parameter;
+        let refuse = |what: &str| Error::input(format!("the threshold {t} {what}"));
+        match link {
+            Link::Logit if t > 1.0 && t < 100.0 => Err(refuse(
+                "is above any prevalence, which lies between 0 and 1",
+            )
+            .try_this(format!("for {t} % write {}", short(t / 100.0)))),
+            Link::Logit if t <= 0.0 || t >= 1.0 => {
+                Err(refuse("is not a prevalence between 0 and 1").try_this("for 20 % write 0.2"))
+            }
+            Link::Log if t <= 0.0 => {
+                Err(refuse("is not a rate above 0").try_this("give a positive threshold"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl PartialEq for Spec {
+    fn eq(&self, other: &Self) -> bool {
+        self.entry.name == other.entry.name
+            && (self.parameter == other.parameter || self.entry.parameter.is_none())
+    }
+}
+
+impl fmt::Display for Spec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.entry.parameter {
+            None => write!(f, "{}", self.entry.name),
+            Some(_) => write!(f, "{}:{}", self.entry.name, self.parameter),
+        }
+    }
+}
+
+impl fmt::Debug for Spec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Spec {
+    type Err = Error;
+
+    /// ```
+    /// use isopleth::product::Spec;
+    /// assert_eq!("quantile:0.025".parse::<Spec>()?.stem(), "quantile_0.025");
+    /// assert_eq!("exceedance:0.20".parse::<Spec>()?.to_string(), "exceedance:0.2");
+    /// assert!("quantile".parse::<Spec>().is_err()); // which?
+    /// assert!("interval:95".parse::<Spec>().unwrap_err().help().unwrap().contains("0.95"));
+    /// # Ok::<(), isopleth::Error>(())
+    /// ```
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, rest) = match text.trim().split_once(':') {
+            None => (text.trim(), None),
+            Some((name, rest)) => (name.trim(), Some(rest.trim())),
+        };
+        let entry = registry::find("product", PRODUCTS, name)?;
+        let refuse = |what: &str| Error::input(format!("the product `{text}` {what}"));
+        let (wanted, given) = match (&entry.parameter, rest) {
+            (None, None) => {
+                return Ok(Spec {
+                    entry,
+                    parameter: f64::NAN,
+                });
+            }
+            (None, Some(_)) => {
+                return Err(refuse("takes no number").try_this(format!("write {name}")));
+            }
+            (Some(wanted), None) => {
+                return Err(refuse(&format!("needs a {}", wanted.name))
+                    .try_this(format!("write for example {name}:{}", wanted.example)));
+            }
+            (Some(wanted), Some(given)) => (wanted, given),
+        };
+        let example = format!("write for example {name}:{}", wanted.example);
+        let parameter: f64 = given.parse().map_err(|_| {
+            refuse(&format!("has a {} that is not a number", wanted.name)).try_this(&example)
+        })?;
+        if !parameter.is_finite() {
+            return Err(
+                refuse(&format!("has a {} that is not finite", wanted.name)).try_this(&example)
+            );
+        }
+        let level = parameter > 0.0 && parameter < 1.0;
+        if !(wanted.threshold || level) {
+            let help = if (1.0..100.0).contains(&parameter) {
+                format!(
+                    "for {parameter} % write {name}:{}",
+                    short(parameter / 100.0)
+                )
+            } else {
+                example
+            };
+            let what = format!("has a {} that is not between 0 and 1", wanted.name);
+            return Err(refuse(&what).try_this(help));
+        }
+        Ok(Spec { entry, parameter })
+    }
+}
+
+/// At most six decimals, no trailing zeros.
+fn short(value: f64) -> String {
+    format!("{value:.6}")
+        .trim_end_matches('0')
+        .trim_end_matches('.')
+        .to_string()
+}
+
+/// What is mapped, in the words that titles and tags use.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// "prevalence", or the name of the mapped column.
+    pub name: String,
+    /// Its unit: "1" for proportions, "" where unknown.
+    pub unit: String,
+    /// Link to the scale on which surfaces live.
+    pub link: Link,
+    /// Whether maps are of the surface, or of a new observation.
+    pub of: Of,
+}
+
+impl Outcome {
+    /// Title and unit of a product.
+    pub fn band(&self, spec: &Spec) -> Band {
+        let name = match self.of {
+            Of::Surface => self.name.clone(),
+            Of::Observation => format!("{} at a new site", self.name),
+        };
+        let unit = match spec.entry.scale {
+            Scale::Probability => "1".into(),
+            Scale::Level | Scale::Spread => self.unit.clone(),
+        };
+        Band {
+            description: (spec.entry.title)(&name, spec.parameter),
+            unit,
+        }
+    }
+}
+
+/// A product that needs only each pixel's own marginals: one value per pixel.
+struct Pixelwise {
+    spec: Spec,
+    raster: Cog,
+}
+
+impl Product for Pixelwise {
+    fn spec(&self) -> Spec {
+        self.spec
+    }
+
+    fn accept(&mut self, tile: &Tile) -> Result<()> {
+        let (value, parameter) = (self.spec.entry.value, self.spec.parameter);
+        let values = tile
+            .marginals
+            .map(|marginals, i| value(marginals, i, parameter) as f32);
+        self.raster
+            .write(tile.window, &scatter(&tile.valid, &values)?)
+    }
+
+    fn skip(&mut self, window: Window) -> Result<()> {
+        self.raster.write(window, &vec![f32::NAN; window.len()])
+    }
+
+    fn finish(self: Box<Self>) -> Result<PathBuf> {
+        self.raster.finish()
+    }
+}
+
+/// Puts the values of wanted pixels in their places, NaN elsewhere.
+///
+/// ```
+/// let map = isopleth::product::scatter(&[true, false, true], &[1.0, 2.0])?;
+/// assert!(map[0] == 1.0 && map[1].is_nan() && map[2] == 2.0);
+/// # Ok::<(), isopleth::Error>(())
+/// ```
+/// # Errors
+/// [`Error::Axis`] if there is not one value for each wanted pixel.
+pub fn scatter(valid: &[bool], values: &[f32]) -> Result<Vec<f32>> {
+    let wanted = valid.iter().filter(|&&v| v).count();
+    if wanted != values.len() {
+        return Err(Error::axis(
+            "values and wanted pixels",
+            values.len(),
+            wanted,
+        ));
+    }
+    let mut values = values.iter();
+    let place = |&v: &bool| {
+        if v {
+            *values.next().unwrap_or(&f32::NAN)
+        } else {
+            f32::NAN
+        }
+    };
+    Ok(valid.iter().map(place).collect())
+}
+
+/// Starts a raster for each specification, in `directory`. Repeated ones are made once.
+///
+/// `tags` go into every file, beside what the product is and what it is of.
+///
+/// # Errors
+/// [`Error::Input`] for a threshold that the outcome cannot cross, or if the disk refuses.
+pub fn open(
+    specs: &[Spec],
+    outcome: &Outcome,
+    grid: &Grid,
+    directory: &Path,
+    tags: &[(String, String)],
+) -> Result<Vec<Box<dyn Product>>> {
+    let mut products: Vec<Box<dyn Product>> = Vec::new();
+    for spec in specs {
+        spec.check(outcome.link)?;
+    }
+    for (i, &spec) in specs.iter().enumerate() {
+        if specs[..i].contains(&spec) {
+            continue;
+        }
+        let mut tags = tags.to_vec();
+        let mut tag = |key: &str, value: String| tags.push((key.into(), value));
+        tag("ISOPLETH_VERSION", env!("CARGO_PKG_VERSION").into());
+        tag("PRODUCT", spec.to_string());
+        tag("OUTCOME", outcome.name.clone());
+        tag(
+            "OF",
+            if outcome.of == Of::Surface {
+                "surface"
+            } else {
+                "observation"
+            }
+            .into(),
+        );
+        if let Some(parameter) = &spec.entry.parameter {
+            tag(&parameter.name.to_uppercase(), spec.parameter.to_string());
+        }
+        let path = directory.join(format!("{}.tif", spec.stem()));
+        let raster = Cog::create(&path, grid, &outcome.band(&spec), &tags)?;
+        products.push(Box::new(Pixelwise { spec, raster }));
+    }
+    Ok(products)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::predictive::{normal_cdf, normal_quantile};
+
+    fn known(link: Link) -> Marginals {
+        Marginals {
+            link,
+            of: Of::Surface,
+            components: 1,
+            weight: vec![1.0; 2],
+            mean: vec![0.3, -1.2],
+            sd: vec![0.5, 0.8],
+        }
+    }
+
+    fn value(spec: &str, marginals: &Marginals, i: usize) -> f64 {
+        let spec: Spec = spec.parse().unwrap();
+        (spec.entry.value)(marginals, i, spec.parameter)
+    }
+
+    #[test]
+    fn a_known_posterior_gives_known_values() {
+        let gaussian = known(Link::Identity);
+        let z = normal_quantile(0.9);
+        for (i, (m, s)) in [(0.3, 0.5), (-1.2, 0.8)].into_iter().enumerate() {
+            for (spec, expected) in [
+                ("mean", m),
+                ("sd", s),
+                ("quantile:0.9", m + z * s),
+                ("interval:0.8", 2.0 * z * s),
+                ("exceedance:-0.4", normal_cdf((m + 0.4) / s)),
+            ] {
+                let got = value(spec, &gaussian, i);
+                assert!(
+                    (got - expected).abs() < 1e-9,
+                    "{spec} at {i}: {got}, not {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_prevalence_agree_with_each_other() {
+        let logit = known(Link::Logit);
+        for i in 0..2 {
+            let quantile = value("quantile:0.7", &logit, i);
+            let spec = Spec::exceedance(quantile);
+            let above = (spec.entry.value)(&logit, i, spec.parameter);
+            assert!((above - 0.3).abs() < 1e-9, "{above}");
+            let width = value("quantile:0.975", &logit, i) - value("quantile:0.025", &logit, i);
+            assert!((value("interval:0.95", &logit, i) - width).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn thresholds_in_percent_are_refused_for_prevalence() {
+        let percent = Spec::exceedance(20.0);
+        let help = percent.check(Link::Logit).unwrap_err().help().unwrap();
+        assert!(help.contains("0.2"), "{help}");
+        assert!(percent.check(Link::Identity).is_ok());
+        assert!(Spec::exceedance(0.0).check(Link::Logit).is_err());
+        assert!(Spec::exceedance(-1.0).check(Link::Log).is_err());
+    }
+
+    #[test]
+    fn slips_in_a_specification_are_named() {
+        for (text, words) in [
+            ("quantle:0.5", "no product"),
+            ("quantile:1.5", "not between 0 and 1"),
+            ("quantile:high", "not a number"),
+            ("exceedance:NaN", "not finite"),
+            ("mean:3", "takes no number"),
+            ("interval", "needs a level"),
+        ] {
+            let error = text.parse::<Spec>().unwrap_err();
+            assert!(error.to_string().contains(words), "{text}: {error}");
+            assert!(error.help().is_some(), "{text}");
+        }
+    }
+}
