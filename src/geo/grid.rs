@@ -599,6 +599,8 @@ mod tests {
         let grid = Grid::cover(extent, &plane(), Some(Resolution::Metres(5000.0))).unwrap();
         assert_eq!((grid.cols, grid.rows), (21, 9));
         assert_eq!((grid.origin, grid.pixel), ([-5.0, 55.0], [5.0, -5.0]));
+        assert_eq!(grid.centre(0, 0), (-2.5, 52.5));
+        assert_eq!(grid.centre(8, 2), (7.5, 12.5));
         let own = grid.extent();
         assert!(own.contains(extent.west, extent.south) && own.contains(extent.east, extent.north));
         // Covering a grid's own extent gives the grid.
