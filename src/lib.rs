@@ -8,6 +8,7 @@ pub mod attention;
 pub mod baseline;
 pub mod checkpoint;
 pub mod cli;
+pub mod device;
 pub mod error;
 pub mod fused;
 pub mod geo;

@@ -900,6 +900,10 @@ mod command {
             ["mean.tif", "notes.txt", "quantile_0.9.tif", "run.json"]
         );
         assert_eq!(entries(home.path()), ["out"]);
+        // What a killed run leaves is in nobody's way.
+        let empty = home.path().join("empty");
+        std::fs::create_dir_all(empty.join(".isopleth-partial-1")).unwrap();
+        works(&empty, &with("mean"));
         std::fs::write(home.path().join("file"), "").unwrap();
         refused(&home.path().join("file"), &with("mean"), "cannot be used");
     }

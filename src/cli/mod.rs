@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 pub mod list;
 pub mod map;
 pub mod survey;
+pub mod train;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
 #[derive(clap::Parser)]
@@ -26,6 +27,7 @@ First steps:
 #[derive(clap::Subcommand)]
 enum Command {
     Map(Box<map::Args>),
+    Train(train::Args),
     List(list::Args),
 }
 
@@ -37,6 +39,7 @@ enum Command {
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
         Command::Map(args) => map::run(args),
+        Command::Train(args) => train::run(args),
         Command::List(args) => list::run(args),
     }
 }

@@ -278,16 +278,21 @@ impl Grid {
         };
         let mut mask = Mask::none(grid.rows, grid.cols);
         let (mut wanted, mut sentinels) = (0, 0);
-        for window in grid.windows(512) {
+        // Strips of whole rows: what is stored in lines is read once.
+        let strip = (1_000_000 / grid.cols).clamp(1, grid.rows);
+        for row in (0..grid.rows).step_by(strip) {
+            let rows = strip.min(grid.rows - row);
+            let window = Window {
+                row,
+                col: 0,
+                rows,
+                cols: grid.cols,
+            };
             let data = raster.data(window)?;
             sentinels += data.sentinels;
             for (i, &has) in data.valid.iter().enumerate() {
                 if has {
-                    mask.set(
-                        window.row + i / window.cols,
-                        window.col + i % window.cols,
-                        true,
-                    );
+                    mask.set(row + i / grid.cols, i % grid.cols, true);
                     wanted += 1;
                 }
             }

@@ -1,0 +1,101 @@
+//! `isopleth train`: train a recipe and write the best weights by validation.
+
+use std::path::PathBuf;
+
+use super::note;
+use crate::{
+    device,
+    error::{Error, Result},
+    recipe::Recipe,
+    train::{self, Options, Progress},
+};
+
+/// Train a model on surfaces drawn from a recipe's prior
+#[derive(clap::Args)]
+pub struct Args {
+    /// Recipe (.toml): model, prior, design, training
+    recipe: PathBuf,
+    /// Model file to write (.safetensors); state and journal stand beside it
+    #[arg(long)]
+    out: PathBuf,
+    /// Continue from the state beside --out
+    #[arg(long)]
+    resume: bool,
+    /// Steps in all, instead of the recipe's
+    #[arg(long)]
+    steps: Option<u64>,
+    /// Stop at this step for now; --resume goes on from there
+    #[arg(long)]
+    stop_at: Option<u64>,
+    /// Start from the weights of this model where names and shapes agree
+    #[arg(long)]
+    start: Option<PathBuf>,
+    /// cpu or cuda
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Seed of weights and tasks
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Replace a model file that exists
+    #[arg(long)]
+    force: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Error::Input`] for a bad recipe, or an existing model without --force or --resume.
+pub fn run(args: &Args) -> Result<()> {
+    let recipe = Recipe::read(&args.recipe)?;
+    if args.out.extension().is_none_or(|e| e != "safetensors") {
+        return Err(Error::input("the model file must end in .safetensors")
+            .fact("out", args.out.display())
+            .try_this("for example --out models/mine.safetensors"));
+    }
+    if args.out.exists() && !args.resume && !args.force {
+        return Err(Error::input("the model file exists")
+            .fact("out", args.out.display())
+            .try_this("--resume goes on training it, --force replaces it"));
+    }
+    let options = Options {
+        out: args.out.clone(),
+        resume: args.resume,
+        steps: args.steps,
+        stop_at: args.stop_at,
+        seed: args.seed,
+        device: device::open(&args.device)?,
+        machine: device::describe(),
+        start: args.start.clone(),
+    };
+    let card = train::run(&recipe, &options, show)?;
+    note(format!(
+        "{}: {} parameters, {} steps, best at {} with validation loss {:.4} (exact GP {:.4})",
+        args.out.display(),
+        card.parameters,
+        card.steps,
+        card.best_step,
+        card.validation.unwrap_or(f64::NAN),
+        card.exact_gp.unwrap_or(f64::NAN),
+    ));
+    Ok(())
+}
+
+fn show(p: &Progress) {
+    let left = p.seconds_left as u64;
+    let mut line = format!(
+        "step {:>7}/{}  loss {:.4}  {:.1} steps/s  {}:{:02}:{:02} left",
+        p.step,
+        p.steps,
+        p.loss,
+        p.steps_per_s,
+        left / 3600,
+        left / 60 % 60,
+        left % 60
+    );
+    if let (Some(validation), Some(gap)) = (p.validation, p.gap) {
+        line += &format!("  validation {validation:.4}, {gap:+.4} to the exact GP");
+    } else if !std::io::IsTerminal::is_terminal(&std::io::stderr()) {
+        return; // a log file wants the milestones, not every second
+    }
+    note(line);
+}
