@@ -574,38 +574,40 @@ fn picture(
     Ok(path)
 }
 
-/// The output directory: written beside its place, moved there when whole.
+/// The output directory: written in a hidden place, moved when whole.
 struct Output {
     target: PathBuf,
+    /// Beside a new directory; inside one that exists, for it may be a disk of its own.
     scratch: PathBuf,
 }
+
+/// Start of the name of every scratch directory. A killed run may leave one; it is never in the way.
+const SCRATCH: &str = ".isopleth-partial-";
 
 impl Output {
     /// # Errors
     /// [`Error::Input`] if there is something in the way that may not be replaced.
     fn prepare(target: &Path, force: bool) -> Result<Self> {
         let refuse = |what: &str| Error::input(what).fact("out", target.display());
-        match std::fs::read_dir(target) {
-            Ok(mut entries) => {
-                if entries.next().is_some() && !force {
+        let hidden = format!("{SCRATCH}{}", std::process::id());
+        let scratch = match std::fs::read_dir(target) {
+            Ok(entries) => {
+                let foreign = |e: std::io::Result<std::fs::DirEntry>| {
+                    !e.is_ok_and(|e| e.file_name().to_string_lossy().starts_with(SCRATCH))
+                };
+                if !force && entries.into_iter().any(foreign) {
                     return Err(refuse("the output directory is not empty")
                         .try_this("choose another --out, or replace an earlier run with --force"));
                 }
+                target.join(hidden)
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) if target.exists() => {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => target.with_file_name(hidden),
+            Err(e) => {
                 return Err(refuse("the output directory cannot be used")
                     .fact("reason", e)
                     .try_this("choose another --out"));
             }
-            Err(e) => return Err(Error::io("read", target, e)),
-        }
-        let Some(name) = target.file_name() else {
-            return Err(refuse("the output directory has no name of its own")
-                .try_this("name a new directory, such as --out out"));
         };
-        let hidden = format!(".{}.partial-{}", name.to_string_lossy(), std::process::id());
-        let scratch = target.with_file_name(hidden);
         std::fs::create_dir_all(&scratch).map_err(|e| Error::io("create", &scratch, e))?;
         Ok(Output {
             target: target.to_path_buf(),

@@ -278,16 +278,21 @@ impl Grid {
         };
         let mut mask = Mask::none(grid.rows, grid.cols);
         let (mut wanted, mut sentinels) = (0, 0);
-        for window in grid.windows(512) {
+        // Strips of whole rows: what is stored in lines is read once.
+        let strip = (1_000_000 / grid.cols).clamp(1, grid.rows);
+        for row in (0..grid.rows).step_by(strip) {
+            let rows = strip.min(grid.rows - row);
+            let window = Window {
+                row,
+                col: 0,
+                rows,
+                cols: grid.cols,
+            };
             let data = raster.data(window)?;
             sentinels += data.sentinels;
             for (i, &has) in data.valid.iter().enumerate() {
                 if has {
-                    mask.set(
-                        window.row + i / window.cols,
-                        window.col + i % window.cols,
-                        true,
-                    );
+                    mask.set(row + i / grid.cols, i % grid.cols, true);
                     wanted += 1;
                 }
             }
@@ -599,6 +604,8 @@ mod tests {
         let grid = Grid::cover(extent, &plane(), Some(Resolution::Metres(5000.0))).unwrap();
         assert_eq!((grid.cols, grid.rows), (21, 9));
         assert_eq!((grid.origin, grid.pixel), ([-5.0, 55.0], [5.0, -5.0]));
+        assert_eq!(grid.centre(0, 0), (-2.5, 52.5));
+        assert_eq!(grid.centre(8, 2), (7.5, 12.5));
         let own = grid.extent();
         assert!(own.contains(extent.west, extent.south) && own.contains(extent.east, extent.north));
         // Covering a grid's own extent gives the grid.
