@@ -129,43 +129,25 @@ impl Checkpoint {
                 .fact("reason", reason)
                 .try_this("copy the file again, or train it with `isopleth train`")
         };
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| {
-            broken(
-                "the model file is truncated or not a model",
-                format!("{e:?}"),
-            )
+        let (_, header) = SafeTensors::read_metadata(bytes)
+            .map_err(|e| broken("the model file is truncated or not a model", format!("{e:?}")))?;
+        let card = header.metadata().as_ref().and_then(|m| m.get("isopleth")).ok_or_else(|| {
+            broken("the model file was not written by isopleth", "it has no card".into())
         })?;
-        let card = header
-            .metadata()
-            .as_ref()
-            .and_then(|m| m.get("isopleth"))
-            .ok_or_else(|| {
-                broken(
-                    "the model file was not written by isopleth",
-                    "it has no card".into(),
-                )
-            })?;
         let version: serde_json::Value = serde_json::from_str(card)
             .map_err(|e| broken("the model's card cannot be read", e.to_string()))?;
         let format = version.get("format").and_then(serde_json::Value::as_u64);
         if format != Some(u64::from(FORMAT)) {
             return Err(Error::input("the model file is of another version")
                 .fact("model", name)
-                .fact(
-                    "its format",
-                    format.map_or("unknown".into(), |f| f.to_string()),
-                )
+                .fact("its format", format.map_or("unknown".into(), |f| f.to_string()))
                 .fact("this binary reads", FORMAT)
                 .try_this("use the isopleth that wrote it, or train it again"));
         }
         let card: Card = serde_json::from_value(version)
             .map_err(|e| broken("the model's card cannot be read", e.to_string()))?;
-        let file = SafeTensors::deserialize(bytes).map_err(|e| {
-            broken(
-                "the model file is truncated or not a model",
-                format!("{e:?}"),
-            )
-        })?;
+        let file = SafeTensors::deserialize(bytes)
+            .map_err(|e| broken("the model file is truncated or not a model", format!("{e:?}")))?;
         let mut tensors = BTreeMap::new();
         for (path, view) in file.tensors() {
             if view.dtype() != Dtype::F32 {
@@ -190,11 +172,7 @@ impl Checkpoint {
     /// [`Error::Io`] if the disk refuses; nothing stands under `path` then that was not there.
     pub fn write(&self, path: &Path) -> Result<()> {
         let card = serde_json::to_string(&self.card).expect("a card is plain data");
-        write_tensors(
-            path,
-            &self.tensors,
-            HashMap::from([("isopleth".to_string(), card)]),
-        )
+        write_tensors(path, &self.tensors, HashMap::from([("isopleth".to_string(), card)]))
     }
 
     /// The recipe in the card.
@@ -213,18 +191,13 @@ impl Checkpoint {
     /// [`Error::Input`] if the weights do not fit the recipe in the card.
     pub fn process(&self, device: &Device) -> Result<Box<dyn Process + Send + Sync>> {
         let recipe = self.recipe()?;
-        let problem = Problem {
-            dim: recipe.tasks()?.dim(),
-            likelihood: self.likelihood()?,
-        };
+        let problem = Problem { dim: recipe.tasks()?.dim(), likelihood: self.likelihood()? };
         let mut params = Params::saved(self.tensors.clone(), device, DType::F32);
         let process = model::build(recipe.table("model")?, problem, &mut params)?;
         if let Some(extra) = params.unused().first() {
-            return Err(
-                Error::input("the model file holds a parameter that its recipe lacks")
-                    .fact("parameter", extra)
-                    .try_this("the card does not fit these weights; train it again"),
-            );
+            return Err(Error::input("the model file holds a parameter that its recipe lacks")
+                .fact("parameter", extra)
+                .try_this("the card does not fit these weights; train it again"));
         }
         Ok(process)
     }
@@ -238,10 +211,7 @@ pub(crate) fn write_tensors(
 ) -> Result<()> {
     let mut raw: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::with_capacity(tensors.len());
     for (name, tensor) in tensors {
-        let values = tensor
-            .flatten_all()?
-            .to_dtype(DType::F32)?
-            .to_vec1::<f32>()?;
+        let values = tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         raw.push((name.clone(), tensor.dims().to_vec(), bytes));
     }
@@ -269,12 +239,10 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.sync_all()
     })();
-    written
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .map_err(|e| {
-            let _ = std::fs::remove_file(&temporary);
-            Error::io("write", path, e)
-        })
+    written.and_then(|()| std::fs::rename(&temporary, path)).map_err(|e| {
+        let _ = std::fs::remove_file(&temporary);
+        Error::io("write", path, e)
+    })
 }
 
 /// Today's date, UTC, as year-month-day. The civil calendar from days since 1970 is Hinnant's.

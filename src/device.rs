@@ -25,15 +25,10 @@ pub fn open(name: &str) -> Result<Device> {
 
 /// Processor and thread count.
 pub fn describe() -> String {
-    let model = std::fs::read_to_string("/proc/cpuinfo")
-        .ok()
-        .and_then(|text| {
-            let line = text.lines().find(|l| l.starts_with("model name"))?;
-            Some(line.split(':').nth(1)?.trim().to_string())
-        });
+    let model = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
+        let line = text.lines().find(|l| l.starts_with("model name"))?;
+        Some(line.split(':').nth(1)?.trim().to_string())
+    });
     let threads = rayon::current_num_threads();
-    format!(
-        "{}, {threads} threads",
-        model.unwrap_or_else(|| std::env::consts::ARCH.into())
-    )
+    format!("{}, {threads} threads", model.unwrap_or_else(|| std::env::consts::ARCH.into()))
 }

@@ -15,9 +15,8 @@ pub struct Recipe {
     table: toml::Table,
 }
 
-const TABLES: [&str; 8] = [
-    "name", "predicts", "model", "prior", "design", "trials", "task", "train",
-];
+const TABLES: [&str; 8] =
+    ["name", "predicts", "model", "prior", "design", "trials", "task", "train"];
 
 impl Recipe {
     /// Reads a recipe file.
@@ -36,9 +35,7 @@ impl Recipe {
     /// [`Error::Input`] for TOML that does not parse or a table that is not known.
     pub fn parse(text: &str) -> Result<Self> {
         let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
-            let line = e
-                .span()
-                .map_or(1, |s| text[..s.start].lines().count().max(1));
+            let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
             Error::input("the recipe is not valid TOML")
                 .fact("line", line)
                 .fact("reason", e.message())
@@ -52,10 +49,7 @@ impl Recipe {
             };
             return Err(Error::input(format!("unknown table `{key}` in the recipe")).try_this(help));
         }
-        Ok(Recipe {
-            text: text.to_string(),
-            table,
-        })
+        Ok(Recipe { text: text.to_string(), table })
     }
 
     /// The text it was read from.
@@ -68,13 +62,10 @@ impl Recipe {
     /// # Errors
     /// [`Error::Input`] if the recipe lacks it.
     pub fn table(&self, name: &str) -> Result<&toml::Table> {
-        self.table
-            .get(name)
-            .and_then(|v| v.as_table())
-            .ok_or_else(|| {
-                Error::input(format!("the recipe has no [{name}] table"))
-                    .try_this("compare with the recipes in models/")
-            })
+        self.table.get(name).and_then(|v| v.as_table()).ok_or_else(|| {
+            Error::input(format!("the recipe has no [{name}] table"))
+                .try_this("compare with the recipes in models/")
+        })
     }
 
     /// A string at the top of the recipe.
@@ -95,11 +86,7 @@ impl Recipe {
     /// The settings under `name`, defaults where the table is absent.
     pub fn settings<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let empty = toml::Table::new();
-        let table = self
-            .table
-            .get(name)
-            .and_then(|v| v.as_table())
-            .unwrap_or(&empty);
+        let table = self.table.get(name).and_then(|v| v.as_table()).unwrap_or(&empty);
         settings::parse_table(&format!("[{name}]"), table)
     }
 }

@@ -26,11 +26,7 @@ fn explain(place: &str, message: &str) -> Error {
     };
     let quoted: Vec<&str> = reason.split('`').skip(1).step_by(2).collect();
     if reason.starts_with("unknown field") || reason.starts_with("unknown variant") {
-        let what = if reason.starts_with("unknown field") {
-            "setting"
-        } else {
-            "value"
-        };
+        let what = if reason.starts_with("unknown field") { "setting" } else { "value" };
         let known: Vec<String> = quoted.iter().skip(1).map(|s| s.to_string()).collect();
         let name = quoted.first().copied().unwrap_or("?");
         let help = match registry::nearest(name, &known) {

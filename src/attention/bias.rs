@@ -28,13 +28,7 @@ pub enum Term {
 
 impl Term {
     /// Every family.
-    pub const ALL: [Term; 5] = [
-        Term::Scalar,
-        Term::Rbf,
-        Term::Tisa,
-        Term::Exponential,
-        Term::Sink,
-    ];
+    pub const ALL: [Term; 5] = [Term::Scalar, Term::Rbf, Term::Tisa, Term::Exponential, Term::Sink];
 }
 
 /// A sum of terms, with parameters for every head.
@@ -58,11 +52,7 @@ impl Bias {
         let mut total: Option<Tensor> = None;
         for (j, term) in self.terms.iter().enumerate() {
             let param = |i: usize| -> Result<Tensor> {
-                Ok(self
-                    .params
-                    .narrow(1, j, 1)?
-                    .narrow(2, i, 1)?
-                    .reshape((1, heads, 1, 1))?)
+                Ok(self.params.narrow(1, j, 1)?.narrow(2, i, 1)?.reshape((1, heads, 1, 1))?)
             };
             let (a, b, c) = (param(0)?, param(1)?, param(2)?);
             let value = match term {
@@ -104,12 +94,7 @@ impl Bias {
         let Some(j) = self.sink() else {
             return Ok(None);
         };
-        Ok(Some(
-            self.params
-                .narrow(1, j, 1)?
-                .narrow(2, 0, 1)?
-                .reshape((1, heads, 1, 1))?,
-        ))
+        Ok(Some(self.params.narrow(1, j, 1)?.narrow(2, 0, 1)?.reshape((1, heads, 1, 1))?))
     }
 }
 
@@ -123,10 +108,7 @@ fn distance(d2: &Tensor) -> Result<Tensor> {
 /// # Shapes
 /// `a` `[batch, target, dim]`, `b` `[batch, context, dim]`; returns `[batch, target, context]`.
 pub fn squared_distances(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    Ok(a.unsqueeze(2)?
-        .broadcast_sub(&b.unsqueeze(1)?)?
-        .sqr()?
-        .sum(3)?)
+    Ok(a.unsqueeze(2)?.broadcast_sub(&b.unsqueeze(1)?)?.sqr()?.sum(3)?)
 }
 
 simd::vectorised! {

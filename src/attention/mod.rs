@@ -44,11 +44,7 @@ impl Keys {
     pub fn pack(k: &Tensor, v: &Tensor, sites: &Tensor, mask: &Tensor) -> Result<Self> {
         let (kd, vd) = (k.dims(), v.dims());
         if kd[..3] != vd[..3] {
-            return Err(Error::axis(
-                "keys and values",
-                format!("{kd:?}"),
-                format!("{vd:?}"),
-            ));
+            return Err(Error::axis("keys and values", format!("{kd:?}"), format!("{vd:?}")));
         }
         if sites.dims()[..2] != kd[..2] || mask.dims() != &kd[..2] {
             return Err(Error::axis(

@@ -113,11 +113,9 @@ fn build(table: &toml::Table) -> Result<Box<dyn Prior>> {
             });
         }
         if *weight < 0.0 || !weight.is_finite() {
-            return Err(
-                Error::input(format!("the weight of kernel `{name}` is negative"))
-                    .fact("written", weight)
-                    .try_this("weights are relative chances, 0 or more"),
-            );
+            return Err(Error::input(format!("the weight of kernel `{name}` is negative"))
+                .fact("written", weight)
+                .try_this("weights are relative chances, 0 or more"));
         }
     }
     if gp.kernels.values().sum::<f64>() <= 0.0 {
@@ -148,49 +146,27 @@ impl Gp {
             left -= weight;
         }
         let length_scale = self.length_scale.draw(rng);
-        let smoothness = BASES
-            .iter()
-            .find(|(n, _)| n == chosen)
-            .and_then(|(_, s)| *s);
+        let smoothness = BASES.iter().find(|(n, _)| n == chosen).and_then(|(_, s)| *s);
         let Some(smoothness) = smoothness else {
-            return Box::new(Periodic {
-                period: self.period.draw(rng),
-                length_scale,
-                sill,
-            });
+            return Box::new(Periodic { period: self.period.draw(rng), length_scale, sill });
         };
         let metric = if rng.unit() < self.anisotropic {
             let angle = rng.uniform(0.0, std::f64::consts::PI);
-            Metric::Anisotropic {
-                angle,
-                ratio: self.anisotropy.draw(rng),
-            }
+            Metric::Anisotropic { angle, ratio: self.anisotropy.draw(rng) }
         } else {
             Metric::Euclidean
         };
-        Box::new(Matern {
-            smoothness,
-            length_scale,
-            sill,
-            metric,
-        })
+        Box::new(Matern { smoothness, length_scale, sill, metric })
     }
 
     /// A kernel of sill 1.
     fn shape(&self, rng: &mut Stream) -> Box<dyn Kernel> {
         if rng.unit() < self.sum {
             let share = rng.uniform(0.1, 0.9);
-            return Box::new(Sum(vec![
-                self.base(share, rng),
-                self.base(1.0 - share, rng),
-            ]));
+            return Box::new(Sum(vec![self.base(share, rng), self.base(1.0 - share, rng)]));
         }
         if rng.unit() < self.product {
-            let periodic = Periodic {
-                period: self.period.draw(rng),
-                length_scale: 1.0,
-                sill: 1.0,
-            };
+            let periodic = Periodic { period: self.period.draw(rng), length_scale: 1.0, sill: 1.0 };
             return Box::new(Product(vec![self.base(1.0, rng), Box::new(periodic)]));
         }
         self.base(1.0, rng)
@@ -227,11 +203,7 @@ impl Prior for Gp {
     fn rule(&self, rng: &mut Stream) -> Rule {
         let shape: Arc<dyn Kernel> = self.shape(rng).into();
         let (sill, nugget, mean) = self.levels(rng);
-        Rule {
-            kernel: Arc::new(Scaled { shape, sill }),
-            nugget,
-            mean,
-        }
+        Rule { kernel: Arc::new(Scaled { shape, sill }), nugget, mean }
     }
 
     /// The rules share one kernel up to the sill, so one factorisation serves them all.
@@ -253,27 +225,11 @@ impl Prior for Gp {
         let draw = |rng: &mut Stream| {
             let (sill, nugget, mean) = self.levels(rng);
             let sd = sill.sqrt();
-            let latent: Vec<f64> = factor
-                .colour(&rng.normals(n))
-                .iter()
-                .map(|v| mean + sd * v)
-                .collect();
-            let noisy = latent
-                .iter()
-                .map(|v| v + nugget.sqrt() * rng.normal())
-                .collect();
-            let kernel = Arc::new(Scaled {
-                shape: shape.clone(),
-                sill,
-            });
-            (
-                Rule {
-                    kernel,
-                    nugget,
-                    mean,
-                },
-                Surface { latent, noisy },
-            )
+            let latent: Vec<f64> =
+                factor.colour(&rng.normals(n)).iter().map(|v| mean + sd * v).collect();
+            let noisy = latent.iter().map(|v| v + nugget.sqrt() * rng.normal()).collect();
+            let kernel = Arc::new(Scaled { shape: shape.clone(), sill });
+            (Rule { kernel, nugget, mean }, Surface { latent, noisy })
         };
         Ok((0..count).map(|_| draw(rng)).collect())
     }

@@ -114,10 +114,9 @@ impl Law {
             Law::Law(Named::Normal([_, s])) if s < 0.0 => {
                 bad("has a negative standard deviation", "write a positive one")
             }
-            Law::Law(Named::Beta([a, b])) if a <= 0.0 || b <= 0.0 => bad(
-                "has a beta shape that is not positive",
-                "write positive shapes",
-            ),
+            Law::Law(Named::Beta([a, b])) if a <= 0.0 || b <= 0.0 => {
+                bad("has a beta shape that is not positive", "write positive shapes")
+            }
             Law::Fixed(v) if positive && v <= 0.0 => {
                 bad("must be positive", "variances, sds and lengths are above 0")
             }

@@ -79,10 +79,8 @@ pub fn build(table: &toml::Table) -> Result<Box<dyn Prior>> {
     let mut table = table.clone();
     let kind = table.remove("kind");
     let Some(kind) = kind.as_ref().and_then(|k| k.as_str()) else {
-        return Err(
-            Error::input("the recipe does not say which prior to draw from")
-                .try_this("add `kind = \"gp\"` under [prior]"),
-        );
+        return Err(Error::input("the recipe does not say which prior to draw from")
+            .try_this("add `kind = \"gp\"` under [prior]"));
     };
     (registry::find("prior", PRIORS, kind)?.build)(&table)
 }

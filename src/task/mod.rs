@@ -33,11 +33,7 @@ pub struct Trials {
 
 impl Default for Trials {
     fn default() -> Self {
-        Trials {
-            base: Law::log_uniform(2.0, 500.0),
-            spread: Law::uniform(0.0, 0.8),
-            equal: 0.15,
-        }
+        Trials { base: Law::log_uniform(2.0, 500.0), spread: Law::uniform(0.0, 0.8), equal: 0.15 }
     }
 }
 
@@ -72,18 +68,11 @@ pub struct Settings {
     /// Tasks that share sites and correlation, differing in levels and draws. Factoring is the
     /// cost of a draw, so sharing halves it.
     pub share: usize,
-    /// Coordinates are multiplied by this before the network sees them in a raw frame.
-    pub span: f64,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings {
-            likelihood: "binomial".into(),
-            frame: Frame::Context,
-            share: 2,
-            span: 1.0,
-        }
+        Settings { likelihood: "binomial".into(), frame: Frame::Context, share: 2 }
     }
 }
 
@@ -96,6 +85,8 @@ pub struct Draw {
     pub xy: Vec<[f64; 2]>,
     /// How many sites are context.
     pub context: usize,
+    /// Index of the first target.
+    pub first_target: usize,
     /// Surface, link scale.
     pub latent: Vec<f64>,
     /// Surface plus nugget, link scale.
@@ -174,13 +165,7 @@ impl Tasks {
         let settings: Settings = settings::parse_table("[task]", &table("task")?)?;
         let likelihood = likelihood::find(&settings.likelihood)?;
         let prior = prior::build(&table("prior")?)?;
-        Ok(Tasks {
-            prior,
-            design,
-            trials,
-            settings,
-            likelihood,
-        })
+        Ok(Tasks { prior, design, trials, settings, likelihood })
     }
 
     /// How observations arise.
@@ -205,10 +190,7 @@ impl Tasks {
         Ok(surfaces
             .into_iter()
             .map(|(rule, surface)| {
-                let trials = self
-                    .likelihood
-                    .counts()
-                    .then(|| self.tested(layout.xy.len(), rng));
+                let trials = self.likelihood.counts().then(|| self.tested(layout.xy.len(), rng));
                 let y = match &trials {
                     None => surface.noisy.clone(),
                     Some(trials) => surface
@@ -224,6 +206,7 @@ impl Tasks {
                     rule,
                     xy: layout.xy.clone(),
                     context: layout.context,
+                    first_target: layout.first_target,
                     latent: surface.latent,
                     noisy: surface.noisy,
                     y,
@@ -235,18 +218,9 @@ impl Tasks {
 
     fn tested(&self, n: usize, rng: &mut Stream) -> Vec<f64> {
         let base = self.trials.base.draw(rng);
-        let spread = if rng.unit() < self.trials.equal {
-            0.0
-        } else {
-            self.trials.spread.draw(rng)
-        };
-        (0..n)
-            .map(|_| {
-                (base * (spread * rng.normal()).exp())
-                    .round()
-                    .clamp(1.0, 1000.0)
-            })
-            .collect()
+        let spread =
+            if rng.unit() < self.trials.equal { 0.0 } else { self.trials.spread.draw(rng) };
+        (0..n).map(|_| (base * (spread * rng.normal()).exp()).round().clamp(1.0, 1000.0)).collect()
     }
 
     /// Batch number `index` under `seed`: `rows` tasks with `context` sites each.
@@ -265,8 +239,8 @@ impl Tasks {
 
     /// Packs surveys of equal sizes into tensors, each in its own frame.
     pub fn pack(&self, draws: Vec<Draw>) -> Result<Batch> {
-        let (rows, context) = (draws.len(), draws[0].context);
-        let targets = draws[0].xy.len() - context;
+        let (rows, context, first) = (draws.len(), draws[0].context, draws[0].first_target);
+        let targets = draws[0].xy.len() - first;
         let dim = self.dim();
         let counts = self.likelihood.counts();
         let (mut s, mut y, mut trials, mut latent, mut noisy) =
@@ -276,7 +250,7 @@ impl Tasks {
             let (centre, unit) = match self.settings.frame {
                 // Coinciding context sites span no box; any unit will do.
                 Frame::Context => unit_box(&draw.xy[..context]).unwrap_or((draw.xy[0], 1.0)),
-                Frame::Raw => ([0.0; 2], 1.0 / self.settings.span),
+                Frame::Raw => ([0.0; 2], 1.0),
             };
             let (mean, sd) = match (self.settings.frame, counts) {
                 (Frame::Context, false) => mean_sd(&draw.y[..context]),
@@ -287,8 +261,8 @@ impl Tasks {
             }
             let value = |v: &f64| ((v - mean) / sd) as f32;
             y.extend(draw.y.iter().map(value));
-            latent.extend(draw.latent[context..].iter().map(value));
-            noisy.extend(draw.noisy[context..].iter().map(value));
+            latent.extend(draw.latent[first..].iter().map(value));
+            noisy.extend(draw.noisy[first..].iter().map(value));
             trials.extend(draw.trials.iter().flatten().map(|n| *n as f32));
             rules.push(Rule {
                 kernel: Arc::new(Reframed {
@@ -301,20 +275,14 @@ impl Tasks {
             });
             frames.push((centre, unit, mean, sd));
         }
-        let n = context + targets;
+        let n = first + targets;
         let cpu = &Device::Cpu;
         let s = Tensor::from_vec(s, (rows, n, dim), cpu)?;
         let y = Tensor::from_vec(y, (rows, n, 1), cpu)?;
-        let trials = if counts {
-            Some(Tensor::from_vec(trials, (rows, n), cpu)?)
-        } else {
-            None
-        };
+        let trials = if counts { Some(Tensor::from_vec(trials, (rows, n), cpu)?) } else { None };
         let part = |start: usize, len: usize| -> Result<Observations> {
-            let trials = trials
-                .as_ref()
-                .map(|t| t.narrow(1, start, len)?.contiguous())
-                .transpose()?;
+            let trials =
+                trials.as_ref().map(|t| t.narrow(1, start, len)?.contiguous()).transpose()?;
             Observations::new(
                 Sites::new(s.narrow(1, start, len)?.contiguous()?),
                 y.narrow(1, start, len)?.contiguous()?,
@@ -324,7 +292,7 @@ impl Tasks {
         Ok(Batch {
             task: Task {
                 context: part(0, context)?,
-                target: part(context, targets)?,
+                target: part(first, targets)?,
                 surface: Tensor::from_vec(latent, (rows, targets, 1), cpu)?,
                 noisy: Tensor::from_vec(noisy, (rows, targets, 1), cpu)?,
             },

@@ -118,18 +118,14 @@ impl Settings {
         ];
         for (name, value) in positive {
             if value.is_nan() || value <= 0.0 {
-                return Err(
-                    Error::input(format!("`{name}` under [train] must be positive"))
-                        .fact("written", value)
-                        .try_this("compare with the recipes in models/"),
-                );
+                return Err(Error::input(format!("`{name}` under [train] must be positive"))
+                    .fact("written", value)
+                    .try_this("compare with the recipes in models/"));
             }
         }
         if self.decay < 0.0 || !(0.0..1.0).contains(&self.average) || self.last < 0.0 {
-            return Err(
-                Error::input("`decay`, `last` or `average` under [train] is out of range")
-                    .try_this("decay ≥ 0, last ≥ 0, 0 ≤ average < 1"),
-            );
+            return Err(Error::input("`decay`, `last` or `average` under [train] is out of range")
+                .try_this("decay ≥ 0, last ≥ 0, 0 ≤ average < 1"));
         }
         Ok(())
     }
@@ -137,9 +133,7 @@ impl Settings {
     /// Tasks in a batch whose context has `context` sites and that asks `targets`.
     fn batch_rows(&self, context: usize, targets: usize) -> usize {
         let sites = context + targets;
-        (self.sites / sites)
-            .min(self.pairs / (sites * context))
-            .clamp(2.min(self.rows), self.rows)
+        (self.sites / sites).min(self.pairs / (sites * context)).clamp(2.min(self.rows), self.rows)
     }
 }
 
@@ -214,9 +208,8 @@ impl Validation {
         let mut sizes = Stream::new(seed, "validation size", 0);
         let rows = 8.min(settings.validate_tasks);
         let count = settings.validate_tasks.div_ceil(rows);
-        let sizes: Vec<usize> = (0..count)
-            .map(|_| tasks.design().size(&mut sizes).min(MOST))
-            .collect();
+        let sizes: Vec<usize> =
+            (0..count).map(|_| tasks.design().size(&mut sizes).min(MOST)).collect();
         let batches: Vec<Batch> = sizes
             .par_iter()
             .enumerate()
@@ -233,9 +226,8 @@ impl Validation {
     fn loss(&self, process: &dyn Process, kind: Loss, device: &Device) -> Result<f64> {
         let mut total = 0.0;
         for batch in &self.batches {
-            let predictive = process
-                .condition(&batch.task.context)?
-                .at(&batch.task.target.sites)?;
+            let predictive =
+                process.condition(&batch.task.context)?.at(&batch.task.target.sites)?;
             let value = loss(&predictive, batch, kind, device)?;
             total += f64::from(value.to_dtype(DType::F32)?.to_scalar::<f32>()?);
         }
@@ -257,9 +249,7 @@ fn exact_loss(tasks: &Tasks, batch: &Batch, kind: Loss) -> Result<f64> {
                 rule.mean,
                 tasks.likelihood(),
             )?;
-            let predictive = gp
-                .condition(&one.task.context)?
-                .at(&one.task.target.sites)?;
+            let predictive = gp.condition(&one.task.context)?.at(&one.task.target.sites)?;
             let value = loss(&predictive, &one, kind, &Device::Cpu)?;
             Ok(value.to_dtype(DType::F64)?.to_scalar::<f64>()?)
         })
@@ -311,10 +301,7 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
     }
     settings.check()?;
     let tasks = recipe.tasks()?;
-    let problem = Problem {
-        dim: tasks.dim(),
-        likelihood: tasks.likelihood(),
-    };
+    let problem = Problem { dim: tasks.dim(), likelihood: tasks.likelihood() };
     let mut params = Params::new(options.seed, &options.device, DType::F32);
     let process = model::build(recipe.table("model")?, problem, &mut params)?;
     let mut optimiser = Optimiser::new(settings.optimiser, settings.decay, params.vars());
@@ -336,23 +323,14 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
     let state_file = beside(&options.out, "state.safetensors");
     let journal = beside(&options.out, "journal.jsonl");
     if options.resume {
-        (state, best) = restore(
-            &state_file,
-            &journal,
-            &state,
-            &params,
-            &mut optimiser,
-            &mut average,
-        )?;
+        (state, best) =
+            restore(&state_file, &journal, &state, &params, &mut optimiser, &mut average)?;
     } else {
         write_line(&journal, None)?;
     }
 
     let validation = Validation::new(&tasks, &settings, options.seed)?;
-    let last = options
-        .stop_at
-        .unwrap_or(settings.steps)
-        .min(settings.steps);
+    let last = options.stop_at.unwrap_or(settings.steps).min(settings.steps);
     let (sender, receiver) = mpsc::sync_channel::<Result<Batch>>(3);
     let began = Instant::now();
     let before = state.seconds;
@@ -363,20 +341,15 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
         scope.spawn(move || {
             for index in first..last {
                 let context = tasks.design().size(&mut Stream::new(seed, "size", index));
-                let rows = settings.batch_rows(context, tasks.design().targets);
-                if sender
-                    .send(tasks.batch(seed, index, rows, context))
-                    .is_err()
-                {
+                let rows = settings.batch_rows(context, tasks.design().target_count());
+                if sender.send(tasks.batch(seed, index, rows, context)).is_err() {
                     return;
                 }
             }
         });
         let (mut sum, mut count, mut shown) = (0.0, 0u64, Instant::now());
         while state.step < last {
-            let batch = receiver
-                .recv()
-                .expect("the sampler lives as long as the loop")?;
+            let batch = receiver.recv().expect("the sampler lives as long as the loop")?;
             let rate = schedule::rate(
                 state.step,
                 settings.steps,
@@ -461,11 +434,7 @@ fn host(params: &Params) -> Result<Weights> {
 
 fn set(params: &Params, weights: &Weights) -> Result<()> {
     for (path, var) in params.vars() {
-        var.set(&Tensor::from_vec(
-            weights[path].clone(),
-            var.shape(),
-            var.device(),
-        )?)?;
+        var.set(&Tensor::from_vec(weights[path].clone(), var.shape(), var.device())?)?;
     }
     Ok(())
 }
@@ -477,9 +446,7 @@ fn blend(average: &mut Weights, params: &Params, decay: f64, step: u64) -> Resul
     for (path, var) in params.vars() {
         let now = var.flatten_all()?.to_vec1::<f32>()?;
         let old = average.get_mut(path).expect("same parameters");
-        old.iter_mut()
-            .zip(now)
-            .for_each(|(o, n)| *o = keep * *o + (1.0 - keep) * n);
+        old.iter_mut().zip(now).for_each(|(o, n)| *o = keep * *o + (1.0 - keep) * n);
     }
     Ok(())
 }
@@ -525,23 +492,15 @@ fn save(
     for (path, var) in params.vars() {
         tensors.insert(format!("weight:{path}"), var.as_tensor().clone());
         let (m, v) = &optimiser.moments[path];
-        let parts = [
-            ("first", m),
-            ("second", v),
-            ("average", &average[path]),
-            ("best", &best[path]),
-        ];
+        let parts =
+            [("first", m), ("second", v), ("average", &average[path]), ("best", &best[path])];
         for (kind, values) in parts {
             let tensor = Tensor::from_vec(values.clone(), var.shape(), &Device::Cpu)?;
             tensors.insert(format!("{kind}:{path}"), tensor);
         }
     }
     let state = serde_json::to_string(state).expect("plain data");
-    checkpoint::write_tensors(
-        file,
-        &tensors,
-        HashMap::from([("state".to_string(), state)]),
-    )
+    checkpoint::write_tensors(file, &tensors, HashMap::from([("state".to_string(), state)]))
 }
 
 /// Reads the state back into parameters, moments and average; returns it with the best weights.
@@ -563,32 +522,22 @@ fn restore(
     };
     let (_, header) =
         safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| broken(format!("{e:?}")))?;
-    let text = header
-        .metadata()
-        .as_ref()
-        .and_then(|m| m.get("state").cloned());
+    let text = header.metadata().as_ref().and_then(|m| m.get("state").cloned());
     let state: State = serde_json::from_str(&text.ok_or_else(|| broken("no state in it".into()))?)
         .map_err(|e| broken(e.to_string()))?;
     if state.recipe != fresh.recipe || state.seed != fresh.seed || state.steps != fresh.steps {
-        return Err(
-            Error::input("the training state belongs to another recipe, seed or length")
-                .fact("file", file.display())
-                .fact(
-                    "its seed and steps",
-                    format!("{}, {}", state.seed, state.steps),
-                )
-                .fact("asked for", format!("{}, {}", fresh.seed, fresh.steps))
-                .try_this(
-                    "resume with the same recipe, --seed and --steps, or start without --resume",
-                ),
-        );
+        return Err(Error::input("the training state belongs to another recipe, seed or length")
+            .fact("file", file.display())
+            .fact("its seed and steps", format!("{}, {}", state.seed, state.steps))
+            .fact("asked for", format!("{}, {}", fresh.seed, fresh.steps))
+            .try_this(
+                "resume with the same recipe, --seed and --steps, or start without --resume",
+            ));
     }
     let tensors =
         safetensors::SafeTensors::deserialize(&bytes).map_err(|e| broken(format!("{e:?}")))?;
     let read = |name: String| -> Result<Vec<f32>> {
-        let view = tensors
-            .tensor(&name)
-            .map_err(|e| broken(format!("{name}: {e:?}")))?;
+        let view = tensors.tensor(&name).map_err(|e| broken(format!("{name}: {e:?}")))?;
         Ok(view
             .data()
             .chunks_exact(4)
@@ -600,10 +549,7 @@ fn restore(
         weights.insert(path.clone(), read(format!("weight:{path}"))?);
         best.insert(path.clone(), read(format!("best:{path}"))?);
         average.insert(path.clone(), read(format!("average:{path}"))?);
-        let pair = (
-            read(format!("first:{path}"))?,
-            read(format!("second:{path}"))?,
-        );
+        let pair = (read(format!("first:{path}"))?, read(format!("second:{path}"))?);
         optimiser.moments.insert(path.clone(), pair);
     }
     optimiser.step = state.step;
@@ -616,11 +562,7 @@ fn restore(
                 .and_then(|v| v["step"].as_u64())
                 .is_some_and(|s| s <= state.step)
         };
-        let kept: String = text
-            .lines()
-            .filter(known)
-            .map(|l| format!("{l}\n"))
-            .collect();
+        let kept: String = text.lines().filter(known).map(|l| format!("{l}\n")).collect();
         checkpoint::write_whole(journal, kept.as_bytes())?;
     }
     Ok((state, best))
@@ -642,18 +584,12 @@ fn finish(
             Ok((path.clone(), tensor))
         })
         .collect::<Result<_>>()?;
-    let fallback = options
-        .out
-        .file_stem()
-        .map_or("model".into(), |s| s.to_string_lossy());
+    let fallback = options.out.file_stem().map_or("model".into(), |s| s.to_string_lossy());
     let card = Card {
         format: checkpoint::FORMAT,
         isopleth: env!("CARGO_PKG_VERSION").into(),
         name: recipe.word("name").unwrap_or(&fallback).into(),
-        predicts: recipe
-            .word("predicts")
-            .unwrap_or("surface and new observation")
-            .into(),
+        predicts: recipe.word("predicts").unwrap_or("surface and new observation").into(),
         recipe: recipe.text().into(),
         parameters: params.count(),
         seed: state.seed,

@@ -42,12 +42,7 @@ impl Optimiser {
                 (path.clone(), (vec![start; n], vec![start; n]))
             })
             .collect();
-        Optimiser {
-            rule,
-            decay,
-            step: 0,
-            moments,
-        }
+        Optimiser { rule, decay, step: 0, moments }
     }
 
     /// One step at learning rate `rate`, gradients first clipped to a global norm of `clip`.
@@ -70,10 +65,7 @@ impl Optimiser {
                     .try_this("this is a bug in the model: please report it")
             })?;
             let grad = grad.flatten_all()?.to_vec1::<f32>()?;
-            squares += grad
-                .iter()
-                .map(|g| f64::from(*g) * f64::from(*g))
-                .sum::<f64>();
+            squares += grad.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>();
             host.push((path, var, grad));
         }
         let norm = squares.sqrt();
@@ -83,20 +75,13 @@ impl Optimiser {
                 .try_this("lower the learning rate, or resume from the last checkpoint"));
         }
         self.step += 1;
-        let scale = if norm > clip {
-            (clip / norm) as f32
-        } else {
-            1.0
-        };
+        let scale = if norm > clip { (clip / norm) as f32 } else { 1.0 };
         let correct = |b: f64| 1.0 - b.powi(self.step.min(1_000_000) as i32);
         let (c1, c2) = (correct(B1) as f32, correct(B2) as f32);
         let (b1, b2, rate) = (B1 as f32, B2 as f32, rate as f32);
         let shrink = 1.0 - rate * self.decay as f32;
         for (path, var, grad) in host {
-            let (m, v) = self
-                .moments
-                .get_mut(path)
-                .expect("one pair of moments per parameter");
+            let (m, v) = self.moments.get_mut(path).expect("one pair of moments per parameter");
             let mut w = var.flatten_all()?.to_vec1::<f32>()?;
             for i in 0..w.len() {
                 let g = grad[i] * scale;
