@@ -132,16 +132,18 @@ fn draw_sheet(args: &Args, tasks: &Tasks) -> Result<()> {
     let panels: Vec<Panel> =
         (0..args.count).into_par_iter().map(|i| panel(args, tasks, i)).collect::<Result<_>>()?;
     let title = format!("Draws from the prior of {}", args.recipe.display());
-    let (outcome, scale, dots) = match tasks.likelihood().link() {
-        Link::Logit => ("prevalence", "logit scale", ", larger where more were tested"),
-        Link::Log => ("rate", "log scale", ""),
-        Link::Identity => ("value", "units of the value", ""),
+    let (kind, outcome, scale, dots) = match tasks.likelihood().link() {
+        Link::Logit => {
+            ("Prevalence", "prevalence", "logit scale", ", larger where more were tested")
+        }
+        Link::Log => ("Rate", "rate", "log scale", ""),
+        Link::Identity => ("Continuous", "value", "units of the value", ""),
     };
     let how = if tasks.dim() == 1 { "at the height of" } else { "coloured by" };
-    let first = format!("{outcome} surfaces, and survey sites {how} observed {outcome}{dots}");
+    let first = format!("{kind} surfaces, and survey sites {how} observed {outcome}{dots}");
     let second = format!(
-        "range: where correlation has fallen to 0.05, the region's longer half-side is {}; \
-         sd of the surface and nugget sd: {scale}; seed {}",
+        "Range: where correlation has fallen to 0.05, the region's longer half-side being {}. \
+         Sd of the surface and of the nugget: {scale}. Seed {}",
         round(tasks.design().half_side),
         args.seed
     );

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use plotters::style::text_anchor::{HPos, VPos};
 
-use super::{Canvas, GREY, INK, Palette, label, mark, nice, range};
+use super::{Canvas, GREY, INK, Palette, WHITE, label, mark, nice, range};
 use crate::error::{Error, Result};
 
 /// Panels in a row.
@@ -123,7 +123,10 @@ impl Panel {
         for dot in &self.dots {
             let [across, up] = self.place(dot.at);
             let at = (left as f64 + across * width as f64, top as f64 + (1.0 - up) * height as f64);
-            mark(canvas, at, self.radius(dot), Some(colour(dot.value)));
+            // A thin ring, for panels are small and sites many.
+            let radius = self.radius(dot);
+            canvas.disc(at, radius + 0.9, WHITE, 0.95);
+            canvas.disc(at, radius, colour(dot.value), 1.0);
         }
         canvas.frame(left, top, width, height);
         let bar = left + width + 14;
@@ -189,11 +192,11 @@ impl Panel {
 
     fn radius(&self, dot: &Dot) -> f64 {
         let crowd = match self.dots.len() {
-            0..=120 => 1.0,
-            121..=500 => 0.8,
-            _ => 0.62,
+            0..=100 => 1.0,
+            101..=300 => 0.78,
+            _ => 0.55,
         };
-        crowd * (2.6 + 2.2 * dot.weight.clamp(0.0, 1.0))
+        crowd * (2.4 + 2.2 * dot.weight.clamp(0.0, 1.0))
     }
 }
 
