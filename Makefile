@@ -9,7 +9,7 @@ export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 # Maps the bundled survey of an invented country (data/README.md) with the bundled model into out/.
 map: setup
 	cargo build --release --locked
-	target/release/isopleth map --surveys data/survey.csv --like data/grid.tif --out out --force
+	target/release/isopleth map --surveys data/survey.csv --like data/grid.tif --threshold 0.2 --out out --force
 
 # Every test, doc tests too; then the count.
 test: setup
