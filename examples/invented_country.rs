@@ -108,9 +108,7 @@ fn roughen(corners: &[(f64, f64, Edge)], rng: &mut Stream) -> Vec<Point> {
         line = finer;
     }
     // Decametres: nobody surveyed it better.
-    line.iter()
-        .map(|(p, _)| p.map(|c| (100.0 * c).round() / 100.0))
-        .collect()
+    line.iter().map(|(p, _)| p.map(|c| (100.0 * c).round() / 100.0)).collect()
 }
 
 /// Inside an odd number of rings: the lake is not land.
@@ -177,12 +175,7 @@ impl Lattice {
 }
 
 fn matern(smoothness: Smoothness, length_scale: f64, sill: f64) -> Matern {
-    Matern {
-        smoothness,
-        length_scale,
-        sill,
-        metric: Metric::Euclidean,
-    }
+    Matern { smoothness, length_scale, sill, metric: Metric::Euclidean }
 }
 
 // ---- people ----------------------------------------------------------------------------------
@@ -194,16 +187,12 @@ struct Town {
 }
 
 fn place_name(rng: &mut Stream) -> String {
-    const START: &[&str] = &[
-        "A", "Be", "Da", "E", "Ka", "Lo", "Ma", "Mo", "Na", "O", "Sa", "Te", "To", "Wa",
-    ];
-    const MIDDLE: &[&str] = &[
-        "ba", "de", "gu", "ki", "la", "mi", "ndo", "re", "ru", "shi", "ta", "wo",
-    ];
+    const START: &[&str] =
+        &["A", "Be", "Da", "E", "Ka", "Lo", "Ma", "Mo", "Na", "O", "Sa", "Te", "To", "Wa"];
+    const MIDDLE: &[&str] =
+        &["ba", "de", "gu", "ki", "la", "mi", "ndo", "re", "ru", "shi", "ta", "wo"];
     const END: &[&str] = &["", "ba", "ko", "ma", "ne", "no", "ra", "ri", "so", "ve"];
-    [START, MIDDLE, END]
-        .map(|part| part[rng.below(part.len())])
-        .concat()
+    [START, MIDDLE, END].map(|part| part[rng.below(part.len())]).concat()
 }
 
 /// A name not given before.
@@ -219,10 +208,7 @@ fn new_name(taken: &mut Vec<String>, rng: &mut Stream) -> String {
 
 fn anywhere(rings: &[Vec<Point>], rng: &mut Stream) -> Point {
     loop {
-        let p = [
-            rng.uniform(0.0, COLS as f64 * PIXEL),
-            rng.uniform(0.0, ROWS as f64 * PIXEL),
-        ];
+        let p = [rng.uniform(0.0, COLS as f64 * PIXEL), rng.uniform(0.0, ROWS as f64 * PIXEL)];
         if is_land(rings, p) {
             return p;
         }
@@ -258,10 +244,7 @@ fn main() -> Result<()> {
 
     // Surfaces: how high, how many people, how much disease.
     let lattice = Lattice::new(&rings, &land);
-    let hills = lattice.draw(
-        &matern(Smoothness::FiveHalves, 35.0, 1.0),
-        &mut rng("hills"),
-    )?;
+    let hills = lattice.draw(&matern(Smoothness::FiveHalves, 35.0, 1.0), &mut rng("hills"))?;
     let crowd = lattice.draw(&matern(Smoothness::Half, 25.0, 1.0), &mut rng("crowd"))?;
     let disease: Vec<Box<dyn Kernel>> = vec![
         Box::new(matern(Smoothness::ThreeHalves, 60.0, 0.8)),
@@ -269,13 +252,7 @@ fn main() -> Result<()> {
     ];
     let risk = lattice.draw(&Sum(disease), &mut rng("risk"))?;
 
-    let shore = |p: Point| {
-        rings
-            .iter()
-            .flatten()
-            .map(|&q| distance(p, q))
-            .fold(f64::MAX, f64::min)
-    };
+    let shore = |p: Point| rings.iter().flatten().map(|&q| distance(p, q)).fold(f64::MAX, f64::min);
     let elevation = |p: Point| {
         // One range along the east, one massif in the north, plains that rise from the shore. Metres.
         let range = 900.0 * (-((p[0] - 330.0 - 0.25 * (p[1] - 250.0)) / 38.0).powi(2) / 2.0).exp();
@@ -295,11 +272,7 @@ fn main() -> Result<()> {
         let at = anywhere(&rings, &mut place);
         if elevation(at) < 500.0 && towns.iter().all(|town| distance(town.at, at) > 70.0) {
             let people = 900_000.0 / (1.0 + towns.len() as f64);
-            towns.push(Town {
-                name: new_name(&mut taken, &mut names),
-                at,
-                people,
-            });
+            towns.push(Town { name: new_name(&mut taken, &mut names), at, people });
         }
     }
     let people = |p: Point| {
@@ -319,10 +292,7 @@ fn main() -> Result<()> {
     while sites.len() < VILLAGES {
         let p = if visit.unit() < 0.55 {
             let town = &towns[visit.below(TOWNS)];
-            [
-                town.at[0] + 22.0 * visit.normal(),
-                town.at[1] + 22.0 * visit.normal(),
-            ]
+            [town.at[0] + 22.0 * visit.normal(), town.at[1] + 22.0 * visit.normal()]
         } else {
             anywhere(&rings, &mut visit)
         };
@@ -333,23 +303,16 @@ fn main() -> Result<()> {
         let village_effect = VILLAGE_SD * visit.normal();
         let positive = visit.binomial(tested, logistic(logit(p) + village_effect));
         // Two villages had left for the dry season: real tables have such rows.
-        let (tested, positive) = if [36, 101].contains(&sites.len()) {
-            (0, 0)
-        } else {
-            (tested, positive)
-        };
-        let nearest = towns
-            .iter()
-            .min_by(|a, b| distance(a.at, p).total_cmp(&distance(b.at, p)));
+        let (tested, positive) =
+            if [36, 101].contains(&sites.len()) { (0, 0) } else { (tested, positive) };
+        let nearest = towns.iter().min_by(|a, b| distance(a.at, p).total_cmp(&distance(b.at, p)));
         let district = &nearest.expect("there are towns").name;
         let village = new_name(&mut taken, &mut names);
         let mut lon = [CORNER[0] + 1000.0 * p[0]];
         let mut lat = [CORNER[1] + 1000.0 * p[1]];
         to_lonlat.transform_coords(&mut lon, &mut lat, &mut [])?;
-        survey += &format!(
-            "{village},{district},{:.5},{:.5},{tested},{positive}\n",
-            lon[0], lat[0]
-        );
+        survey +=
+            &format!("{village},{district},{:.5},{:.5},{tested},{positive}\n", lon[0], lat[0]);
         all_tested += tested;
         all_positive += positive;
         sites.push(p);
@@ -366,27 +329,9 @@ fn main() -> Result<()> {
     let height = over_land(&|p| elevation(p).round());
     let population = over_land(&|p| people(p).round());
     write_raster(&directory.join("grid.tif"), "land", &mask, 0u8, |v| v as u8)?;
-    write_raster(
-        &directory.join("truth.tif"),
-        "prevalence",
-        &truth,
-        -1f32,
-        |v| v as f32,
-    )?;
-    write_raster(
-        &directory.join("elevation.tif"),
-        "elevation",
-        &height,
-        -9999i16,
-        |v| v as i16,
-    )?;
-    write_raster(
-        &directory.join("population.tif"),
-        "people",
-        &population,
-        -1i32,
-        |v| v as i32,
-    )?;
+    write_raster(&directory.join("truth.tif"), "prevalence", &truth, -1f32, |v| v as f32)?;
+    write_raster(&directory.join("elevation.tif"), "elevation", &height, -9999i16, |v| v as i16)?;
+    write_raster(&directory.join("population.tif"), "people", &population, -1i32, |v| v as i32)?;
     write_country(&directory.join("country.gpkg"), shape?)?;
 
     let inside: Vec<f64> = truth.iter().flatten().copied().collect();
@@ -442,20 +387,12 @@ fn outline([mainland, island, lake]: &[Vec<Point>; 3]) -> Result<Geometry> {
         let corners: Vec<String> = points
             .iter()
             .chain(&points[..1])
-            .map(|p| {
-                format!(
-                    "{:.0} {:.0}",
-                    CORNER[0] + 1000.0 * p[0],
-                    CORNER[1] + 1000.0 * p[1]
-                )
-            })
+            .map(|p| format!("{:.0} {:.0}", CORNER[0] + 1000.0 * p[0], CORNER[1] + 1000.0 * p[1]))
             .collect();
         format!("({})", corners.join(","))
     };
     let (mainland, island, lake) = (ring(mainland), ring(island), ring(lake));
-    Ok(Geometry::from_wkt(&format!(
-        "MULTIPOLYGON(({mainland},{lake}),({island}))"
-    ))?)
+    Ok(Geometry::from_wkt(&format!("MULTIPOLYGON(({mainland},{lake}),({island}))"))?)
 }
 
 fn write_country(path: &Path, shape: Geometry) -> Result<()> {

@@ -92,11 +92,7 @@ impl Error {
     /// assert_eq!(e.facts(), vec![("file".to_string(), "s.csv".to_string())]);
     /// ```
     pub fn input(what: impl Into<String>) -> Self {
-        Error::Input(Box::new(Report {
-            what: what.into(),
-            facts: Vec::new(),
-            help: None,
-        }))
+        Error::Input(Box::new(Report { what: what.into(), facts: Vec::new(), help: None }))
     }
 
     /// Adds a named fact to an input report; other variants stay as they are.
@@ -117,20 +113,12 @@ impl Error {
 
     /// A file operation that failed.
     pub fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
-        Error::Io {
-            action,
-            path: path.to_path_buf(),
-            source,
-        }
+        Error::Io { action, path: path.to_path_buf(), source }
     }
 
     /// Two lengths of a shared axis that differ.
     pub fn axis(what: impl Into<String>, left: impl ToString, right: impl ToString) -> Self {
-        Error::Axis {
-            what: what.into(),
-            left: left.to_string(),
-            right: right.to_string(),
-        }
+        Error::Axis { what: what.into(), left: left.to_string(), right: right.to_string() }
     }
 
     /// The facts that show where, for printing under the message.
@@ -146,10 +134,9 @@ impl Error {
     pub fn help(&self) -> Option<String> {
         match self {
             Error::Input(report) => report.help.clone(),
-            Error::Unknown {
-                nearest: Some(nearest),
-                ..
-            } => Some(format!("did you mean `{nearest}`?")),
+            Error::Unknown { nearest: Some(nearest), .. } => {
+                Some(format!("did you mean `{nearest}`?"))
+            }
             Error::Unknown { kind, .. } => {
                 Some(format!("`isopleth list {kind}s` shows what there is"))
             }

@@ -26,6 +26,7 @@ pub mod recipe;
 pub mod registry;
 pub mod rng;
 pub mod score;
+pub mod settings;
 pub mod sites;
 pub mod task;
 pub mod train;

@@ -82,10 +82,7 @@ impl Cholesky {
                 return Ok(Cholesky { lower, jitter });
             }
         }
-        Err(Error::NotPositiveDefinite {
-            size: n,
-            jitter: JITTER[JITTER.len() - 1],
-        })
+        Err(Error::NotPositiveDefinite { size: n, jitter: JITTER[JITTER.len() - 1] })
     }
 
     /// Rows of the factor.
@@ -105,23 +102,14 @@ impl Cholesky {
 
     /// Logarithm of the determinant of the factored matrix.
     pub fn log_det(&self) -> f64 {
-        2.0 * (0..self.len())
-            .map(|i| self.lower[(i, i)].ln())
-            .sum::<f64>()
+        2.0 * (0..self.len()).map(|i| self.lower[(i, i)].ln()).sum::<f64>()
     }
 
     /// `L z` `[n]`: white noise gets the covariance that was factored.
     pub fn colour(&self, z: &[f64]) -> Vec<f64> {
         assert_eq!(z.len(), self.len(), "one normal per row");
         let mut out = Mat::zeros(z.len(), 1);
-        matmul(
-            out.as_mut(),
-            Accum::Replace,
-            self.lower(),
-            column(z).as_ref(),
-            1.0,
-            Par::Seq,
-        );
+        matmul(out.as_mut(), Accum::Replace, self.lower(), column(z).as_ref(), 1.0, Par::Seq);
         out.col_as_slice(0).to_vec()
     }
 

@@ -31,17 +31,11 @@ fn exit_code(error: &Error) -> u8 {
 /// The error, its facts in two columns, and what to try.
 fn report(error: &Error) -> String {
     let facts = error.facts();
-    let width = facts
-        .iter()
-        .map(|(name, _)| name.chars().count())
-        .max()
-        .unwrap_or(0);
+    let width = facts.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     let mut text = format!("error: {error}\n");
     for (name, value) in &facts {
         // A value of several lines stays in its column.
-        let value = value
-            .trim_end()
-            .replace('\n', &format!("\n{:1$}", "", width + 4));
+        let value = value.trim_end().replace('\n', &format!("\n{:1$}", "", width + 4));
         text += &format!("  {name:width$}  {value}\n");
     }
     if let Some(help) = error.help() {

@@ -42,12 +42,10 @@ pub enum Palette {
     Diverging,
 }
 
-const VIRIDIS: &[u32] = &[
-    0x440154, 0x472d7b, 0x3b528b, 0x2c728e, 0x21918c, 0x28ae80, 0x5ec962, 0xaddc30, 0xfde725,
-];
-const MAGMA: &[u32] = &[
-    0x000004, 0x1c1044, 0x4f127b, 0x812581, 0xb5367a, 0xe55964, 0xfb8761, 0xfec287, 0xfcfdbf,
-];
+const VIRIDIS: &[u32] =
+    &[0x440154, 0x472d7b, 0x3b528b, 0x2c728e, 0x21918c, 0x28ae80, 0x5ec962, 0xaddc30, 0xfde725];
+const MAGMA: &[u32] =
+    &[0x000004, 0x1c1044, 0x4f127b, 0x812581, 0xb5367a, 0xe55964, 0xfb8761, 0xfec287, 0xfcfdbf];
 const BLUE_RED: &[u32] = &[
     0x053061, 0x2166ac, 0x4393c3, 0x92c5de, 0xd1e5f0, 0xf7f7f7, 0xfddbc7, 0xf4a582, 0xd6604d,
     0xb2182b, 0x67001f,
@@ -162,11 +160,7 @@ impl Picture {
             let down = place(y[i], grid.origin[1], grid.pixel[1], grid.rows);
             let mark = Mark {
                 x: place(x[i], grid.origin[0], grid.pixel[0], grid.cols),
-                y: if grid.pixel[1] > 0.0 {
-                    1.0 - down
-                } else {
-                    down
-                },
+                y: if grid.pixel[1] > 0.0 { 1.0 - down } else { down },
                 value: values.map(|v| v[i]),
             };
             if (0.0..=1.0).contains(&mark.x) && (0.0..=1.0).contains(&mark.y) {
@@ -184,11 +178,7 @@ impl Picture {
     pub fn save(&self, path: &Path) -> Result<()> {
         if self.values.len() != self.rows * self.cols || self.values.is_empty() {
             let expected = format!("{} × {}", self.rows, self.cols);
-            return Err(Error::axis(
-                "values and shape of a picture",
-                self.values.len(),
-                expected,
-            ));
+            return Err(Error::axis("values and shape of a picture", self.values.len(), expected));
         }
         let canvas = self.draw()?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -239,22 +229,8 @@ impl Picture {
         self.draw_marks(&mut canvas, (width, height), &colour);
         canvas.frame(left, top, width, height);
 
-        canvas.text(
-            &self.title,
-            (left as i32, 24),
-            27.0,
-            INK,
-            HPos::Left,
-            VPos::Top,
-        )?;
-        canvas.text(
-            &self.subtitle,
-            (left as i32, 60),
-            16.0,
-            GREY,
-            HPos::Left,
-            VPos::Top,
-        )?;
+        canvas.text(&self.title, (left as i32, 24), 27.0, INK, HPos::Left, VPos::Top)?;
+        canvas.text(&self.subtitle, (left as i32, 60), 16.0, GREY, HPos::Left, VPos::Top)?;
         for (at, label) in &self.across {
             let x = left + (at * width as f64).round() as usize;
             canvas.fill(x, top + height, 1, 6, GREY);
@@ -284,12 +260,7 @@ impl Picture {
             )?;
             let centre = (x as f64 - wide as f64 - 14.0, y as f64 + 0.5);
             let filled = self.marks[0].value.is_some();
-            mark(
-                &mut canvas,
-                centre,
-                5.0,
-                filled.then(|| self.palette.colour(0.6)),
-            );
+            mark(&mut canvas, centre, 5.0, filled.then(|| self.palette.colour(0.6)));
         }
         Ok(canvas)
     }
@@ -311,12 +282,7 @@ impl Picture {
             let x = MARGIN[0] as f64 + m.x * size.0 as f64;
             let y = MARGIN[1] as f64 + m.y * size.1 as f64;
             let fill = m.value.map(colour);
-            mark(
-                canvas,
-                (x, y),
-                if fill.is_some() { radius } else { 0.7 * radius },
-                fill,
-            );
+            mark(canvas, (x, y), if fill.is_some() { radius } else { 0.7 * radius }, fill);
         }
     }
 
@@ -342,14 +308,7 @@ impl Picture {
             let y = top + ((1.0 - t) * (tall - 1) as f64).round() as usize;
             canvas.fill(x + wide, y, 5, 1, GREY);
             let place = ((x + wide + 10) as i32, y as i32);
-            canvas.text(
-                &label(value, step),
-                place,
-                15.0,
-                INK,
-                HPos::Left,
-                VPos::Center,
-            )?;
+            canvas.text(&label(value, step), place, 15.0, INK, HPos::Left, VPos::Center)?;
         }
         Ok(())
     }
@@ -396,9 +355,8 @@ fn draw_scale(canvas: &mut Canvas, at: (usize, usize), width: usize, metres: f64
 /// where it is near, so that maps of positive things start at zero.
 fn range(values: &[f64]) -> [f64; 2] {
     let seen = values.iter().filter(|v| v.is_finite());
-    let (low, high) = seen.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &v| {
-        (a.min(v), b.max(v))
-    });
+    let (low, high) =
+        seen.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &v| (a.min(v), b.max(v)));
     if low > high {
         return [0.0, 1.0];
     }
@@ -417,18 +375,14 @@ fn range(values: &[f64]) -> [f64; 2] {
 /// The smallest 1, 2 or 5 × 10ⁿ that is at least `step`.
 fn nice(step: f64) -> f64 {
     let power = 10f64.powf(step.log10().floor());
-    let up = [1.0, 2.0, 5.0, 10.0]
-        .into_iter()
-        .find(|m| m * power >= step * (1.0 - 1e-9));
+    let up = [1.0, 2.0, 5.0, 10.0].into_iter().find(|m| m * power >= step * (1.0 - 1e-9));
     up.unwrap_or(10.0) * power
 }
 
 /// The largest 1, 2 or 5 × 10ⁿ that is at most `length`.
 fn floor_nice(length: f64) -> f64 {
     let power = 10f64.powf(length.log10().floor());
-    let down = [5.0, 2.0, 1.0]
-        .into_iter()
-        .find(|m| m * power <= length * (1.0 + 1e-9));
+    let down = [5.0, 2.0, 1.0].into_iter().find(|m| m * power <= length * (1.0 + 1e-9));
     down.unwrap_or(1.0) * power
 }
 
@@ -436,11 +390,7 @@ fn floor_nice(length: f64) -> f64 {
 fn label(value: f64, step: f64) -> String {
     let decimals = (-step.log10().floor()).clamp(0.0, 9.0) as usize;
     let text = format!("{value:.decimals$}");
-    if text
-        .trim_start_matches('-')
-        .chars()
-        .all(|c| c == '0' || c == '.')
-    {
+    if text.trim_start_matches('-').chars().all(|c| c == '0' || c == '.') {
         return "0".into();
     }
     text.replace('-', "−")
@@ -459,16 +409,8 @@ fn graticule(grid: &Grid) -> (Labels, Labels) {
         let mut y = Vec::with_capacity(STEPS + 1);
         for i in 0..=STEPS {
             let t = along(i);
-            x.push(if across {
-                extent.west + t * extent.width()
-            } else {
-                extent.west
-            });
-            y.push(if across {
-                extent.south
-            } else {
-                extent.north - t * extent.height()
-            });
+            x.push(if across { extent.west + t * extent.width() } else { extent.west });
+            y.push(if across { extent.south } else { extent.north - t * extent.height() });
         }
         if grid.crs.is_local() {
             let km = grid.crs.metres_per_unit() / 1000.0;
@@ -482,9 +424,7 @@ fn graticule(grid: &Grid) -> (Labels, Labels) {
     let labels = |values: Vec<f64>, hemispheres: [&str; 2]| {
         let (low, high) = values
             .iter()
-            .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &v| {
-                (a.min(v), b.max(v))
-            });
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &v| (a.min(v), b.max(v)));
         let step = nice((high - low) / 6.0);
         let mut labels: Labels = Vec::new();
         for i in 1..values.len() {
@@ -498,26 +438,16 @@ fn graticule(grid: &Grid) -> (Labels, Labels) {
             let text = if local {
                 format!("{} km", label(value, step))
             } else {
-                let side = if crossed == 0.0 {
-                    ""
-                } else {
-                    hemispheres[usize::from(value < 0.0)]
-                };
-                format!("{}° {side}", label(value.abs(), step))
-                    .trim_end()
-                    .to_string()
+                let side = if crossed == 0.0 { "" } else { hemispheres[usize::from(value < 0.0)] };
+                format!("{}° {side}", label(value.abs(), step)).trim_end().to_string()
             };
             labels.push((at, text));
         }
         labels
     };
     (
-        edge(true)
-            .map(|v| labels(v, ["E", "W"]))
-            .unwrap_or_default(),
-        edge(false)
-            .map(|v| labels(v, ["N", "S"]))
-            .unwrap_or_default(),
+        edge(true).map(|v| labels(v, ["E", "W"])).unwrap_or_default(),
+        edge(false).map(|v| labels(v, ["N", "S"])).unwrap_or_default(),
     )
 }
 
@@ -530,11 +460,7 @@ struct Canvas {
 
 impl Canvas {
     fn new(width: usize, height: usize) -> Self {
-        Canvas {
-            width,
-            height,
-            pixels: vec![255; 3 * width * height],
-        }
+        Canvas { width, height, pixels: vec![255; 3 * width * height] }
     }
 
     fn put(&mut self, x: usize, y: usize, colour: Rgb, alpha: f64) {
@@ -576,9 +502,7 @@ impl Canvas {
     }
 
     fn disc(&mut self, centre: (f64, f64), radius: f64, colour: Rgb, alpha: f64) {
-        self.stamp(centre, radius, colour, |d| {
-            alpha * (radius + 0.5 - d).clamp(0.0, 1.0)
-        });
+        self.stamp(centre, radius, colour, |d| alpha * (radius + 0.5 - d).clamp(0.0, 1.0));
     }
 
     fn ring(&mut self, centre: (f64, f64), radius: f64, width: f64, colour: Rgb, alpha: f64) {
@@ -647,11 +571,7 @@ impl Ink {
         static FONT: Once = Once::new();
         FONT.call_once(|| {
             // The bytes are compiled in; a font that does not parse shows as an error below.
-            let _ = register_font(
-                "label",
-                FontStyle::Normal,
-                epaint_default_fonts::UBUNTU_LIGHT,
-            );
+            let _ = register_font("label", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
         });
         let broken = |e: &dyn std::fmt::Display| {
             Error::input("text could not be drawn on a picture").fact("reason", e)
@@ -666,9 +586,7 @@ impl Ink {
         let mut backend = BitMapBackend::with_buffer(&mut pixels, dimensions);
         // Glyphs reach above the corner that they are given.
         let corner = (2 * fine as i32, (0.6 * size * fine as f64) as i32);
-        backend
-            .draw_text(text, &style, corner)
-            .map_err(|e| broken(&e))?;
+        backend.draw_text(text, &style, corner).map_err(|e| broken(&e))?;
         backend.present().map_err(|e| broken(&e))?;
         drop(backend);
         let mut ink = Ink {
@@ -704,14 +622,8 @@ mod tests {
 
     #[test]
     fn steps_and_labels_are_round() {
-        assert_eq!(
-            [nice(0.013), nice(0.2), nice(3.1), nice(70.0)],
-            [0.02, 0.2, 5.0, 100.0]
-        );
-        assert_eq!(
-            [floor_nice(0.13), floor_nice(49.0), floor_nice(50.0)],
-            [0.1, 20.0, 50.0]
-        );
+        assert_eq!([nice(0.013), nice(0.2), nice(3.1), nice(70.0)], [0.02, 0.2, 5.0, 100.0]);
+        assert_eq!([floor_nice(0.13), floor_nice(49.0), floor_nice(50.0)], [0.1, 20.0, 50.0]);
         assert_eq!(label(0.30000000000000004, 0.1), "0.3");
         assert_eq!(label(-20.0, 20.0), "−20");
         assert_eq!(label(-0.0, 0.1), "0");
@@ -719,18 +631,11 @@ mod tests {
 
     #[test]
     fn colour_bars_hold_the_values() {
-        for values in [
-            vec![0.02, 0.41],
-            vec![-3.0, 8.0],
-            vec![5.0, 5.0],
-            vec![0.0],
-            vec![1e6, 1.2e6],
-        ] {
+        for values in
+            [vec![0.02, 0.41], vec![-3.0, 8.0], vec![5.0, 5.0], vec![0.0], vec![1e6, 1.2e6]]
+        {
             let [low, high] = range(&values);
-            assert!(
-                values.iter().all(|v| (low..=high).contains(v)) && low < high,
-                "{values:?}"
-            );
+            assert!(values.iter().all(|v| (low..=high).contains(v)) && low < high, "{values:?}");
         }
         assert_eq!(range(&[0.02, 0.41])[0], 0.0);
         assert_eq!(range(&[f64::NAN]), [0.0, 1.0]);

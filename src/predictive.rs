@@ -80,13 +80,7 @@ impl Predictive {
         surface_sd: Tensor,
         observation_sd: Tensor,
     ) -> Result<Self> {
-        Ok(Predictive {
-            link,
-            log_weight: mean.zeros_like()?,
-            mean,
-            surface_sd,
-            observation_sd,
-        })
+        Ok(Predictive { link, log_weight: mean.zeros_like()?, mean, surface_sd, observation_sd })
     }
 
     /// Log density of `value` `[batch, target, 1]` on the link scale; returns `[batch, target]`.
@@ -123,17 +117,15 @@ impl Predictive {
     /// [`Error::Input`] if a parameter is not finite: a silent NaN must never reach a map.
     pub fn marginals(&self, row: usize, of: Of) -> Result<Marginals> {
         let host = |x: &Tensor| -> Result<Vec<f64>> {
-            Ok(x.narrow(0, row, 1)?
-                .flatten_all()?
-                .to_dtype(DType::F64)?
-                .to_vec1::<f64>()?)
+            Ok(x.narrow(0, row, 1)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?)
         };
         let weight: Vec<f64> = host(&self.log_weight)?.iter().map(|w| w.exp()).collect();
         let (mean, sd) = (host(&self.mean)?, host(self.sd(of))?);
         let sound = |x: &[f64]| x.iter().all(|v| v.is_finite());
         if !(sound(&weight) && sound(&mean) && sound(&sd)) {
-            return Err(Error::input("the process returned values that are not finite")
-                .try_this("check the observations for extreme values, and the model with `isopleth inspect`"));
+            return Err(Error::input("the process returned values that are not finite").try_this(
+                "check the observations for extreme values, and the model with `isopleth inspect`",
+            ));
         }
         Ok(Marginals {
             link: self.link,
@@ -244,26 +236,18 @@ impl Marginals {
     /// `E[g(link)]` of target `i`, by quadrature within each component.
     pub fn expect(&self, i: usize, g: impl Fn(f64) -> f64) -> f64 {
         self.components(i)
-            .map(|(w, m, s)| {
-                w * gauss_hermite()
-                    .iter()
-                    .map(|(x, u)| u * g(m + s * x))
-                    .sum::<f64>()
-            })
+            .map(|(w, m, s)| w * gauss_hermite().iter().map(|(x, u)| u * g(m + s * x)).sum::<f64>())
             .sum()
     }
 
     /// Mean and sd of target `i`, outcome units.
     pub fn mean_sd(&self, i: usize) -> (f64, f64) {
         let (first, second) = match self.link {
-            Link::Identity => self.components(i).fold((0.0, 0.0), |(a, b), (w, m, s)| {
-                (a + w * m, b + w * (m * m + s * s))
-            }),
+            Link::Identity => self
+                .components(i)
+                .fold((0.0, 0.0), |(a, b), (w, m, s)| (a + w * m, b + w * (m * m + s * s))),
             Link::Log => self.components(i).fold((0.0, 0.0), |(a, b), (w, m, s)| {
-                (
-                    a + w * (m + 0.5 * s * s).exp(),
-                    b + w * (2.0 * m + 2.0 * s * s).exp(),
-                )
+                (a + w * (m + 0.5 * s * s).exp(), b + w * (2.0 * m + 2.0 * s * s).exp())
             }),
             Link::Logit => {
                 let mut sums = (0.0, 0.0);
@@ -288,16 +272,12 @@ impl Marginals {
     /// P(outcome > `threshold`) of target `i`, `threshold` in outcome units.
     pub fn exceedance(&self, i: usize, threshold: f64) -> f64 {
         let t = self.link.link(threshold);
-        self.components(i)
-            .map(|(w, m, s)| w * normal_cdf((m - t) / s))
-            .sum()
+        self.components(i).map(|(w, m, s)| w * normal_cdf((m - t) / s)).sum()
     }
 
     /// P(link ≤ `value`) of target `i`, link scale.
     pub fn link_cdf(&self, i: usize, value: f64) -> f64 {
-        self.components(i)
-            .map(|(w, m, s)| w * normal_cdf((value - m) / s))
-            .sum()
+        self.components(i).map(|(w, m, s)| w * normal_cdf((value - m) / s)).sum()
     }
 
     /// Log density of target `i` at `value`, both on the link scale.
@@ -326,27 +306,18 @@ impl Marginals {
         let (mut low, mut high) = self
             .components(i)
             .map(|(_, m, s)| m + z * s)
-            .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), q| {
-                (a.min(q), b.max(q))
-            });
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), q| (a.min(q), b.max(q)));
         let tolerance = 1e-10 * (1.0 + high - low);
         while high - low > tolerance {
             let middle = 0.5 * (low + high);
-            if self.link_cdf(i, middle) < level {
-                low = middle
-            } else {
-                high = middle
-            }
+            if self.link_cdf(i, middle) < level { low = middle } else { high = middle }
         }
         0.5 * (low + high)
     }
 
     /// `f(self, i)` for every target, in parallel, in target order.
     pub fn map<T: Send>(&self, f: impl Fn(&Self, usize) -> T + Sync) -> Vec<T> {
-        (0..self.len())
-            .into_par_iter()
-            .map(|i| f(self, i))
-            .collect()
+        (0..self.len()).into_par_iter().map(|i| f(self, i)).collect()
     }
 }
 

@@ -15,18 +15,10 @@ pub trait Named {
 /// # Errors
 /// [`Error::Unknown`] with the nearest name if there is none.
 pub fn find<'a, T: Named>(kind: &'static str, entries: &'a [T], name: &str) -> Result<&'a T> {
-    entries
-        .iter()
-        .find(|entry| entry.name() == name)
-        .ok_or_else(|| {
-            let known: Vec<String> = entries.iter().map(|e| e.name().to_string()).collect();
-            Error::Unknown {
-                kind,
-                name: name.to_string(),
-                nearest: nearest(name, &known),
-                known,
-            }
-        })
+    entries.iter().find(|entry| entry.name() == name).ok_or_else(|| {
+        let known: Vec<String> = entries.iter().map(|e| e.name().to_string()).collect();
+        Error::Unknown { kind, name: name.to_string(), nearest: nearest(name, &known), known }
+    })
 }
 
 /// The known name closest to `name`, if it is close enough to be a slip.
@@ -39,12 +31,7 @@ pub fn find<'a, T: Named>(kind: &'static str, entries: &'a [T], name: &str) -> R
 pub fn nearest(name: &str, known: &[String]) -> Option<String> {
     known
         .iter()
-        .map(|k| {
-            (
-                strsim::jaro_winkler(&name.to_lowercase(), &k.to_lowercase()),
-                k,
-            )
-        })
+        .map(|k| (strsim::jaro_winkler(&name.to_lowercase(), &k.to_lowercase()), k))
         .filter(|(similarity, _)| *similarity > 0.75)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, k)| k.clone())

@@ -69,9 +69,7 @@ impl Stream {
 
     /// Gamma with the given shape and scale 1.
     pub fn gamma(&mut self, shape: f64) -> f64 {
-        Gamma::new(shape, 1.0)
-            .expect("shape is positive")
-            .sample(&mut self.0)
+        Gamma::new(shape, 1.0).expect("shape is positive").sample(&mut self.0)
     }
 
     /// Beta(a, b), from two gammas.
@@ -82,9 +80,7 @@ impl Stream {
 
     /// Number of successes in `trials` at probability `p`, clamped to [0, 1].
     pub fn binomial(&mut self, trials: u64, p: f64) -> u64 {
-        Binomial::new(trials, p.clamp(0.0, 1.0))
-            .expect("p is a probability")
-            .sample(&mut self.0)
+        Binomial::new(trials, p.clamp(0.0, 1.0)).expect("p is a probability").sample(&mut self.0)
     }
 
     /// A random permutation of 0 … n − 1.

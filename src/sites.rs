@@ -18,11 +18,7 @@ pub struct Sites {
 impl Sites {
     /// Sites with coordinates only.
     pub fn new(s: Tensor) -> Self {
-        Sites {
-            s,
-            t: None,
-            x: None,
-        }
+        Sites { s, t: None, x: None }
     }
 
     /// One row of planar sites from host coordinates in model units.
@@ -119,12 +115,7 @@ impl Observations {
             ));
         }
         let mask = Tensor::ones((batch, len), y.dtype(), y.device())?;
-        Ok(Observations {
-            sites,
-            y,
-            mask,
-            trials,
-        })
+        Ok(Observations { sites, y, mask, trials })
     }
 
     /// The same observations on another device.
@@ -203,12 +194,5 @@ pub fn mean_sd(values: &[f64]) -> (f64, f64) {
     let n = values.len().max(1) as f64;
     let mean = values.iter().sum::<f64>() / n;
     let sd = (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n).sqrt();
-    (
-        mean,
-        if sd > 1e-12 * mean.abs().max(1e-300) {
-            sd
-        } else {
-            1.0
-        },
-    )
+    (mean, if sd > 1e-12 * mean.abs().max(1e-300) { sd } else { 1.0 })
 }

@@ -9,19 +9,11 @@ use std::{
 
 /// Modules of the crate, lowest layer first. An import points to a lower layer, or stays in its module.
 const LAYERS: &[&[&str]] = &[
-    &[
-        "error",
-        "device",
-        "registry",
-        "rng",
-        "sites",
-        "predictive",
-        "process",
-        "recipe",
-    ],
+    &["error", "device", "registry", "rng", "sites", "predictive", "process", "settings"],
     &["linalg", "fused", "kernel", "likelihood", "geo"],
     &["prior", "attention", "baseline", "product", "score"],
     &["task", "model"],
+    &["recipe"],
     &["checkpoint"],
     &["train", "mapping", "picture"],
     &["cli"],
@@ -38,21 +30,15 @@ fn root() -> &'static Path {
 /// Every file below `folder`, without build outputs and what git keeps for itself.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut entries: Vec<_> = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
+    let mut entries: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     entries.sort();
     for path in entries {
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         if path.is_symlink() || [".git", ".cuda13", "target", "out"].contains(&name.as_str()) {
             continue;
         }
-        if path.is_dir() {
-            found.extend(files(&path))
-        } else {
-            found.push(path)
-        }
+        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
     }
     found
 }
@@ -67,10 +53,7 @@ fn sources() -> Vec<(String, String)> {
 }
 
 fn below_root(path: &Path) -> String {
-    path.strip_prefix(root())
-        .unwrap()
-        .to_string_lossy()
-        .replace('\\', "/")
+    path.strip_prefix(root()).unwrap().to_string_lossy().replace('\\', "/")
 }
 
 /// The source with every comment blanked out, so that positions and lines stay.
@@ -113,9 +96,7 @@ fn imports(code: &str) -> Vec<(usize, String)> {
                 '}' => depth -= 1,
                 ',' if depth == 1 => name_may_start = true,
                 c if name_may_start && c.is_alphabetic() => {
-                    let name = here
-                        .chars()
-                        .take_while(|c| c.is_alphanumeric() || *c == '_');
+                    let name = here.chars().take_while(|c| c.is_alphanumeric() || *c == '_');
                     let line = code[..start + i].matches('\n').count() + 1;
                     found.push((line, name.collect()));
                     name_may_start = false;
@@ -136,9 +117,7 @@ fn root_names() -> (HashMap<String, String>, Vec<String>) {
     let (mut lifted, mut modules) = (HashMap::new(), Vec::new());
     for statement in lib.split(';') {
         let statement = statement.trim();
-        let start = statement
-            .rfind("pub ")
-            .map_or(statement, |at| &statement[at..]);
+        let start = statement.rfind("pub ").map_or(statement, |at| &statement[at..]);
         if let Some(name) = start.strip_prefix("pub mod ") {
             modules.push(name.trim().to_string());
         } else if let Some(path) = start.strip_prefix("pub use ") {
@@ -181,25 +160,17 @@ fn imports_point_down_the_layers() {
                 Some(theirs) => broken.push(format!(
                     "{file}:{line}: `{from}` (layer {mine}) imports `{to}` (layer {theirs})"
                 )),
-                None => broken.push(format!(
-                    "{file}:{line}: `crate::{name}` belongs to no layer"
-                )),
+                None => broken.push(format!("{file}:{line}: `crate::{name}` belongs to no layer")),
             }
         }
         // The way around: `super` that leaves the module.
         for (i, line) in code(&source).lines().enumerate() {
             if line.contains("super::super::") {
-                broken.push(format!(
-                    "{file}:{}: write `crate::`, so that the layer shows",
-                    i + 1
-                ));
+                broken.push(format!("{file}:{}: write `crate::`, so that the layer shows", i + 1));
             }
         }
     }
-    assert_none(
-        broken,
-        "imports point down the layers, never up or sideways",
-    );
+    assert_none(broken, "imports point down the layers, never up or sideways");
 }
 
 #[test]
@@ -220,24 +191,14 @@ fn every_registered_kind_is_on_its_list() {
             continue; // not built yet
         };
         // `pub const KERNELS: &[Entry] = &[…];`
-        let list = parent
-            .split("const ")
-            .find(|part| part.contains(": &[") && part.contains("= &["));
+        let list =
+            parent.split("const ").find(|part| part.contains(": &[") && part.contains("= &["));
         let Some((declared, listed)) = list.and_then(|part| part.split_once("= &[")) else {
-            broken.push(format!(
-                "src/{registry}/mod.rs:1: no list `pub const …: &[…] = &[…];`"
-            ));
+            broken.push(format!("src/{registry}/mod.rs:1: no list `pub const …: &[…] = &[…];`"));
             continue;
         };
         let listed = listed.split("];").next().unwrap();
-        let kind = declared
-            .split("&[")
-            .nth(1)
-            .unwrap()
-            .split(']')
-            .next()
-            .unwrap()
-            .trim();
+        let kind = declared.split("&[").nth(1).unwrap().split(']').next().unwrap().trim();
         for path in files(&folder) {
             let file = below_root(&path);
             let name = path.file_stem().unwrap().to_string_lossy().into_owned();
@@ -257,10 +218,8 @@ fn every_registered_kind_is_on_its_list() {
                     }),
                 };
                 let Some(item) = item else { continue };
-                let item: String = item
-                    .chars()
-                    .take_while(|c| c.is_alphanumeric() || *c == '_')
-                    .collect();
+                let item: String =
+                    item.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
                 if !listed.contains(&format!("{name}::{item}")) {
                     broken.push(format!(
                         "{file}:{}: `{name}::{item}` is not listed in src/{registry}/mod.rs",
@@ -275,9 +234,7 @@ fn every_registered_kind_is_on_its_list() {
 
 #[test]
 fn every_file_says_first_what_it_is() {
-    let silent = sources()
-        .into_iter()
-        .filter(|(_, source)| !source.starts_with("//! "));
+    let silent = sources().into_iter().filter(|(_, source)| !source.starts_with("//! "));
     assert_none(
         silent.map(|(file, _)| format!("{file}:1")).collect(),
         "line one says what the file is",
@@ -287,10 +244,10 @@ fn every_file_says_first_what_it_is() {
 #[test]
 fn no_module_is_a_drawer() {
     let drawers = ["util", "utils", "helper", "helpers", "misc", "common"];
-    let found = sources().into_iter().map(|(file, _)| file).filter(|file| {
-        file.split('/')
-            .any(|part| drawers.contains(&part.trim_end_matches(".rs")))
-    });
+    let found = sources()
+        .into_iter()
+        .map(|(file, _)| file)
+        .filter(|file| file.split('/').any(|part| drawers.contains(&part.trim_end_matches(".rs"))));
     assert_none(found.collect(), "one concept, one file, one name");
 }
 
@@ -298,10 +255,7 @@ fn no_module_is_a_drawer() {
 fn the_root_stays_small() {
     let (lifted, modules) = root_names();
     let names = lifted.len() + modules.len();
-    assert!(
-        names < 40,
-        "{names} public names at the root of the crate; 39 is the most"
-    );
+    assert!(names < 40, "{names} public names at the root of the crate; 39 is the most");
 }
 
 /// `println!` panics when the reader has gone. Commands use `cli::say` and `cli::note`; the library is silent.
@@ -310,18 +264,12 @@ fn only_the_command_line_prints() {
     let mut broken = Vec::new();
     for (file, source) in sources() {
         for (i, line) in code(&source).lines().enumerate() {
-            if ["println!(", "print!(", "dbg!("]
-                .iter()
-                .any(|macro_| line.contains(macro_))
-            {
+            if ["println!(", "print!(", "dbg!("].iter().any(|macro_| line.contains(macro_)) {
                 broken.push(format!("{file}:{}: {}", i + 1, line.trim()));
             }
         }
     }
-    assert_none(
-        broken,
-        "print with `cli::say` (standard output) or `cli::note` (standard error)",
-    );
+    assert_none(broken, "print with `cli::say` (standard output) or `cli::note` (standard error)");
 }
 
 #[test]
@@ -337,9 +285,7 @@ fn nothing_of_the_machine_it_was_written_on() {
     for path in files(root()) {
         let bytes = fs::read(&path).unwrap();
         for needle in paths {
-            if let Some(at) = bytes
-                .windows(needle.len())
-                .position(|part| part == needle.as_bytes())
+            if let Some(at) = bytes.windows(needle.len()).position(|part| part == needle.as_bytes())
             {
                 let line = bytes[..at].iter().filter(|b| **b == b'\n').count() + 1;
                 broken.push(format!("{}:{line}: {needle}", below_root(&path)));
@@ -356,9 +302,7 @@ fn nothing_of_the_machine_it_was_written_on() {
     }
     for config in [".cargo/config.toml", ".cargo/config", "pip.conf"] {
         if root().join(config).exists() {
-            broken.push(format!(
-                "{config}:1: belongs to a machine, not to the project"
-            ));
+            broken.push(format!("{config}:1: belongs to a machine, not to the project"));
         }
     }
     assert_none(broken, "the tree must build anywhere");

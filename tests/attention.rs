@@ -39,13 +39,9 @@ fn case(
     sink: bool,
 ) -> Case {
     let (b, h, d, w) = (2, 3, 5, 4);
-    let mask: Vec<f64> = (0..b * context)
-        .map(|i| if context > 1 && i % 5 == 1 { 0.0 } else { 1.0 })
-        .collect();
-    let terms: Vec<Term> = Term::ALL
-        .into_iter()
-        .filter(|t| sink || *t != Term::Sink)
-        .collect();
+    let mask: Vec<f64> =
+        (0..b * context).map(|i| if context > 1 && i % 5 == 1 { 0.0 } else { 1.0 }).collect();
+    let terms: Vec<Term> = Term::ALL.into_iter().filter(|t| sink || *t != Term::Sink).collect();
     let mut params = rng.normals(h * terms.len() * 3);
     for p in params.chunks_mut(3) {
         p[1] = p[1].abs();
@@ -63,20 +59,8 @@ fn case(
 }
 
 fn relative(a: &Tensor, b: &Tensor) -> f64 {
-    let a = a
-        .to_dtype(DType::F64)
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .to_vec1::<f64>()
-        .unwrap();
-    let b = b
-        .to_dtype(DType::F64)
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .to_vec1::<f64>()
-        .unwrap();
+    let a = a.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let b = b.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     let top = b.iter().fold(0.0f64, |m, v| m.max(v.abs())).max(0.1);
     a.iter().zip(&b).fold(0.0f64, |m, (x, y)| {
         assert!(x.is_finite(), "not finite");
@@ -98,33 +82,18 @@ fn scan_equals_full_for_any_chunk_far_keys_and_extreme_scores() {
     ] {
         for sink in [false, true] {
             let c = case(&mut rng, targets, context, size, spread, sink);
-            let bias = Bias {
-                terms: c.terms.clone(),
-                params: c.params.clone(),
-            };
+            let bias = Bias { terms: c.terms.clone(), params: c.params.clone() };
             let keys = Keys::pack(&c.k, &c.v, &c.sk, &c.mask).unwrap();
             let truth = full(&c.q, &c.sq, &keys, Some(&bias)).unwrap();
             let keys32 =
                 Keys::pack(&cast(&c.k), &cast(&c.v), &cast(&c.sk), &cast(&c.mask)).unwrap();
-            let bias32 = Bias {
-                terms: c.terms.clone(),
-                params: cast(&c.params),
-            };
+            let bias32 = Bias { terms: c.terms.clone(), params: cast(&c.params) };
             for chunk in [1, 7, 64, 512, 4096] {
                 let exact = scan(&c.q, &c.sq, &keys, Some(&bias), chunk, Start::Exact).unwrap();
-                assert!(
-                    relative(&exact, &truth) < 1e-12,
-                    "composed scan, chunk {chunk}"
-                );
-                let fast = scan(
-                    &cast(&c.q),
-                    &cast(&c.sq),
-                    &keys32,
-                    Some(&bias32),
-                    chunk,
-                    Start::Exact,
-                )
-                .unwrap();
+                assert!(relative(&exact, &truth) < 1e-12, "composed scan, chunk {chunk}");
+                let fast =
+                    scan(&cast(&c.q), &cast(&c.sq), &keys32, Some(&bias32), chunk, Start::Exact)
+                        .unwrap();
                 let gap = relative(&fast, &truth);
                 // Scores of size S lose S·2⁻²⁴ of their digits before the exponential sees them.
                 let allowed =
@@ -145,29 +114,12 @@ fn hidden_and_absent_keys_give_zero_and_no_nan() {
     c.mask = c.mask.zeros_like().unwrap();
     let keys = Keys::pack(&cast(&c.k), &cast(&c.v), &cast(&c.sk), &cast(&c.mask)).unwrap();
     let q = Var::from_tensor(&cast(&c.q)).unwrap();
-    let bias = Bias {
-        terms: c.terms.clone(),
-        params: cast(&c.params),
-    };
-    let out = scan(
-        q.as_tensor(),
-        &cast(&c.sq),
-        &keys,
-        Some(&bias),
-        4,
-        Start::Exact,
-    )
-    .unwrap();
+    let bias = Bias { terms: c.terms.clone(), params: cast(&c.params) };
+    let out = scan(q.as_tensor(), &cast(&c.sq), &keys, Some(&bias), 4, Start::Exact).unwrap();
     let total = out.abs().unwrap().sum_all().unwrap();
     assert_eq!(total.to_scalar::<f32>().unwrap(), 0.0);
     let grads = total.backward().unwrap();
-    let g = grads
-        .get(q.as_tensor())
-        .unwrap()
-        .abs()
-        .unwrap()
-        .sum_all()
-        .unwrap();
+    let g = grads.get(q.as_tensor()).unwrap().abs().unwrap().sum_all().unwrap();
     assert_eq!(g.to_scalar::<f32>().unwrap(), 0.0);
 }
 
@@ -185,27 +137,15 @@ fn gradients_equal_autograd_of_the_reference() {
                 .map(|x| Var::from_tensor(&move_to(x)).unwrap())
                 .collect();
             let keys = Keys::pack(&vars[1], &vars[2], &move_to(&c.sk), &move_to(&c.mask)).unwrap();
-            let bias = Bias {
-                terms: c.terms.clone(),
-                params: vars[3].as_tensor().clone(),
-            };
+            let bias = Bias { terms: c.terms.clone(), params: vars[3].as_tensor().clone() };
             let sq = move_to(&c.sq);
             let out = if fast {
                 scan(&vars[0], &sq, &keys, Some(&bias), chunk, Start::Exact).unwrap()
             } else {
                 full(&vars[0], &sq, &keys, Some(&bias)).unwrap()
             };
-            let grads = (out * move_to(&weigh))
-                .unwrap()
-                .sum_all()
-                .unwrap()
-                .backward()
-                .unwrap();
-            results.push(
-                vars.iter()
-                    .map(|v| grads.get(v.as_tensor()).unwrap().clone())
-                    .collect(),
-            );
+            let grads = (out * move_to(&weigh)).unwrap().sum_all().unwrap().backward().unwrap();
+            results.push(vars.iter().map(|v| grads.get(v.as_tensor()).unwrap().clone()).collect());
         }
         for (name, i) in [("q", 0), ("k", 1), ("v", 2), ("bias", 3)] {
             let gap = relative(&results[1][i], &results[0][i]);
@@ -220,26 +160,12 @@ fn reference_gradient_agrees_with_finite_differences() {
     let c = case(&mut rng, 4, 6, 1.0, 0.7, true);
     let loss = |params: &Tensor| -> Tensor {
         let keys = Keys::pack(&c.k, &c.v, &c.sk, &c.mask).unwrap();
-        let bias = Bias {
-            terms: c.terms.clone(),
-            params: params.clone(),
-        };
-        full(&c.q, &c.sq, &keys, Some(&bias))
-            .unwrap()
-            .sqr()
-            .unwrap()
-            .sum_all()
-            .unwrap()
+        let bias = Bias { terms: c.terms.clone(), params: params.clone() };
+        full(&c.q, &c.sq, &keys, Some(&bias)).unwrap().sqr().unwrap().sum_all().unwrap()
     };
     let var = Var::from_tensor(&c.params).unwrap();
     let grads = loss(var.as_tensor()).backward().unwrap();
-    let g = grads
-        .get(var.as_tensor())
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .to_vec1::<f64>()
-        .unwrap();
+    let g = grads.get(var.as_tensor()).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     let base = c.params.flatten_all().unwrap().to_vec1::<f64>().unwrap();
     for i in 0..base.len() {
         let step = |h: f64| {
@@ -249,11 +175,7 @@ fn reference_gradient_agrees_with_finite_differences() {
             loss(&p).to_scalar::<f64>().unwrap()
         };
         let numeric = (step(1e-5) - step(-1e-5)) / 2e-5;
-        assert!(
-            (numeric - g[i]).abs() < 1e-6 * (1.0 + numeric.abs()),
-            "{i}: {numeric} {}",
-            g[i]
-        );
+        assert!((numeric - g[i]).abs() < 1e-6 * (1.0 + numeric.abs()), "{i}: {numeric} {}", g[i]);
     }
 }
 
@@ -262,11 +184,8 @@ fn reference_gradient_agrees_with_finite_differences() {
 fn biased_attention_golden_values() {
     let flat = |h: usize, l: usize, d: usize, f: &dyn Fn(f64) -> f64| -> Tensor {
         let n = h * l * d;
-        let x = Tensor::from_vec(
-            (0..n).map(|i| f(i as f64)).collect::<Vec<f64>>(),
-            (1, h, l, d),
-            &CPU,
-        );
+        let x =
+            Tensor::from_vec((0..n).map(|i| f(i as f64)).collect::<Vec<f64>>(), (1, h, l, d), &CPU);
         cast(&x.unwrap().transpose(1, 2).unwrap().contiguous().unwrap())
     };
     let q = flat(2, 4, 3, &|n| (0.7 * n + 0.1).sin());
@@ -280,17 +199,11 @@ fn biased_attention_golden_values() {
     let sk = place(5, &|j| [(0.8 * j).cos(), (1.4 * j).sin()]);
     let mask = Tensor::new(&[[1f32, 1., 1., 1., 0.]], &CPU).unwrap();
     let params = Tensor::new(
-        &[
-            [[1f32, 0.5, 0.0], [-0.5, 2.0, 0.0]],
-            [[0.7, 1.5, 0.0], [0.3, 0.1, 0.0]],
-        ],
+        &[[[1f32, 0.5, 0.0], [-0.5, 2.0, 0.0]], [[0.7, 1.5, 0.0], [0.3, 0.1, 0.0]]],
         &CPU,
     )
     .unwrap();
-    let bias = Bias {
-        terms: vec![Term::Rbf, Term::Rbf],
-        params,
-    };
+    let bias = Bias { terms: vec![Term::Rbf, Term::Rbf], params };
     let keys = Keys::pack(&k, &v, &sk, &mask).unwrap();
     let golden = [
         [
@@ -305,13 +218,7 @@ fn biased_attention_golden_values() {
     let reference = full(&q, &sq, &keys, Some(&bias)).unwrap();
     let fast = scan(&q, &sq, &keys, Some(&bias), 2, Start::Exact).unwrap();
     for out in [reference, fast] {
-        let out = out
-            .squeeze(0)
-            .unwrap()
-            .transpose(0, 1)
-            .unwrap()
-            .contiguous()
-            .unwrap();
+        let out = out.squeeze(0).unwrap().transpose(0, 1).unwrap().contiguous().unwrap();
         let out = out.flatten(1, 2).unwrap().to_vec2::<f32>().unwrap();
         for (row, want) in out.iter().zip(&golden) {
             for (a, b) in row.iter().zip(want) {
@@ -328,13 +235,8 @@ fn published_start_underflows_and_ours_does_not() {
     let one = |x: f32| Tensor::full(x, (1, 8, 1, 1), &CPU).unwrap();
     let (q, k, v) = (one(-30.0), one(1.0), one(2.0));
     let sites = Tensor::zeros((1, 8, 2), DType::F32, &CPU).unwrap();
-    let keys = Keys::pack(
-        &k,
-        &v,
-        &sites,
-        &Tensor::ones((1, 8), DType::F32, &CPU).unwrap(),
-    )
-    .unwrap();
+    let keys =
+        Keys::pack(&k, &v, &sites, &Tensor::ones((1, 8), DType::F32, &CPU).unwrap()).unwrap();
     let value = |start: Start, chunk: usize| -> f32 {
         let out = scan(&q, &sites, &keys, None, chunk, start).unwrap();
         out.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0]

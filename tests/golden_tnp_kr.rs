@@ -11,10 +11,7 @@ const CPU: Device = Device::Cpu;
 
 /// A number in [−1, 1) for (id, a, b).
 fn val(id: u32, a: u32, b: u32) -> f64 {
-    let mut x = id
-        .wrapping_mul(1_000_003)
-        .wrapping_add(a.wrapping_mul(1009))
-        .wrapping_add(b);
+    let mut x = id.wrapping_mul(1_000_003).wrapping_add(a.wrapping_mul(1009)).wrapping_add(b);
     x ^= x >> 16;
     x = x.wrapping_mul(0x7feb_352d);
     x ^= x >> 15;
@@ -97,8 +94,7 @@ fn fill(params: &Params, dka: bool) {
                 }
             }
         }
-        var.set(&Tensor::from_vec(values, dims, &CPU).unwrap())
-            .unwrap();
+        var.set(&Tensor::from_vec(values, dims, &CPU).unwrap()).unwrap();
     }
 }
 
@@ -108,10 +104,7 @@ fn sites(n: usize, f: impl Fn(f64) -> [f64; 2]) -> Sites {
 }
 
 fn build(settings: &str, params: &mut Params) -> Box<dyn Process + Send + Sync> {
-    let problem = Problem {
-        dim: 2,
-        likelihood: likelihood::find("gaussian").unwrap(),
-    };
+    let problem = Problem { dim: 2, likelihood: likelihood::find("gaussian").unwrap() };
     model::build(&settings.parse::<toml::Table>().unwrap(), problem, params).unwrap()
 }
 
@@ -125,31 +118,17 @@ fn check(settings: &str, mean: [f64; 3], sd: [f64; 3]) {
     let process = build(settings, &mut params);
     fill(&params, settings.contains("dka"));
     let place = |i: f64| [1.5 * (1.7 * i + 0.2).sin(), 1.5 * (2.3 * i + 0.5).cos()];
-    let y: Vec<f32> = (0..5)
-        .map(|i| (3.1 * i as f64 + 0.7).sin() as f32)
-        .collect();
+    let y: Vec<f32> = (0..5).map(|i| (3.1 * i as f64 + 0.7).sin() as f32).collect();
     let y = Tensor::from_vec(y, (1, 5, 1), &CPU).unwrap();
     let mut context = Observations::new(sites(5, place), y, None).unwrap();
     context.mask = Tensor::new(&[[1f32, 1., 1., 1., 0.]], &CPU).unwrap();
-    let targets = sites(3, |j| {
-        [1.5 * (0.9 * j + 1.0).sin(), 1.5 * (1.9 * j - 0.4).cos()]
-    });
+    let targets = sites(3, |j| [1.5 * (0.9 * j + 1.0).sin(), 1.5 * (1.9 * j - 0.4).cos()]);
     let p = process.condition(&context).unwrap().at(&targets).unwrap();
     let m = p.marginals(0, Of::Surface).unwrap();
     for i in 0..3 {
-        assert!(
-            (m.mean[i] - mean[i]).abs() < 1e-5,
-            "mean {} against {}",
-            m.mean[i],
-            mean[i]
-        );
+        assert!((m.mean[i] - mean[i]).abs() < 1e-5, "mean {} against {}", m.mean[i], mean[i]);
         // The 1e-6 that keeps the sd from 0 is ours.
-        assert!(
-            (m.sd[i] - 1e-6 - sd[i]).abs() < 1e-5,
-            "sd {} against {}",
-            m.sd[i],
-            sd[i]
-        );
+        assert!((m.sd[i] - 1e-6 - sd[i]).abs() < 1e-5, "sd {} against {}", m.sd[i], sd[i]);
     }
 }
 
@@ -164,11 +143,7 @@ fn biased_scan_attention_2026() {
 
 #[test]
 fn deep_kernel_attention() {
-    check(
-        DKA,
-        [-0.1980882, -0.2082146, -0.1578936],
-        [0.4919220, 0.4736767, 0.4363434],
-    );
+    check(DKA, [-0.1980882, -0.2082146, -0.1578936], [0.4919220, 0.4736767, 0.4363434]);
 }
 
 #[test]
@@ -180,13 +155,7 @@ fn published_parameter_counts() {
     };
     // Our bias tensor also holds the unused c of every RBF term: 6 blocks × 4 heads × 5 terms.
     assert_eq!(count(BSA), 475_770 + 120);
-    assert_eq!(
-        count(&format!(
-            "{}\nembed_location = true",
-            BSA.replace("rbf", "tisa")
-        )),
-        476_402
-    );
+    assert_eq!(count(&format!("{}\nembed_location = true", BSA.replace("rbf", "tisa"))), 476_402);
     assert_eq!(count(DKA), 527_498);
     // 2025: values by an MLP 128-64 with ReLU, 16 wide, location embedded, shifted RBF.
     let sa2025 = format!(

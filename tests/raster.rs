@@ -24,42 +24,24 @@ fn utm() -> Crs {
 
 fn grid(width: f64, height: f64, resolution: f64) -> Grid {
     let (west, south) = (321_000.0, 510_000.0);
-    let extent = Extent {
-        west,
-        south,
-        east: west + width,
-        north: south + height,
-    };
+    let extent = Extent { west, south, east: west + width, north: south + height };
     Grid::cover(extent, &utm(), Some(Resolution::Metres(resolution))).unwrap()
 }
 
 fn band() -> Band {
-    Band {
-        description: "Mean prevalence".into(),
-        unit: "1".into(),
-    }
+    Band { description: "Mean prevalence".into(), unit: "1".into() }
 }
 
 /// Some value for each pixel, NaN along a diagonal.
 fn value(row: usize, col: usize) -> f32 {
-    if row == col {
-        f32::NAN
-    } else {
-        ((row * 7 + col * 3) % 101) as f32 / 101.0
-    }
+    if row == col { f32::NAN } else { ((row * 7 + col * 3) % 101) as f32 / 101.0 }
 }
 
 fn write(path: &Path, grid: &Grid, tile: usize) -> Result<PathBuf> {
-    let mut cog = Cog::create(
-        path,
-        grid,
-        &band(),
-        &[("MODEL".into(), "a < b & \"c\"".into())],
-    )?;
+    let mut cog = Cog::create(path, grid, &band(), &[("MODEL".into(), "a < b & \"c\"".into())])?;
     for w in grid.windows(tile) {
-        let pixels: Vec<f32> = (0..w.len())
-            .map(|i| value(w.row + i / w.cols, w.col + i % w.cols))
-            .collect();
+        let pixels: Vec<f32> =
+            (0..w.len()).map(|i| value(w.row + i / w.cols, w.col + i % w.cols)).collect();
         cog.write(w, &pixels)?;
     }
     cog.finish()
@@ -73,10 +55,7 @@ fn pixels(path: &Path) -> Vec<f32> {
 
 /// Equal bit for bit, any NaN equal to any other.
 fn same(a: &[f32], b: &[f32]) -> bool {
-    a.len() == b.len()
-        && a.iter()
-            .zip(b)
-            .all(|(a, b)| a == b || (a.is_nan() && b.is_nan()))
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a == b || (a.is_nan() && b.is_nan()))
 }
 
 fn entries(directory: &Path) -> Vec<String> {
@@ -103,27 +82,15 @@ fn foreign(path: &Path, crs: Option<&str>, transform: [f64; 6], values: &[f32], 
         .unwrap();
     data.set_geo_transform(&transform).unwrap();
     if let Some(crs) = crs {
-        data.set_spatial_ref(&Crs::from_user(crs).unwrap().spatial_ref().unwrap())
-            .unwrap();
+        data.set_spatial_ref(&Crs::from_user(crs).unwrap().spatial_ref().unwrap()).unwrap();
     }
     let mut band = data.rasterband(1).unwrap();
     band.set_no_data_value(Some(-32768.0)).unwrap();
-    band.write(
-        (0, 0),
-        (cols, rows),
-        &mut Buffer::new((cols, rows), values.to_vec()),
-    )
-    .unwrap();
+    band.write((0, 0), (cols, rows), &mut Buffer::new((cols, rows), values.to_vec())).unwrap();
 }
 
-const PLACE: [f64; 6] = [
-    321_691.339_838_961,
-    2_769.999_999_999_997,
-    0.0,
-    835_744.872_6,
-    0.0,
-    -2770.0,
-];
+const PLACE: [f64; 6] =
+    [321_691.339_838_961, 2_769.999_999_999_997, 0.0, 835_744.872_6, 0.0, -2770.0];
 
 #[test]
 fn a_map_is_a_cloud_optimised_geotiff_that_says_what_it_is() {
@@ -131,35 +98,14 @@ fn a_map_is_a_cloud_optimised_geotiff_that_says_what_it_is() {
     let path = directory.path().join("mean.tif");
     let grid = grid(700e3, 500e3, 1000.0);
     write(&path, &grid, 256).unwrap();
-    assert_eq!(
-        entries(directory.path()),
-        ["mean.tif"],
-        "nothing else is left"
-    );
+    assert_eq!(entries(directory.path()), ["mean.tif"], "nothing else is left");
 
     let data = Dataset::open(&path).unwrap();
-    assert_eq!(
-        data.metadata_item("LAYOUT", "IMAGE_STRUCTURE").as_deref(),
-        Some("COG")
-    );
-    assert_eq!(
-        data.metadata_item("COMPRESSION", "IMAGE_STRUCTURE")
-            .as_deref(),
-        Some("DEFLATE")
-    );
-    assert_eq!(
-        data.metadata_item("PREDICTOR", "IMAGE_STRUCTURE")
-            .as_deref(),
-        Some("3")
-    );
-    assert_eq!(
-        data.metadata_item("MODEL", "").as_deref(),
-        Some("a < b & \"c\"")
-    );
-    assert_eq!(
-        data.geo_transform().unwrap(),
-        [321e3, 1000.0, 0.0, 1010e3, 0.0, -1000.0]
-    );
+    assert_eq!(data.metadata_item("LAYOUT", "IMAGE_STRUCTURE").as_deref(), Some("COG"));
+    assert_eq!(data.metadata_item("COMPRESSION", "IMAGE_STRUCTURE").as_deref(), Some("DEFLATE"));
+    assert_eq!(data.metadata_item("PREDICTOR", "IMAGE_STRUCTURE").as_deref(), Some("3"));
+    assert_eq!(data.metadata_item("MODEL", "").as_deref(), Some("a < b & \"c\""));
+    assert_eq!(data.geo_transform().unwrap(), [321e3, 1000.0, 0.0, 1010e3, 0.0, -1000.0]);
     assert_eq!(data.spatial_ref().unwrap().auth_code().unwrap(), 32632);
     let band = data.rasterband(1).unwrap();
     assert_eq!(band.block_size(), (256, 256));
@@ -168,9 +114,7 @@ fn a_map_is_a_cloud_optimised_geotiff_that_says_what_it_is() {
     assert_eq!(band.description().unwrap(), "Mean prevalence");
     assert_eq!(band.unit(), "1");
 
-    let expected: Vec<f32> = (0..grid.len())
-        .map(|i| value(i / grid.cols, i % grid.cols))
-        .collect();
+    let expected: Vec<f32> = (0..grid.len()).map(|i| value(i / grid.cols, i % grid.cols)).collect();
     assert!(same(&pixels(&path), &expected));
 
     let raster = Raster::open(&path).unwrap();
@@ -178,10 +122,7 @@ fn a_map_is_a_cloud_optimised_geotiff_that_says_what_it_is() {
     assert_eq!(raster.header.crs, Some(utm()));
     let small = raster.thumbnail(50, 70).unwrap();
     let mean = small.iter().sum::<f64>() / small.len() as f64;
-    assert!(
-        (mean - 0.495).abs() < 0.01,
-        "averages, without a hole on the diagonal: {mean}"
-    );
+    assert!((mean - 0.495).abs() < 0.01, "averages, without a hole on the diagonal: {mean}");
 }
 
 #[test]
@@ -204,25 +145,15 @@ fn an_unfinished_map_leaves_nothing() {
     let first = grid.windows(32).next().unwrap();
     cog.write(first, &vec![0.0; first.len()]).unwrap();
     assert!(!path.exists());
-    assert!(
-        matches!(cog.finish(), Err(Error::Axis { .. })),
-        "a window is missing"
-    );
+    assert!(matches!(cog.finish(), Err(Error::Axis { .. })), "a window is missing");
     assert_eq!(entries(directory.path()), [""; 0]);
 }
 
 #[test]
 fn a_grid_like_another_has_its_geometry_bit_for_bit() {
     let directory = tempfile::tempdir().unwrap();
-    let (like, path) = (
-        directory.path().join("like.tif"),
-        directory.path().join("mean.tif"),
-    );
-    for crs in [
-        "EPSG:32632",
-        "EPSG:4326",
-        "+proj=laea +lat_0=5 +lon_0=10 +datum=WGS84 +units=m",
-    ] {
+    let (like, path) = (directory.path().join("like.tif"), directory.path().join("mean.tif"));
+    for crs in ["EPSG:32632", "EPSG:4326", "+proj=laea +lat_0=5 +lon_0=10 +datum=WGS84 +units=m"] {
         let place = if crs == "EPSG:4326" {
             [8.0 + 1.0 / 3.0, 1.0 / 120.0, 0.0, 9.1, 0.0, -1.0 / 120.0]
         } else {
@@ -232,26 +163,14 @@ fn a_grid_like_another_has_its_geometry_bit_for_bit() {
         foreign(&like, Some(crs), place, &values, 3);
         let grid = Grid::read(&like).unwrap();
         assert_eq!((grid.rows, grid.cols, grid.wanted()), (2, 3, 3));
-        assert_eq!(
-            grid.notes.len(),
-            1,
-            "−9999 without a declaration is said: {:?}",
-            grid.notes
-        );
+        assert_eq!(grid.notes.len(), 1, "−9999 without a declaration is said: {:?}", grid.notes);
         let whole = grid.windows(10).next().unwrap();
         assert_eq!(grid.valid(whole), [true, false, true, false, true, false]);
         write(&path, &grid, 2).unwrap();
         let (a, b) = (Dataset::open(&like).unwrap(), Dataset::open(&path).unwrap());
-        assert_eq!(
-            a.geo_transform().unwrap(),
-            b.geo_transform().unwrap(),
-            "{crs}"
-        );
+        assert_eq!(a.geo_transform().unwrap(), b.geo_transform().unwrap(), "{crs}");
         let own = Crs::from_spatial_ref(&b.spatial_ref().unwrap()).unwrap();
-        assert_eq!(
-            own,
-            Crs::from_spatial_ref(&a.spatial_ref().unwrap()).unwrap()
-        );
+        assert_eq!(own, Crs::from_spatial_ref(&a.spatial_ref().unwrap()).unwrap());
     }
 }
 
@@ -259,12 +178,7 @@ fn a_grid_like_another_has_its_geometry_bit_for_bit() {
 fn a_local_plane_survives_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let local = Crs::from_user("local:km").unwrap();
-    let extent = Extent {
-        west: 0.0,
-        south: -30.0,
-        east: 40.0,
-        north: 0.0,
-    };
+    let extent = Extent { west: 0.0, south: -30.0, east: 40.0, north: 0.0 };
     let grid = Grid::cover(extent, &local, Some(Resolution::Metres(500.0))).unwrap();
     let path = write(&directory.path().join("mean.tif"), &grid, 64).unwrap();
     let again = Grid::read_local(&path, &local).unwrap();
@@ -286,12 +200,7 @@ fn clipping_keeps_pixels_whose_centre_is_inside() {
     )
     .unwrap();
     let lonlat = Crs::from_user("EPSG:4326").unwrap();
-    let extent = Extent {
-        west: 8.0,
-        south: -1.0,
-        east: 16.0,
-        north: 4.0,
-    };
+    let extent = Extent { west: 8.0, south: -1.0, east: 16.0, north: 4.0 };
     let grid = Grid::cover(extent, &lonlat, Some(Resolution::Degrees(1.0))).unwrap();
     let clipped = grid.clone().clip(&area).unwrap();
     assert_eq!(clipped.wanted(), 5);
@@ -300,35 +209,17 @@ fn clipping_keeps_pixels_whose_centre_is_inside() {
 
     // In another system the same land is kept: areas agree to the pixel.
     let fine = Grid::cover(
-        Extent {
-            west: 600e3,
-            south: 0.0,
-            east: 1_200e3,
-            north: 400e3,
-        },
+        Extent { west: 600e3, south: 0.0, east: 1_200e3, north: 400e3 },
         &utm(),
         Some(Resolution::Metres(1000.0)),
     );
     let kept = fine.unwrap().clip(&area).unwrap().wanted() as f64;
     // 3° × 2° less the hole, on UTM: 111.32 · 110.57 km² a square degree, scale about 1.0005².
-    assert!(
-        (kept / (5.96 * 111.32 * 110.57) - 1.0).abs() < 0.01,
-        "{kept} km²"
-    );
+    assert!((kept / (5.96 * 111.32 * 110.57) - 1.0).abs() < 0.01, "{kept} km²");
 
-    let far = Extent {
-        west: 100.0,
-        south: -1.0,
-        east: 110.0,
-        north: 4.0,
-    };
+    let far = Extent { west: 100.0, south: -1.0, east: 110.0, north: 4.0 };
     let far = Grid::cover(far, &lonlat, Some(Resolution::Degrees(1.0))).unwrap();
-    assert!(
-        far.clip(&area)
-            .unwrap_err()
-            .to_string()
-            .contains("no pixel")
-    );
+    assert!(far.clip(&area).unwrap_err().to_string().contains("no pixel"));
 }
 
 #[test]
@@ -351,29 +242,14 @@ fn bad_grids_are_refused_in_words() {
     for keep in [0, 4, 100, bytes.len() / 2, bytes.len() - 100] {
         std::fs::write(at("cut.tif"), &bytes[..keep]).unwrap();
         let error = Grid::read(&at("cut.tif")).unwrap_err();
-        assert!(
-            error.help().is_some_and(|h| h.contains("again")),
-            "{keep} bytes: {error}"
-        );
+        assert!(error.help().is_some_and(|h| h.contains("again")), "{keep} bytes: {error}");
     }
 
     let rotated = [0.0, 1.0, 0.5, 0.0, 0.5, -1.0];
-    foreign(
-        &at("rotated.tif"),
-        Some("EPSG:32632"),
-        rotated,
-        &values,
-        300,
-    );
+    foreign(&at("rotated.tif"), Some("EPSG:32632"), rotated, &values, 300);
     refused(&at("rotated.tif"), "rotated");
 
-    foreign(
-        &at("empty.tif"),
-        Some("EPSG:32632"),
-        PLACE,
-        &[f32::NAN; 12],
-        3,
-    );
+    foreign(&at("empty.tif"), Some("EPSG:32632"), PLACE, &[f32::NAN; 12], 3);
     refused(&at("empty.tif"), "no pixel with data");
 
     std::fs::write(at("words.tif"), "not a raster").unwrap();
@@ -385,11 +261,7 @@ fn bad_grids_are_refused_in_words() {
 fn a_grid_elsewhere_than_the_sites_is_refused() {
     let grid = grid(700e3, 500e3, 5000.0);
     let lonlat = Crs::from_user("EPSG:4326").unwrap();
-    assert_eq!(
-        grid.overlap(&lonlat, &[9.0, 10.0, 50.0], &[5.5, 6.0, 5.0])
-            .unwrap(),
-        2
-    );
+    assert_eq!(grid.overlap(&lonlat, &[9.0, 10.0, 50.0], &[5.5, 6.0, 5.0]).unwrap(), 2);
     for (x, y) in [(-60.0, 5.0), (9.0, -60.0)] {
         let error = grid.overlap(&lonlat, &[x], &[y]).unwrap_err();
         assert!(error.to_string().contains("do not overlap"), "{error}");
@@ -401,26 +273,11 @@ fn a_grid_elsewhere_than_the_sites_is_refused() {
 fn tile(grid: &Grid, window: isopleth::geo::grid::Window, link: Link) -> Tile {
     let valid = grid.valid(window);
     let (x, y) = grid.centres(window, &valid);
-    let mean: Vec<f64> = x
-        .iter()
-        .zip(&y)
-        .map(|(x, y)| (x / 1e5).sin() + (y / 7e4).cos())
-        .collect();
+    let mean: Vec<f64> = x.iter().zip(&y).map(|(x, y)| (x / 1e5).sin() + (y / 7e4).cos()).collect();
     let sd: Vec<f64> = x.iter().map(|x| 0.1 + (x / 1e6).abs()).collect();
     let weight = vec![1.0; mean.len()];
-    let marginals = Marginals {
-        link,
-        of: Of::Surface,
-        components: 1,
-        weight,
-        mean,
-        sd,
-    };
-    Tile {
-        window,
-        valid,
-        marginals,
-    }
+    let marginals = Marginals { link, of: Of::Surface, components: 1, weight, mean, sd };
+    Tile { window, valid, marginals }
 }
 
 /// The laws of every registered product.
@@ -438,17 +295,11 @@ fn products_are_the_known_raster_masked_as_asked_for_any_tile() {
         .iter()
         .map(|entry| {
             let example = entry.parameter.as_ref().map(|p| format!(":{}", p.example));
-            format!("{}{}", entry.name, example.unwrap_or_default())
-                .parse()
-                .unwrap()
+            format!("{}{}", entry.name, example.unwrap_or_default()).parse().unwrap()
         })
         .collect();
-    let outcome = Outcome {
-        name: "prevalence".into(),
-        unit: "1".into(),
-        link: Link::Logit,
-        of: Of::Surface,
-    };
+    let outcome =
+        Outcome { name: "prevalence".into(), unit: "1".into(), link: Link::Logit, of: Of::Surface };
     let make = |size: usize| {
         let directory = tempfile::tempdir().unwrap();
         let mut products = product::open(&specs, &outcome, &grid, directory.path(), &[]).unwrap();
@@ -463,14 +314,9 @@ fn products_are_the_known_raster_masked_as_asked_for_any_tile() {
     let everything = grid.windows(1000).next().unwrap();
     let known = tile(&grid, everything, outcome.link);
     for (spec, path) in specs.iter().zip(&whole) {
-        let values = known
-            .marginals
-            .map(|m, i| (spec.entry.value)(m, i, spec.parameter) as f32);
+        let values = known.marginals.map(|m, i| (spec.entry.value)(m, i, spec.parameter) as f32);
         let expected = product::scatter(&known.valid, &values).unwrap();
-        assert!(
-            same(&pixels(path), &expected),
-            "{spec} is not the known raster"
-        );
+        assert!(same(&pixels(path), &expected), "{spec} is not the known raster");
         let data = Dataset::open(path).unwrap();
         assert_eq!(data.metadata_item("PRODUCT", "").unwrap(), spec.to_string());
         assert_eq!(data.metadata_item("OF", "").unwrap(), "surface");
@@ -480,10 +326,7 @@ fn products_are_the_known_raster_masked_as_asked_for_any_tile() {
         let (_kept, parts) = make(size);
         for ((spec, a), b) in specs.iter().zip(&whole).zip(&parts) {
             assert_eq!(a.file_name(), b.file_name());
-            assert!(
-                same(&pixels(a), &pixels(b)),
-                "{spec} notices tiles of {size}"
-            );
+            assert!(same(&pixels(a), &pixels(b)), "{spec} notices tiles of {size}");
         }
     }
 }
@@ -545,60 +388,32 @@ fn map(
     let survey = survey(outcome);
     let frame = Frame::fit(&survey).unwrap();
     let context = frame.observations(&survey, &Device::Cpu).unwrap();
-    let process = Known {
-        link,
-        asked: Default::default(),
-    };
+    let process = Known { link, asked: Default::default() };
     let posterior = process.condition(&context).unwrap();
     let directory = tempfile::tempdir().unwrap();
-    let specs: Vec<Spec> = ["mean", "sd", "exceedance:0.2"]
-        .iter()
-        .map(|s| s.parse().unwrap())
-        .collect();
-    let what = Outcome {
-        name: "outcome".into(),
-        unit: "".into(),
-        link,
-        of: plan.of,
-    };
+    let specs: Vec<Spec> =
+        ["mean", "sd", "exceedance:0.2"].iter().map(|s| s.parse().unwrap()).collect();
+    let what = Outcome { name: "outcome".into(), unit: "".into(), link, of: plan.of };
     let mut products = product::open(&specs, &what, grid, directory.path(), &[]).unwrap();
     let mut last = (0, 0);
-    let summary = mapping::run(
-        &*posterior,
-        &context,
-        grid,
-        &frame,
-        &mut products,
-        plan,
-        &mut |done, of| {
+    let summary =
+        mapping::run(&*posterior, &context, grid, &frame, &mut products, plan, &mut |done, of| {
             assert!(done > last.0 && done <= of);
             last = (done, of);
-        },
-    )
-    .unwrap();
+        })
+        .unwrap();
     assert_eq!(last, (grid.wanted(), grid.wanted()));
-    let maps = products
-        .into_iter()
-        .map(|p| pixels(&p.finish().unwrap()))
-        .collect();
+    let maps = products.into_iter().map(|p| pixels(&p.finish().unwrap())).collect();
     drop(posterior);
     (maps, summary, frame, process.asked.into_inner())
 }
 
 fn counts() -> survey::Outcome {
-    survey::Outcome::Counts {
-        positive: vec![1.0, 2.0, 0.0, 3.0],
-        tested: vec![9.0; 4],
-    }
+    survey::Outcome::Counts { positive: vec![1.0, 2.0, 0.0, 3.0], tested: vec![9.0; 4] }
 }
 
 fn square() -> Grid {
-    let extent = Extent {
-        west: -5.0,
-        south: -5.0,
-        east: 45.0,
-        north: 25.0,
-    };
+    let extent = Extent { west: -5.0, south: -5.0, east: 45.0, north: 25.0 };
     let local = Crs::from_user("local:km").unwrap();
     let mut grid = Grid::cover(extent, &local, Some(Resolution::Metres(500.0))).unwrap();
     let mut mask = Mask::none(grid.rows, grid.cols);
@@ -631,16 +446,8 @@ fn a_mapped_value_is_the_posterior_there_in_outcome_units() {
             let (x, y) = ((x - 20.0) / 20.0, (y - 10.0) / 20.0);
             let mean = 110.0 + frame.y_sd * known_mean(x, y);
             let sd = frame.y_sd * (0.3 + 0.1 * x * x + 0.1 * y * y);
-            assert!(
-                (f64::from(maps[0][i]) - mean).abs() < 1e-3,
-                "{} {mean}",
-                maps[0][i]
-            );
-            assert!(
-                (f64::from(maps[1][i]) - sd).abs() < 1e-4,
-                "{} {sd}",
-                maps[1][i]
-            );
+            assert!((f64::from(maps[0][i]) - mean).abs() < 1e-3, "{} {mean}", maps[0][i]);
+            assert!((f64::from(maps[1][i]) - sd).abs() < 1e-4, "{} {sd}", maps[1][i]);
             lowest = mean.min(lowest);
             total += mean;
         }
@@ -657,11 +464,7 @@ fn a_mapped_value_is_the_posterior_there_in_outcome_units() {
         sites.iter().all(|s| (s.0 - x).hypot(s.1 - y) > 10.0)
     });
     let share = far.count() as f64 / grid.wanted() as f64;
-    assert!(
-        share > 0.1 && (summary.far - share).abs() < 1e-3,
-        "{} {share}",
-        summary.far
-    );
+    assert!(share > 0.1 && (summary.far - share).abs() < 1e-3, "{} {share}", summary.far);
 }
 
 #[test]
@@ -669,16 +472,9 @@ fn memory_knobs_never_change_a_map() {
     let grid = square();
     let whole = map(counts(), Link::Logit, &grid, &Plan::new(Device::Cpu));
     for (tile, targets) in [(7, 16), (64, 1000), (13, 1), (1000, 100_000)] {
-        let plan = Plan {
-            tile,
-            targets,
-            ..Plan::new(Device::Cpu)
-        };
+        let plan = Plan { tile, targets, ..Plan::new(Device::Cpu) };
         let parts = map(counts(), Link::Logit, &grid, &plan);
-        assert!(
-            parts.3.iter().all(|n| *n <= targets),
-            "no call asks about more than {targets}"
-        );
+        assert!(parts.3.iter().all(|n| *n <= targets), "no call asks about more than {targets}");
         for (a, b) in whole.0.iter().zip(&parts.0) {
             assert!(same(a, b), "tiles of {tile}, {targets} targets at once");
         }
@@ -686,21 +482,12 @@ fn memory_knobs_never_change_a_map() {
     }
     assert!(
         mapping::run(
-            &At(&Known {
-                link: Link::Logit,
-                asked: Default::default()
-            }),
-            &whole
-                .2
-                .observations(&survey(counts()), &Device::Cpu)
-                .unwrap(),
+            &At(&Known { link: Link::Logit, asked: Default::default() }),
+            &whole.2.observations(&survey(counts()), &Device::Cpu).unwrap(),
             &grid,
             &whole.2,
             &mut [],
-            &Plan {
-                tile: 0,
-                ..Plan::new(Device::Cpu)
-            },
+            &Plan { tile: 0, ..Plan::new(Device::Cpu) },
             &mut |_, _| {},
         )
         .is_err()
@@ -711,10 +498,7 @@ fn memory_knobs_never_change_a_map() {
 fn observations_are_less_certain_than_the_surface() {
     let grid = square();
     let surface = map(counts(), Link::Logit, &grid, &Plan::new(Device::Cpu));
-    let plan = Plan {
-        of: Of::Observation,
-        ..Plan::new(Device::Cpu)
-    };
+    let plan = Plan { of: Of::Observation, ..Plan::new(Device::Cpu) };
     let observation = map(counts(), Link::Logit, &grid, &plan);
     let wider = |i: usize| surface.0[1][i].is_nan() || observation.0[1][i] > surface.0[1][i];
     assert!((0..grid.len()).all(wider));
@@ -727,20 +511,13 @@ mod command {
     use super::*;
 
     fn map(out: &Path, args: &[&str]) -> Output {
-        Command::new(assert_cmd::cargo::cargo_bin!("isopleth"))
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .args([
-                "map",
-                "--surveys",
-                "data/survey.csv",
-                "--model",
-                "gp",
-                "--out",
-            ])
-            .arg(out)
-            .args(args)
-            .output()
-            .unwrap()
+        let mut command = Command::new(assert_cmd::cargo::cargo_bin!("isopleth"));
+        command.current_dir(env!("CARGO_MANIFEST_DIR"));
+        command.args(["map", "--surveys", "data/survey.csv", "--out"]).arg(out).args(args);
+        if !args.contains(&"--model") {
+            command.args(["--model", "gp"]);
+        }
+        command.output().unwrap()
     }
 
     fn words(bytes: &[u8]) -> String {
@@ -749,11 +526,7 @@ mod command {
 
     fn works(out: &Path, args: &[&str]) -> String {
         let output = map(out, args);
-        assert!(
-            output.status.success(),
-            "{args:?}: {}",
-            words(&output.stderr)
-        );
+        assert!(output.status.success(), "{args:?}: {}", words(&output.stderr));
         words(&output.stdout)
     }
 
@@ -762,10 +535,7 @@ mod command {
         let output = map(out, args);
         let text = words(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
-        assert!(
-            text.starts_with("error: ") && text.contains(what),
-            "{args:?}: {text}"
-        );
+        assert!(text.starts_with("error: ") && text.contains(what), "{args:?}: {text}");
         assert!(text.contains("\nhelp: "), "{args:?}: {text}");
     }
 
@@ -774,73 +544,42 @@ mod command {
         let home = tempfile::tempdir().unwrap();
         let out = home.path().join("new/out");
         let text = works(&out, &["--like", "data/grid.tif", "--threshold", "0.2,0.5"]);
-        for word in [
-            "138 sites used",
-            "rows 37, 102",
-            "km",
-            "on average",
-            "exceedance_0.5.tif",
-        ] {
+        for word in ["138 sites used", "rows 37, 102", "km", "on average", "exceedance_0.5.tif"] {
             assert!(text.contains(word), "{word}: {text}");
         }
-        assert_eq!(
-            entries(&home.path().join("new")),
-            ["out"],
-            "no scratch is left"
-        );
+        assert_eq!(entries(&home.path().join("new")), ["out"], "no scratch is left");
         let names = ["exceedance_0.2", "exceedance_0.5", "interval_0.95", "mean"]
             .into_iter()
             .chain(["quantile_0.025", "quantile_0.975", "sd"]);
-        let mut expected: Vec<String> = names
-            .flat_map(|n| [format!("{n}.png"), format!("{n}.tif")])
-            .collect();
+        let mut expected: Vec<String> =
+            names.flat_map(|n| [format!("{n}.png"), format!("{n}.tif")]).collect();
         expected.push("run.json".into());
         expected.sort();
         assert_eq!(entries(&out), expected);
 
         let like = Dataset::open("data/grid.tif").unwrap();
         let read = |name: &str| pixels(&out.join(name));
-        let (mean, low, high) = (
-            read("mean.tif"),
-            read("quantile_0.025.tif"),
-            read("quantile_0.975.tif"),
-        );
+        let (mean, low, high) =
+            (read("mean.tif"), read("quantile_0.025.tif"), read("quantile_0.975.tif"));
         let mask = pixels(Path::new("data/grid.tif"));
         let data = Dataset::open(out.join("mean.tif")).unwrap();
         assert_eq!(data.geo_transform().unwrap(), like.geo_transform().unwrap());
         assert_eq!(data.raster_size(), like.raster_size());
         for i in 0..mean.len() {
-            assert_eq!(
-                mean[i].is_nan(),
-                mask[i].is_nan() || mask[i] == 0.0,
-                "pixel {i}"
-            );
-            assert!(
-                mean[i].is_nan() || (low[i] < mean[i] && mean[i] < high[i]),
-                "pixel {i}"
-            );
+            assert_eq!(mean[i].is_nan(), mask[i].is_nan() || mask[i] == 0.0, "pixel {i}");
+            assert!(mean[i].is_nan() || (low[i] < mean[i] && mean[i] < high[i]), "pixel {i}");
         }
         // The truth is known: the interval should hold it about as often as it says.
         let truth = pixels(Path::new("data/truth.tif"));
         let wanted: Vec<usize> = (0..mean.len()).filter(|i| !mean[*i].is_nan()).collect();
-        let held = wanted
-            .iter()
-            .filter(|i| low[**i] <= truth[**i] && truth[**i] <= high[**i]);
+        let held = wanted.iter().filter(|i| low[**i] <= truth[**i] && truth[**i] <= high[**i]);
         let share = held.count() as f64 / wanted.len() as f64;
         assert!(share > 0.8, "95 % intervals hold {share} of the truth");
 
         let record: record::Record =
             serde_json::from_slice(&std::fs::read(out.join("run.json")).unwrap()).unwrap();
         assert_eq!(record.survey.used, 138);
-        assert_eq!(
-            record
-                .survey
-                .dropped
-                .iter()
-                .map(|d| d.row)
-                .collect::<Vec<_>>(),
-            [37, 102]
-        );
+        assert_eq!(record.survey.dropped.iter().map(|d| d.row).collect::<Vec<_>>(), [37, 102]);
         assert_eq!(record.summary.pixels, wanted.len());
         let mut listed = record.files();
         listed.sort();
@@ -851,14 +590,7 @@ mod command {
     fn tiles_and_pictures_change_nothing_else() {
         let home = tempfile::tempdir().unwrap();
         let (a, b) = (home.path().join("a"), home.path().join("b"));
-        let args = [
-            "--resolution",
-            "8km",
-            "--clip",
-            "data/country.gpkg",
-            "--products",
-            "mean,sd",
-        ];
+        let args = ["--resolution", "8km", "--clip", "data/country.gpkg", "--products", "mean,sd"];
         works(&a, &args);
         let mut tiled = args.to_vec();
         tiled.extend(["--tile", "19", "--no-pictures"]);
@@ -874,10 +606,7 @@ mod command {
         }
         let data = Dataset::open(a.join("mean.tif")).unwrap();
         assert_eq!(data.geo_transform().unwrap()[1], 8000.0);
-        assert!(
-            data.spatial_ref().unwrap().is_projected(),
-            "a plane for longitude and latitude"
-        );
+        assert!(data.spatial_ref().unwrap().is_projected(), "a plane for longitude and latitude");
     }
 
     #[test]
@@ -899,11 +628,12 @@ mod command {
         let mut force = with("mean,quantile:0.9");
         force.push("--force");
         works(&out, &force);
-        assert_eq!(
-            entries(&out),
-            ["mean.tif", "notes.txt", "quantile_0.9.tif", "run.json"]
-        );
+        assert_eq!(entries(&out), ["mean.tif", "notes.txt", "quantile_0.9.tif", "run.json"]);
         assert_eq!(entries(home.path()), ["out"]);
+        // What a killed run leaves is in nobody's way.
+        let empty = home.path().join("empty");
+        std::fs::create_dir_all(empty.join(".isopleth-partial-1")).unwrap();
+        works(&empty, &with("mean"));
         std::fs::write(home.path().join("file"), "").unwrap();
         refused(&home.path().join("file"), &with("mean"), "cannot be used");
     }
@@ -916,13 +646,7 @@ mod command {
         let cut = home.path().join("cut.tif");
         std::fs::write(&cut, &whole[..whole.len() / 2]).unwrap();
         let far = home.path().join("far.tif");
-        foreign(
-            &far,
-            Some("EPSG:4326"),
-            [100.0, 0.1, 0.0, 50.0, 0.0, -0.1],
-            &[1.0; 6],
-            3,
-        );
+        foreign(&far, Some("EPSG:4326"), [100.0, 0.1, 0.0, 50.0, 0.0, -0.1], &[1.0; 6], 3);
         let naked = home.path().join("naked.tif");
         foreign(&naked, None, PLACE, &[1.0; 6], 3);
         for (args, what) in [
@@ -936,24 +660,14 @@ mod command {
             (vec!["--like", "nowhere.tif"], "could not read"),
             (vec!["--like", cut.to_str().unwrap()], "truncated"),
             (vec!["--like", far.to_str().unwrap()], "do not overlap"),
-            (
-                vec!["--like", naked.to_str().unwrap()],
-                "no coordinate reference system",
-            ),
+            (vec!["--like", naked.to_str().unwrap()], "no coordinate reference system"),
             (vec!["--clip", "data/survey.csv"], "area to clip to"),
             (vec!["--lat", "latitud"], "latitud"),
-            (
-                vec!["--model", "prevalense.safetensors"],
-                "could not read the model",
-            ),
+            (vec!["--model", "prevalense.safetensors"], "could not read the model"),
             (vec!["--tile", "0"], "at least one pixel"),
         ] {
             refused(&out, &args, what);
-            assert_eq!(
-                entries(home.path()),
-                ["cut.tif", "far.tif", "naked.tif"],
-                "{args:?}"
-            );
+            assert_eq!(entries(home.path()), ["cut.tif", "far.tif", "naked.tif"], "{args:?}");
         }
     }
 
@@ -976,11 +690,7 @@ mod command {
                 .output()
                 .unwrap();
             let text = words(&output.stderr);
-            assert!(
-                !output.status.success(),
-                "{blocks}: {}",
-                words(&output.stdout)
-            );
+            assert!(!output.status.success(), "{blocks}: {}", words(&output.stdout));
             // Where the system tells us itself, it speaks of this limit and not of the disk.
             let told = text.contains("disk is full") || text.contains("File too large");
             assert!(text.starts_with("error: ") && told, "{blocks}: {text}");

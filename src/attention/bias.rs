@@ -28,13 +28,7 @@ pub enum Term {
 
 impl Term {
     /// Every family.
-    pub const ALL: [Term; 5] = [
-        Term::Scalar,
-        Term::Rbf,
-        Term::Tisa,
-        Term::Exponential,
-        Term::Sink,
-    ];
+    pub const ALL: [Term; 5] = [Term::Scalar, Term::Rbf, Term::Tisa, Term::Exponential, Term::Sink];
 }
 
 /// A sum of terms, with parameters for every head.
@@ -58,11 +52,7 @@ impl Bias {
         let mut total: Option<Tensor> = None;
         for (j, term) in self.terms.iter().enumerate() {
             let param = |i: usize| -> Result<Tensor> {
-                Ok(self
-                    .params
-                    .narrow(1, j, 1)?
-                    .narrow(2, i, 1)?
-                    .reshape((1, heads, 1, 1))?)
+                Ok(self.params.narrow(1, j, 1)?.narrow(2, i, 1)?.reshape((1, heads, 1, 1))?)
             };
             let (a, b, c) = (param(0)?, param(1)?, param(2)?);
             let value = match term {
@@ -104,12 +94,7 @@ impl Bias {
         let Some(j) = self.sink() else {
             return Ok(None);
         };
-        Ok(Some(
-            self.params
-                .narrow(1, j, 1)?
-                .narrow(2, 0, 1)?
-                .reshape((1, heads, 1, 1))?,
-        ))
+        Ok(Some(self.params.narrow(1, j, 1)?.narrow(2, 0, 1)?.reshape((1, heads, 1, 1))?))
     }
 }
 
@@ -123,10 +108,7 @@ fn distance(d2: &Tensor) -> Result<Tensor> {
 /// # Shapes
 /// `a` `[batch, target, dim]`, `b` `[batch, context, dim]`; returns `[batch, target, context]`.
 pub fn squared_distances(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    Ok(a.unsqueeze(2)?
-        .broadcast_sub(&b.unsqueeze(1)?)?
-        .sqr()?
-        .sum(3)?)
+    Ok(a.unsqueeze(2)?.broadcast_sub(&b.unsqueeze(1)?)?.sqr()?.sum(3)?)
 }
 
 simd::vectorised! {
@@ -182,36 +164,43 @@ simd::vectorised! {
     pub fn term_gradient(term: Term, p: [f32; 3], d2: &[f32], ds: &[f32]) -> [f32; 3] {
         let [a, b, c] = p;
         let mut sums = [[0.0f32; 16]; 3];
-        let mut add = |lane: usize, d2: f32, g: f32| match term {
-            Term::Scalar => sums[0][lane] = g.mul_add(d2.sqrt(), sums[0][lane]),
-            Term::Rbf => {
+        // One loop per family: a choice inside the loop would keep it from being vectorised.
+        macro_rules! lanes {
+            (|$lane:ident, $d2:ident, $g:ident| $step:expr) => {{
+                let body = d2.len() / 16 * 16;
+                for (d2, ds) in d2[..body].chunks_exact(16).zip(ds[..body].chunks_exact(16)) {
+                    for $lane in 0..16 {
+                        let ($d2, $g) = (d2[$lane], ds[$lane]);
+                        $step
+                    }
+                }
+                for i in body..d2.len() {
+                    let ($lane, $d2, $g) = (i - body, d2[i], ds[i]);
+                    $step
+                }
+            }};
+        }
+        match term {
+            Term::Scalar => lanes!(|l, d2, g| sums[0][l] = g.mul_add(d2.sqrt(), sums[0][l])),
+            Term::Rbf => lanes!(|l, d2, g| {
                 let e = g * simd::exp(-b * d2);
-                sums[0][lane] += e;
-                sums[1][lane] -= a * d2 * e;
-            }
-            Term::Tisa => {
+                sums[0][l] += e;
+                sums[1][l] -= a * d2 * e;
+            }),
+            Term::Tisa => lanes!(|l, d2, g| {
                 let u = d2.sqrt() - c;
                 let e = g * simd::exp(-b * u * u);
-                sums[0][lane] += e;
-                sums[1][lane] -= a * u * u * e;
-                sums[2][lane] += 2.0 * a * b * u * e;
-            }
-            Term::Exponential => {
+                sums[0][l] += e;
+                sums[1][l] -= a * u * u * e;
+                sums[2][l] += 2.0 * a * b * u * e;
+            }),
+            Term::Exponential => lanes!(|l, d2, g| {
                 let d = d2.sqrt();
                 let e = g * simd::exp(-b * d);
-                sums[0][lane] += e;
-                sums[1][lane] -= a * d * e;
-            }
+                sums[0][l] += e;
+                sums[1][l] -= a * d * e;
+            }),
             Term::Sink => {}
-        };
-        let body = d2.len() / 16 * 16;
-        for (d2, ds) in d2[..body].chunks_exact(16).zip(ds[..body].chunks_exact(16)) {
-            for lane in 0..16 {
-                add(lane, d2[lane], ds[lane]);
-            }
-        }
-        for i in body..d2.len() {
-            add(i - body, d2[i], ds[i]);
         }
         sums.map(|s| s.iter().sum())
     }

@@ -14,11 +14,7 @@ pub fn full(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> Res
     let (batch, targets, heads, d) = q.dims4()?;
     let width = keys.value_width();
     if keys.is_empty() {
-        return Ok(Tensor::zeros(
-            (batch, targets, heads, width),
-            q.dtype(),
-            q.device(),
-        )?);
+        return Ok(Tensor::zeros((batch, targets, heads, width), q.dtype(), q.device())?);
     }
     let q = q.transpose(1, 2)?.contiguous()?; // [batch, head, target, d]
     let k = keys.k()?.transpose(1, 2)?.contiguous()?;

@@ -11,7 +11,7 @@ mod scan;
 
 pub use bias::{Bias, Term};
 pub use full::full;
-pub use scan::{CHUNK, Start, scan};
+pub use scan::{CHUNK, Start, resoften, scan, soften, softmax_gradient};
 
 /// How softmax attention is computed. All give the same answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,11 +44,7 @@ impl Keys {
     pub fn pack(k: &Tensor, v: &Tensor, sites: &Tensor, mask: &Tensor) -> Result<Self> {
         let (kd, vd) = (k.dims(), v.dims());
         if kd[..3] != vd[..3] {
-            return Err(Error::axis(
-                "keys and values",
-                format!("{kd:?}"),
-                format!("{vd:?}"),
-            ));
+            return Err(Error::axis("keys and values", format!("{kd:?}"), format!("{vd:?}")));
         }
         if sites.dims()[..2] != kd[..2] || mask.dims() != &kd[..2] {
             return Err(Error::axis(

@@ -60,11 +60,7 @@ pub fn scan(
     let (batch, targets, heads, d) = q.dims4()?;
     let width = keys.value_width();
     if keys.is_empty() || targets == 0 {
-        return Ok(Tensor::zeros(
-            (batch, targets, heads, width),
-            q.dtype(),
-            q.device(),
-        )?);
+        return Ok(Tensor::zeros((batch, targets, heads, width), q.dtype(), q.device())?);
     }
     if !fused::applies(q) {
         return composed(q, sites, keys, bias, chunk, start);
@@ -73,41 +69,21 @@ pub fn scan(
     let columns = keys.sites.transpose(1, 2)?.contiguous()?; // [batch, dim, context]
     let (terms, params) = match bias {
         Some(bias) => (bias.terms.clone(), bias.params.contiguous()?),
-        None => (
-            Vec::new(),
-            Tensor::zeros((heads, 1, 3), q.dtype(), q.device())?,
-        ),
+        None => (Vec::new(), Tensor::zeros((heads, 1, 3), q.dtype(), q.device())?),
     };
     let op = Scan {
-        shape: Dims {
-            targets,
-            context: keys.len(),
-            heads,
-            d,
-            width,
-            dim: sites.dims()[2],
-        },
+        shape: Dims { targets, context: keys.len(), heads, d, width, dim: sites.dims()[2] },
         terms,
         sites: sites.flatten_all()?.to_vec1::<f32>()?,
         columns: columns.flatten_all()?.to_vec1::<f32>()?,
-        hidden: keys
-            .mask
-            .flatten_all()?
-            .to_vec1::<f32>()?
-            .iter()
-            .map(|m| *m == 0.0)
-            .collect(),
+        hidden: keys.mask.flatten_all()?.to_vec1::<f32>()?.iter().map(|m| *m == 0.0).collect(),
         sink: bias.and_then(Bias::sink),
         chunk: chunk.max(1),
         start,
     };
     // The operation returns each head's value and, behind all values, each head's log-sum.
-    let out = q
-        .contiguous()?
-        .apply_op3(&keys.packed.contiguous()?, &params, op)?;
-    Ok(out
-        .narrow(2, 0, heads * width)?
-        .reshape((batch, targets, heads, width))?)
+    let out = q.contiguous()?.apply_op3(&keys.packed.contiguous()?, &params, op)?;
+    Ok(out.narrow(2, 0, heads * width)?.reshape((batch, targets, heads, width))?)
 }
 
 /// The same recurrence from tensor operations: any device, any precision, with gradients.
@@ -132,11 +108,8 @@ fn composed(
         top = top.broadcast_maximum(&sink.detach())?;
         sum = top.neg()?.broadcast_add(&sink)?.exp()?;
     }
-    let mut out = Tensor::zeros(
-        (batch, heads, targets, keys.value_width()),
-        q.dtype(),
-        q.device(),
-    )?;
+    let mut out =
+        Tensor::zeros((batch, heads, targets, keys.value_width()), q.dtype(), q.device())?;
     for first in (0..keys.len()).step_by(chunk.max(1)) {
         let len = chunk.max(1).min(keys.len() - first);
         let part = k.narrow(2, first, len)?.transpose(2, 3)?.contiguous()?;
@@ -145,13 +118,8 @@ fn composed(
             let d2 = squared_distances(sites, &keys.sites.narrow(1, first, len)?)?;
             scores = (scores + bias.composed(&d2)?)?;
         }
-        let mask = keys
-            .mask
-            .narrow(1, first, len)?
-            .reshape((batch, 1, 1, len))?;
-        scores = scores
-            .broadcast_mul(&mask)?
-            .broadcast_add(&((&mask - 1.0)? * 1e30)?)?;
+        let mask = keys.mask.narrow(1, first, len)?.reshape((batch, 1, 1, len))?;
+        scores = scores.broadcast_mul(&mask)?.broadcast_add(&((&mask - 1.0)? * 1e30)?)?;
         let next = top.maximum(&scores.max_keepdim(3)?.detach())?;
         let weights = scores.broadcast_sub(&next)?.exp()?.broadcast_mul(&mask)?;
         let keep = (&top - &next)?.exp()?;
@@ -161,10 +129,7 @@ fn composed(
         top = next;
     }
     let empty = sum.eq(0.0)?.to_dtype(sum.dtype())?;
-    Ok(out
-        .broadcast_div(&(sum + empty)?)?
-        .transpose(1, 2)?
-        .contiguous()?)
+    Ok(out.broadcast_div(&(sum + empty)?)?.transpose(1, 2)?.contiguous()?)
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -270,12 +235,7 @@ impl Scan {
         len: usize,
         d2: &mut [f32],
     ) {
-        let Dims {
-            targets,
-            context,
-            dim,
-            ..
-        } = self.shape;
+        let Dims { targets, context, dim, .. } = self.shape;
         let columns = &self.columns[row * dim * context..(row + 1) * dim * context];
         for i in 0..rows {
             let at = (row * targets + first + i) * dim;
@@ -304,13 +264,7 @@ impl Scan {
         d2: &[f32],
         scores: &mut [f32],
     ) {
-        let Dims {
-            context,
-            heads,
-            d,
-            width,
-            ..
-        } = self.shape;
+        let Dims { context, heads, d, width, .. } = self.shape;
         let stride = heads * (d + width);
         let k = matrix::View::new(&kv[key * stride + head * (d + width)..], len, d, stride);
         let q = matrix::View::new(&q[head * d..], rows, d, heads * d);
@@ -345,26 +299,13 @@ impl Scan {
         params: &[f32],
         out: &mut [f32],
     ) {
-        let Dims {
-            context,
-            heads,
-            d,
-            width,
-            ..
-        } = self.shape;
+        let Dims { context, heads, d, width, .. } = self.shape;
         let rows = q.len() / (heads * d);
         let chunk = self.chunk.min(context);
         let stride = heads * (d + width);
         let wide = heads * (width + 1);
         let (floor, epsilon) = self.start.values();
-        let mut d2 = vec![
-            0.0;
-            if self.terms.is_empty() {
-                0
-            } else {
-                rows * chunk
-            }
-        ];
+        let mut d2 = vec![0.0; if self.terms.is_empty() { 0 } else { rows * chunk }];
         let mut scores = vec![0.0; rows * chunk];
         let mut top = vec![floor; rows * heads];
         let mut sum = vec![0.0f32; rows * heads];
@@ -386,11 +327,7 @@ impl Scan {
                 for i in 0..rows {
                     let at = i * heads + head;
                     let (next, part) = soften(&mut scores[i * len..(i + 1) * len], top[at]);
-                    let keep = if top[at] == next {
-                        1.0
-                    } else {
-                        (top[at] - next).exp()
-                    };
+                    let keep = if top[at] == next { 1.0 } else { (top[at] - next).exp() };
                     sum[at] = sum[at] * keep + part + epsilon;
                     top[at] = next;
                     if keep != 1.0 {
@@ -416,11 +353,8 @@ impl Scan {
                     out[o..o + width].iter_mut().for_each(|v| *v /= sum[at]);
                 }
                 // +∞ as log-sum makes every recomputed weight 0 where no key was observed.
-                out[i * wide + heads * width + head] = if sum[at] > 0.0 {
-                    top[at] + sum[at].ln()
-                } else {
-                    f32::INFINITY
-                };
+                out[i * wide + heads * width + head] =
+                    if sum[at] > 0.0 { top[at] + sum[at].ln() } else { f32::INFINITY };
             }
         }
     }
@@ -439,26 +373,12 @@ impl Scan {
         dkv: &mut [f32],
         dparams: &mut [f32],
     ) {
-        let Dims {
-            targets,
-            context,
-            heads,
-            d,
-            width,
-            ..
-        } = self.shape;
+        let Dims { targets, context, heads, d, width, .. } = self.shape;
         let chunk = self.chunk.min(context);
         let (stride, wide) = (heads * (d + width), heads * (width + 1));
         let scale = 1.0 / (d as f32).sqrt();
         let tile = TILE.min(targets);
-        let mut d2 = vec![
-            0.0;
-            if self.terms.is_empty() {
-                0
-            } else {
-                tile * chunk
-            }
-        ];
+        let mut d2 = vec![0.0; if self.terms.is_empty() { 0 } else { tile * chunk }];
         let (mut w, mut dw) = (vec![0.0; tile * chunk], vec![0.0; tile * chunk]);
         for first in (0..targets).step_by(tile) {
             let rows = tile.min(targets - first);
@@ -509,10 +429,7 @@ impl Scan {
                             &dw[..rows * len],
                         );
                         let p = (head * self.terms.len() + j) * 3;
-                        dparams[p..p + 3]
-                            .iter_mut()
-                            .zip(part)
-                            .for_each(|(t, v)| *t += v);
+                        dparams[p..p + 3].iter_mut().zip(part).for_each(|(t, v)| *t += v);
                     }
                     let ds = matrix::View::new(&dw, rows, len, len);
                     let k = matrix::View::new(&kv[at..], len, d, stride);
@@ -540,28 +457,19 @@ impl candle_core::CustomOp3 for Scan {
         l3: &Layout,
     ) -> CandleResult<(CpuStorage, Shape)> {
         let (q, kv, params) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
-        let Dims {
-            targets,
-            context,
-            heads,
-            d,
-            width,
-            ..
-        } = self.shape;
+        let Dims { targets, context, heads, d, width, .. } = self.shape;
         let wide = heads * (width + 1);
         let batch = l1.dims()[0];
         let mut out = vec![0.0; batch * targets * wide];
-        out.par_chunks_mut(targets * wide)
-            .enumerate()
-            .for_each(|(row, out)| {
-                let q = &q[row * targets * heads * d..(row + 1) * targets * heads * d];
-                let each = context * heads * (d + width);
-                let kv = &kv[row * each..(row + 1) * each];
-                out.par_chunks_mut(TILE * wide)
-                    .zip(q.par_chunks(TILE * heads * d))
-                    .enumerate()
-                    .for_each(|(t, (out, q))| self.tile(row, t * TILE, q, kv, params, out));
-            });
+        out.par_chunks_mut(targets * wide).enumerate().for_each(|(row, out)| {
+            let q = &q[row * targets * heads * d..(row + 1) * targets * heads * d];
+            let each = context * heads * (d + width);
+            let kv = &kv[row * each..(row + 1) * each];
+            out.par_chunks_mut(TILE * wide)
+                .zip(q.par_chunks(TILE * heads * d))
+                .enumerate()
+                .for_each(|(t, (out, q))| self.tile(row, t * TILE, q, kv, params, out));
+        });
         Ok((CpuStorage::F32(out), Shape::from((batch, targets, wide))))
     }
 
@@ -573,24 +481,14 @@ impl candle_core::CustomOp3 for Scan {
         out: &Tensor,
         grad: &Tensor,
     ) -> CandleResult<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Dims {
-            targets,
-            context,
-            heads,
-            d,
-            width,
-            ..
-        } = self.shape;
+        let Dims { targets, context, heads, d, width, .. } = self.shape;
         let grad = grad.contiguous()?;
         let (qs, kvs, ps) = (Host::of(q)?, Host::of(kv)?, Host::of(params)?);
         let (os, gs) = (Host::of(out)?, Host::of(&grad)?);
         let (qs, kvs, ps, os, gs): (&[f32], &[f32], &[f32], &[f32], &[f32]) =
             (&qs, &kvs, &ps, &os, &gs);
-        let (nq, nkv, no) = (
-            targets * heads * d,
-            context * heads * (d + width),
-            targets * heads * (width + 1),
-        );
+        let (nq, nkv, no) =
+            (targets * heads * d, context * heads * (d + width), targets * heads * (width + 1));
         let (mut dq, mut dkv) = (vec![0.0; qs.len()], vec![0.0; kvs.len()]);
         let parts: Vec<Vec<f32>> = dq
             .par_chunks_mut(nq)
@@ -622,9 +520,7 @@ impl candle_core::CustomOp3 for Scan {
         }
         let tensor =
             |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), q.device());
-        let dparams = (!self.terms.is_empty())
-            .then(|| tensor(dparams, params))
-            .transpose()?;
+        let dparams = (!self.terms.is_empty()).then(|| tensor(dparams, params)).transpose()?;
         Ok((Some(tensor(dq, q)?), Some(tensor(dkv, kv)?), dparams))
     }
 }

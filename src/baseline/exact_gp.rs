@@ -86,34 +86,20 @@ impl ExactGp {
         likelihood: &'static dyn Likelihood,
     ) -> Result<Self> {
         if !(nugget >= 0.0 && nugget.is_finite() && mean.is_finite()) {
-            return Err(
-                Error::input("a Gaussian process needs a finite mean and a nugget ≥ 0")
-                    .fact("mean", mean)
-                    .fact("nugget", nugget),
-            );
+            return Err(Error::input("a Gaussian process needs a finite mean and a nugget ≥ 0")
+                .fact("mean", mean)
+                .fact("nugget", nugget));
         }
         if likelihood.counts() && likelihood.link() != Link::Logit {
-            return Err(
-                Error::input("the exact Gaussian process reads binomial counts only")
-                    .fact("likelihood", likelihood.name()),
-            );
+            return Err(Error::input("the exact Gaussian process reads binomial counts only")
+                .fact("likelihood", likelihood.name()));
         }
-        Ok(ExactGp {
-            kernel,
-            nugget,
-            mean,
-            mean_variance: 0.0,
-            log_marginal: None,
-            likelihood,
-        })
+        Ok(ExactGp { kernel, nugget, mean, mean_variance: 0.0, log_marginal: None, likelihood })
     }
 
     /// The same process with a mean known only up to `variance`, link scale².
     pub fn uncertain_mean(self, variance: f64) -> Self {
-        ExactGp {
-            mean_variance: variance,
-            ..self
-        }
+        ExactGp { mean_variance: variance, ..self }
     }
 
     /// The Matérn process that makes the context most likely: length scale, sill, nugget, and
@@ -130,58 +116,32 @@ impl ExactGp {
     pub fn fit(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
         let rows = rows(context, likelihood)?;
         let [row] = &rows[..] else {
-            return Err(Error::axis(
-                "rows to fit one Gaussian process to",
-                rows.len(),
-                1,
-            ));
+            return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
         };
         let extent = extent(&row.sites);
         if row.sites.len() < 3 || !(extent > 0.0 && extent.is_finite()) {
-            return Err(
-                Error::input("a Gaussian process needs three sites in different places")
-                    .fact("sites", row.sites.len())
-                    .try_this("check the coordinates, or add sites"),
-            );
+            return Err(Error::input("a Gaussian process needs three sites in different places")
+                .fact("sites", row.sites.len())
+                .try_this("check the coordinates, or add sites"));
         }
         let row = row.thinned(FIT_SITES);
         let (centre, variance) = row.centre(likelihood);
         // Broad for a logit as for standardised values: the data move it at no visible price.
-        let mean_variance = if likelihood.counts() {
-            25.0
-        } else {
-            100.0 * variance
-        };
+        let mean_variance = if likelihood.counts() { 25.0 } else { 100.0 * variance };
         // Centre and sd of the log-normal penalties: weak, for sd 1.5 allows a factor of 20.
-        let belief = [
-            (0.25 * extent, 1.25),
-            (variance, 1.5),
-            (0.2 * variance, 2.0),
-        ];
+        let belief = [(0.25 * extent, 1.25), (variance, 1.5), (0.2 * variance, 2.0)];
         let process = |smoothness: Smoothness, p: &[f64]| -> Result<ExactGp> {
             let (length_scale, sill) = (p[0].exp(), p[1].exp());
-            let kernel = Matern {
-                smoothness,
-                length_scale,
-                sill,
-                metric: Metric::Euclidean,
-            };
+            let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
             let gp = ExactGp::new(Box::new(kernel), p[2].exp(), centre, likelihood)?;
             Ok(gp.uncertain_mean(mean_variance))
         };
         let penalty = |p: &[f64]| -> f64 {
-            let terms = p
-                .iter()
-                .zip(&belief)
-                .map(|(x, (c, sd))| ((x - c.ln()) / sd).powi(2));
+            let terms = p.iter().zip(&belief).map(|(x, (c, sd))| ((x - c.ln()) / sd).powi(2));
             0.5 * terms.sum::<f64>()
         };
         let mut best: Option<(f64, Vec<f64>, Smoothness)> = None;
-        for smoothness in [
-            Smoothness::Half,
-            Smoothness::ThreeHalves,
-            Smoothness::FiveHalves,
-        ] {
+        for smoothness in [Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves] {
             // Newton starts where it last ended: neighbouring parameters have neighbouring modes.
             let mut latent = vec![0.0; row.sites.len()];
             let mut cost = |p: &[f64]| {
@@ -190,11 +150,7 @@ impl ExactGp {
                 fitted.map_or(f64::INFINITY, |fitted| {
                     let cost = penalty(p) - fitted.log_marginal;
                     latent = fitted.latent;
-                    if cost.is_finite() {
-                        cost
-                    } else {
-                        f64::INFINITY
-                    }
+                    if cost.is_finite() { cost } else { f64::INFINITY }
                 })
             };
             let starts = match &best {
@@ -202,11 +158,7 @@ impl ExactGp {
                 Some((_, p, _)) => vec![p.clone()],
                 None => [0.05, 0.3]
                     .map(|part| {
-                        vec![
-                            (part * extent).ln(),
-                            (0.7 * variance).ln(),
-                            (0.2 * variance).ln(),
-                        ]
+                        vec![(part * extent).ln(), (0.7 * variance).ln(), (0.2 * variance).ln()]
                     })
                     .to_vec(),
             };
@@ -223,28 +175,20 @@ impl ExactGp {
                 gp.log_marginal = Some(penalty(&p) - value);
                 Ok(gp)
             }
-            _ => Err(
-                Error::input("no Gaussian process could be fitted to the observations")
-                    .try_this("check the outcomes for extreme values"),
-            ),
+            _ => Err(Error::input("no Gaussian process could be fitted to the observations")
+                .try_this("check the outcomes for extreme values")),
         }
     }
 
     /// Log marginal likelihood of each row of `context`, in nats: exact for values, Laplace's
     /// approximation for counts.
     pub fn log_marginals(&self, context: &Observations) -> Result<Vec<f64>> {
-        Ok(self
-            .absorb_all(context)?
-            .into_iter()
-            .map(|row| row.log_marginal)
-            .collect())
+        Ok(self.absorb_all(context)?.into_iter().map(|row| row.log_marginal).collect())
     }
 
     fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
         let rows = rows(context, self.likelihood)?;
-        rows.par_iter()
-            .map(|row| self.absorb(row, &vec![0.0; row.sites.len()]))
-            .collect()
+        rows.par_iter().map(|row| self.absorb(row, &vec![0.0; row.sites.len()])).collect()
     }
 
     /// Covariance of the surface and of our doubt about its mean.
@@ -281,14 +225,7 @@ impl ExactGp {
         let log_tau = (2.0 * std::f64::consts::PI).ln();
         let log_marginal = -0.5 * (square + factor.log_det() + n as f64 * log_tau);
         let sites = row.sites.clone();
-        Ok(Fitted {
-            sites,
-            weight,
-            scale: vec![1.0; n],
-            factor,
-            log_marginal,
-            latent: residual,
-        })
+        Ok(Fitted { sites, weight, scale: vec![1.0; n], factor, log_marginal, latent: residual })
     }
 
     /// Rasmussen & Williams (2006), algorithm 3.1: Newton's method for the mode of the latent
@@ -310,9 +247,7 @@ impl ExactGp {
             out.col_as_slice(0).to_vec()
         };
         let log_likelihood = |f: &[f64]| -> f64 {
-            (0..n)
-                .map(|i| binomial_log_pmf(row.y[i], row.trials[i], self.mean + f[i]))
-                .sum()
+            (0..n).map(|i| binomial_log_pmf(row.y[i], row.trials[i], self.mean + f[i])).sum()
         };
         let mut f = start.to_vec();
         let mut weight = vec![0.0; n];
@@ -320,13 +255,8 @@ impl ExactGp {
         let mut objective = f64::NEG_INFINITY;
         let mut settled = false;
         for _ in 0..100 {
-            let p: Vec<f64> = f
-                .iter()
-                .map(|f| Link::Logit.outcome(self.mean + f))
-                .collect();
-            let w: Vec<f64> = (0..n)
-                .map(|i| row.trials[i] * p[i] * (1.0 - p[i]))
-                .collect();
+            let p: Vec<f64> = f.iter().map(|f| Link::Logit.outcome(self.mean + f)).collect();
+            let w: Vec<f64> = (0..n).map(|i| row.trials[i] * p[i] * (1.0 - p[i])).collect();
             let root: Vec<f64> = w.iter().map(|w| w.sqrt()).collect();
             let factor = Cholesky::factor(Mat::from_fn(n, n, |i, j| {
                 root[i] * covariance[(i, j)] * root[j] + if i == j { 1.0 } else { 0.0 }
@@ -334,27 +264,18 @@ impl ExactGp {
             if settled {
                 let log_marginal = objective - 0.5 * factor.log_det();
                 let sites = row.sites.clone();
-                return Ok(Fitted {
-                    sites,
-                    weight,
-                    scale: root,
-                    factor,
-                    log_marginal,
-                    latent: f,
-                });
+                return Ok(Fitted { sites, weight, scale: root, factor, log_marginal, latent: f });
             }
-            let b: Vec<f64> = (0..n)
-                .map(|i| w[i] * f[i] + row.y[i] - row.trials[i] * p[i])
-                .collect();
+            let b: Vec<f64> =
+                (0..n).map(|i| w[i] * f[i] + row.y[i] - row.trials[i] * p[i]).collect();
             let kb = times(&b);
             let inner = factor.solve(&(0..n).map(|i| root[i] * kb[i]).collect::<Vec<_>>());
             let newton: Vec<f64> = (0..n).map(|i| b[i] - root[i] * inner[i]).collect();
             // The full step, halved while it overshoots: the objective is concave, so this ends.
             let mut step = 1.0;
             loop {
-                let tried: Vec<f64> = (0..n)
-                    .map(|i| weight[i] + step * (newton[i] - weight[i]))
-                    .collect();
+                let tried: Vec<f64> =
+                    (0..n).map(|i| weight[i] + step * (newton[i] - weight[i])).collect();
                 let latent = times(&tried);
                 let value = log_likelihood(&latent)
                     - 0.5 * tried.iter().zip(&latent).map(|(a, f)| a * f).sum::<f64>();
@@ -370,10 +291,8 @@ impl ExactGp {
                 return Err(Error::input("the counts have no finite likelihood"));
             }
         }
-        Err(
-            Error::input("Laplace's approximation did not settle in 100 steps")
-                .try_this("check the counts for extreme values"),
-        )
+        Err(Error::input("Laplace's approximation did not settle in 100 steps")
+            .try_this("check the counts for extreme values"))
     }
 }
 
@@ -394,11 +313,7 @@ fn rows(context: &Observations, likelihood: &dyn Likelihood) -> Result<Vec<Row>>
     let sites = context.sites.host()?;
     let host = |x: &Tensor| -> Result<Vec<Vec<f64>>> { Ok(x.to_dtype(DType::F64)?.to_vec2()?) };
     if context.y.dims().last() != Some(&1) {
-        return Err(Error::axis(
-            "outcomes per site",
-            format!("{:?}", context.y.dims()),
-            1,
-        ));
+        return Err(Error::axis("outcomes per site", format!("{:?}", context.y.dims()), 1));
     }
     let (y, mask) = (host(&context.y.squeeze(2)?)?, host(&context.mask)?);
     let trials = match (&context.trials, likelihood.counts()) {
@@ -420,15 +335,9 @@ fn rows(context: &Observations, likelihood: &dyn Likelihood) -> Result<Vec<Row>>
             };
             let fits = |i: usize| row.y[i] >= 0.0 && row.y[i] <= row.trials[i];
             if likelihood.counts() && !(0..row.y.len()).all(fits) {
-                return Err(Error::input(
-                    "a count is negative or above the number tested",
-                ));
+                return Err(Error::input("a count is negative or above the number tested"));
             }
-            let finite = row
-                .y
-                .iter()
-                .chain(row.sites.iter().flatten())
-                .all(|v| v.is_finite());
+            let finite = row.y.iter().chain(row.sites.iter().flatten()).all(|v| v.is_finite());
             if !finite {
                 return Err(Error::input("an observation or its site is not finite"));
             }
@@ -446,9 +355,7 @@ impl Row {
         Row {
             sites: (0..kept).map(|j| self.sites[at(j)].clone()).collect(),
             y: (0..kept).map(|j| self.y[at(j)]).collect(),
-            trials: (0..kept)
-                .filter_map(|j| self.trials.get(at(j)).copied())
-                .collect(),
+            trials: (0..kept).filter_map(|j| self.trials.get(at(j)).copied()).collect(),
         }
     }
 
@@ -477,9 +384,7 @@ fn extent(sites: &[Vec<f64>]) -> f64 {
         .map(|d| {
             let (low, high) = sites
                 .iter()
-                .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), s| {
-                    (a.min(s[d]), b.max(s[d]))
-                });
+                .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), s| (a.min(s[d]), b.max(s[d])));
             high - low
         })
         .fold(0.0, f64::max)
@@ -499,10 +404,7 @@ impl std::fmt::Debug for ExactGp {
 
 impl Process for ExactGp {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
-        Ok(Box::new(Conditioned {
-            gp: self,
-            rows: self.absorb_all(context)?,
-        }))
+        Ok(Box::new(Conditioned { gp: self, rows: self.absorb_all(context)? }))
     }
 }
 
@@ -510,9 +412,8 @@ impl Conditioned<'_> {
     /// Posterior mean, and `L⁻¹ (scale · c)` `[context, target]` whose columns shrink the variance.
     fn project(&self, row: &Fitted, targets: &[Vec<f64>]) -> (Vec<f64>, Mat<f64>) {
         let n = row.sites.len();
-        let mut c = Mat::from_fn(n, targets.len(), |i, j| {
-            self.gp.covariance(&row.sites[i], &targets[j])
-        });
+        let mut c =
+            Mat::from_fn(n, targets.len(), |i, j| self.gp.covariance(&row.sites[i], &targets[j]));
         let mean = (0..targets.len())
             .map(|j| self.gp.mean + (0..n).map(|i| c[(i, j)] * row.weight[i]).sum::<f64>())
             .collect();
@@ -529,11 +430,7 @@ impl Conditioned<'_> {
         if targets.batch() == self.rows.len() {
             return Ok(());
         }
-        Err(Error::axis(
-            "rows of targets and of the context",
-            targets.batch(),
-            self.rows.len(),
-        ))
+        Err(Error::axis("rows of targets and of the context", targets.batch(), self.rows.len()))
     }
 }
 
@@ -581,26 +478,14 @@ impl Posterior for Conditioned<'_> {
     fn draws(&self, targets: &Sites, n: usize, rng: &mut Stream) -> Result<Draws> {
         self.rows_agree(targets)?;
         let [row] = &self.rows[..] else {
-            return Err(Error::axis(
-                "rows of targets to draw surfaces over",
-                self.rows.len(),
-                1,
-            ));
+            return Err(Error::axis("rows of targets to draw surfaces over", self.rows.len(), 1));
         };
         let sites = targets.host()?.swap_remove(0);
         let (mean, shrink) = self.project(row, &sites);
-        let mut covariance = Mat::from_fn(sites.len(), sites.len(), |i, j| {
-            self.gp.covariance(&sites[i], &sites[j])
-        });
+        let mut covariance =
+            Mat::from_fn(sites.len(), sites.len(), |i, j| self.gp.covariance(&sites[i], &sites[j]));
         let known = shrink.as_ref();
-        matmul(
-            covariance.as_mut(),
-            Accum::Add,
-            known.transpose(),
-            known,
-            -1.0,
-            Par::Seq,
-        );
+        matmul(covariance.as_mut(), Accum::Add, known.transpose(), known, -1.0, Par::Seq);
         let factor = Cholesky::factor(covariance)?;
         let mut values = Vec::with_capacity(n * sites.len());
         for _ in 0..n {
@@ -608,9 +493,6 @@ impl Posterior for Conditioned<'_> {
             values.extend(noise.iter().zip(&mean).map(|(z, m)| m + z));
         }
         let values = Tensor::from_vec(values, (n, sites.len(), 1), targets.s.device())?;
-        Ok(Draws {
-            link: self.gp.likelihood.link(),
-            values: values.to_dtype(targets.s.dtype())?,
-        })
+        Ok(Draws { link: self.gp.likelihood.link(), values: values.to_dtype(targets.s.dtype())? })
     }
 }

@@ -33,9 +33,7 @@ pub fn minimise(
             .collect();
         let mut probe = |worst: &[f64], t: f64| {
             calls += 1;
-            let x: Vec<f64> = (0..n)
-                .map(|d| centre[d] + t * (worst[d] - centre[d]))
-                .collect();
+            let x: Vec<f64> = (0..n).map(|d| centre[d] + t * (worst[d] - centre[d])).collect();
             let value = f(&x);
             (x, value)
         };
@@ -43,11 +41,7 @@ pub fn minimise(
         let reflected = probe(&worst, -1.0);
         simplex[n] = if reflected.1 < simplex[0].1 {
             let expanded = probe(&worst, -2.0);
-            if expanded.1 < reflected.1 {
-                expanded
-            } else {
-                reflected
-            }
+            if expanded.1 < reflected.1 { expanded } else { reflected }
         } else if reflected.1 < simplex[n - 1].1 {
             reflected
         } else {
@@ -58,12 +52,7 @@ pub fn minimise(
             } else {
                 let best = simplex[0].0.clone();
                 for vertex in &mut simplex[1..] {
-                    vertex.0 = vertex
-                        .0
-                        .iter()
-                        .zip(&best)
-                        .map(|(x, b)| 0.5 * (x + b))
-                        .collect();
+                    vertex.0 = vertex.0.iter().zip(&best).map(|(x, b)| 0.5 * (x + b)).collect();
                     vertex.1 = f(&vertex.0);
                     calls += 1;
                 }
@@ -81,20 +70,13 @@ mod tests {
     fn finds_the_bottom_of_a_curved_valley() {
         let rosenbrock = |x: &[f64]| (1.0 - x[0]).powi(2) + 100.0 * (x[1] - x[0] * x[0]).powi(2);
         let (x, value) = minimise(rosenbrock, &[-1.2, 1.0], 0.5, 1e-14, 1000);
-        assert!(
-            value < 1e-10 && (x[0] - 1.0).abs() < 1e-4 && (x[1] - 1.0).abs() < 1e-4,
-            "{x:?}"
-        );
+        assert!(value < 1e-10 && (x[0] - 1.0).abs() < 1e-4 && (x[1] - 1.0).abs() < 1e-4, "{x:?}");
     }
 
     #[test]
     fn walks_away_from_where_the_function_is_undefined() {
         let f = |x: &[f64]| {
-            if x[0] <= 0.0 {
-                f64::INFINITY
-            } else {
-                x[0] - x[0].ln()
-            }
+            if x[0] <= 0.0 { f64::INFINITY } else { x[0] - x[0].ln() }
         };
         let (x, _) = minimise(f, &[0.05], -0.2, 1e-12, 500);
         assert!((x[0] - 1.0).abs() < 1e-4, "{x:?}");

@@ -49,26 +49,14 @@ const SHELVES: &[Shelf] = &[
         about: "laws that training surfaces are drawn from",
         entries: || entries(PRIORS),
     },
-    Shelf {
-        name: "kernels",
-        about: "how alike two sites are",
-        entries: || entries(KERNELS),
-    },
+    Shelf { name: "kernels", about: "how alike two sites are", entries: || entries(KERNELS) },
     Shelf {
         name: "likelihoods",
         about: "how an observation reads the surface",
         entries: || entries(LIKELIHOODS),
     },
-    Shelf {
-        name: "products",
-        about: "what a map shows",
-        entries: || entries(PRODUCTS),
-    },
-    Shelf {
-        name: "scores",
-        about: "how good a forecast was",
-        entries: || entries(SCORES),
-    },
+    Shelf { name: "products", about: "what a map shows", entries: || entries(PRODUCTS) },
+    Shelf { name: "scores", about: "how good a forecast was", entries: || entries(SCORES) },
 ];
 
 impl Named for Shelf {
@@ -83,10 +71,7 @@ impl Named for Shelf {
 fn entries<T: Named>(registry: &[T]) -> Vec<Entry> {
     registry
         .iter()
-        .map(|e| Entry {
-            name: e.name().to_string(),
-            about: e.about().to_string(),
-        })
+        .map(|e| Entry { name: e.name().to_string(), about: e.about().to_string() })
         .collect()
 }
 
@@ -97,16 +82,9 @@ fn models() -> Vec<Entry> {
         about: format!("{use_}: {about}"),
     };
     let gp = "Gaussian process fitted to the survey by maximum likelihood, the yardstick";
-    let trained = shipped()
-        .into_iter()
-        .map(|(name, about)| entry(name, "trained", about));
-    let kinds = MODELS
-        .iter()
-        .map(|kind| entry(kind.name(), "to train", kind.about()));
-    trained
-        .chain([entry("gp", "exact", gp)])
-        .chain(kinds)
-        .collect()
+    let trained = shipped().into_iter().map(|(name, about)| entry(name, "trained", about));
+    let kinds = MODELS.iter().map(|kind| entry(kind.name(), "to train", kind.about()));
+    trained.chain([entry("gp", "exact", gp)]).chain(kinds).collect()
 }
 
 /// Prints one registry, or all of them.
@@ -119,21 +97,15 @@ pub fn run(args: &Args) -> Result<()> {
         None => SHELVES,
     };
     if args.json {
-        let all: serde_json::Map<_, _> = shelves
-            .iter()
-            .map(|shelf| (shelf.name.to_string(), as_json(shelf)))
-            .collect();
+        let all: serde_json::Map<_, _> =
+            shelves.iter().map(|shelf| (shelf.name.to_string(), as_json(shelf))).collect();
         return say(format!("{:#}", json!(all)));
     }
     for (i, shelf) in shelves.iter().enumerate() {
         let gap = if i == 0 { "" } else { "\n" };
         say(format!("{gap}{}: {}", shelf.name, shelf.about))?;
         let rows = (shelf.entries)();
-        let width = rows
-            .iter()
-            .map(|row| row.name.chars().count())
-            .max()
-            .unwrap_or(0);
+        let width = rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0);
         for row in rows {
             say(format!("  {:width$}  {}", row.name, row.about))?;
         }
@@ -143,27 +115,19 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// The registry called `name`; `kernel` will do for `kernels`.
 fn shelf(name: &str) -> Result<&'static Shelf> {
-    if let Some(shelf) = SHELVES
-        .iter()
-        .find(|shelf| shelf.name.strip_suffix('s') == Some(name))
-    {
+    if let Some(shelf) = SHELVES.iter().find(|shelf| shelf.name.strip_suffix('s') == Some(name)) {
         return Ok(shelf);
     }
     registry::find("registry", SHELVES, name).map_err(|error| match error {
-        Error::Unknown {
-            nearest: None,
-            known,
-            ..
-        } => Error::input(format!("there is no registry named `{name}`"))
-            .fact("known", known.join(", "))
-            .try_this("`isopleth list` shows them all"),
+        Error::Unknown { nearest: None, known, .. } => {
+            Error::input(format!("there is no registry named `{name}`"))
+                .fact("known", known.join(", "))
+                .try_this("`isopleth list` shows them all")
+        }
         near => near,
     })
 }
 
 fn as_json(shelf: &Shelf) -> serde_json::Value {
-    (shelf.entries)()
-        .iter()
-        .map(|e| json!({ "name": e.name, "about": e.about }))
-        .collect()
+    (shelf.entries)().iter().map(|e| json!({ "name": e.name, "about": e.about })).collect()
 }

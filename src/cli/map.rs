@@ -57,12 +57,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME|FILE")]
     model: Option<String>,
     /// Also map the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
-    #[arg(
-        long,
-        value_name = "VALUE",
-        value_delimiter = ',',
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "VALUE", value_delimiter = ',', allow_negative_numbers = true)]
     threshold: Vec<f64>,
     /// Products: mean, sd, quantile:0.9, interval:0.95, exceedance:0.2 (`isopleth list products`)
     #[arg(
@@ -119,11 +114,7 @@ pub fn run(args: &Args) -> Result<()> {
     let tags = [("MODEL".to_string(), model.name.clone())];
     let mut products = product::open(&specs, &outcome, &grid, output.scratch(), &tags)?;
     let posterior = model.process.condition(&context)?;
-    let plan = Plan {
-        of: outcome.of,
-        tile: args.tile,
-        ..Plan::new(device)
-    };
+    let plan = Plan { of: outcome.of, tile: args.tile, ..Plan::new(device) };
     let mut bar = Bar::new();
     let summary = mapping::run(
         &*posterior,
@@ -141,24 +132,14 @@ pub fn run(args: &Args) -> Result<()> {
         let spec = product.spec();
         let mut files = vec![product.finish()?];
         if !args.no_pictures {
-            files.push(picture(
-                &files[0],
-                &spec,
-                &outcome,
-                &survey,
-                &grid,
-                &model.name,
-            )?);
+            files.push(picture(&files[0], &spec, &outcome, &survey, &grid, &model.name)?);
         }
         let band = outcome.band(&spec);
         made.push(ProductNote {
             product: spec.to_string(),
             description: band.description,
             unit: band.unit,
-            files: files
-                .iter()
-                .filter_map(|f| f.file_name()?.to_str().map(String::from))
-                .collect(),
+            files: files.iter().filter_map(|f| f.file_name()?.to_str().map(String::from)).collect(),
         });
     }
     let mut record = Record {
@@ -183,10 +164,7 @@ pub fn run(args: &Args) -> Result<()> {
 /// What was asked for, thresholds included, each once.
 fn specs(args: &Args) -> Result<Vec<Spec>> {
     let asked = args.products.iter().map(|p| p.parse());
-    let thresholds = args
-        .threshold
-        .iter()
-        .map(|t| format!("exceedance:{t}").parse());
+    let thresholds = args.threshold.iter().map(|t| format!("exceedance:{t}").parse());
     let mut specs: Vec<Spec> = Vec::new();
     for spec in asked.chain(thresholds) {
         let spec = spec?;
@@ -209,26 +187,14 @@ fn device(name: &str) -> Result<Device> {
 }
 
 fn outcome(args: &Args, survey: &Survey) -> Outcome {
-    let of = if args.of == "surface" {
-        Of::Surface
-    } else {
-        Of::Observation
-    };
+    let of = if args.of == "surface" { Of::Surface } else { Of::Observation };
     match (&survey.outcome, &args.survey.value) {
-        (survey::Outcome::Counts { .. }, _) => Outcome {
-            name: "prevalence".into(),
-            unit: "1".into(),
-            link: Link::Logit,
-            of,
-        },
+        (survey::Outcome::Counts { .. }, _) => {
+            Outcome { name: "prevalence".into(), unit: "1".into(), link: Link::Logit, of }
+        }
         (survey::Outcome::Values(_), name) => {
             let name = name.clone().unwrap_or_else(|| "value".into());
-            Outcome {
-                name,
-                unit: String::new(),
-                link: Link::Identity,
-                of,
-            }
+            Outcome { name, unit: String::new(), link: Link::Identity, of }
         }
     }
 }
@@ -305,40 +271,20 @@ fn open_model(
             "log_marginal": gp.log_marginal,
         });
         let name = "gp".to_string();
-        return Ok(Model {
-            name,
-            process: Box::new(gp),
-            card,
-            trained_sites: None,
-        });
+        return Ok(Model { name, process: Box::new(gp), card, trained_sites: None });
     }
     let checkpoint = Checkpoint::resolve(name)?;
     let own = checkpoint.likelihood()?;
     if own.counts() != wanted.counts() {
         let (reads, help) = if own.counts() {
-            (
-                "counts",
-                "name the columns with --positive and --tested, or use a continuous model",
-            )
+            ("counts", "name the columns with --positive and --tested, or use a continuous model")
         } else {
-            (
-                "continuous values",
-                "name the column with --value, or use a prevalence model",
-            )
+            ("continuous values", "name the column with --value, or use a prevalence model")
         };
-        return Err(
-            Error::input("the model and the survey are of different kinds")
-                .fact("model", format!("{name} reads {reads}"))
-                .fact(
-                    "survey",
-                    if wanted.counts() {
-                        "counts"
-                    } else {
-                        "continuous values"
-                    },
-                )
-                .try_this(help),
-        );
+        return Err(Error::input("the model and the survey are of different kinds")
+            .fact("model", format!("{name} reads {reads}"))
+            .fact("survey", if wanted.counts() { "counts" } else { "continuous values" })
+            .try_this(help));
     }
     let sizes = checkpoint.recipe()?.tasks()?.design().context.clone();
     let least = sizes.iter().map(|s| s.sites[0]).min();
@@ -394,11 +340,8 @@ fn round(value: f64) -> String {
     }
     let decimals = (2.0 - value.abs().log10().floor()).clamp(0.0, 9.0) as usize;
     let text = format!("{value:.decimals$}");
-    let text = if text.contains('.') {
-        text.trim_end_matches('0').trim_end_matches('.')
-    } else {
-        &text
-    };
+    let text =
+        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
     text.to_string()
 }
 
@@ -409,30 +352,17 @@ fn line(name: &str, text: impl std::fmt::Display) -> Result<()> {
 
 fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {
     let used = survey.x.len();
-    line(
-        "survey",
-        format!("{}: {used} sites used", survey.source.display()),
-    )?;
+    line("survey", format!("{}: {used} sites used", survey.source.display()))?;
     if !survey.dropped.is_empty() {
         let mut reasons: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
         for dropped in &survey.dropped {
-            reasons
-                .entry(&dropped.reason)
-                .or_default()
-                .push(dropped.row);
+            reasons.entry(&dropped.reason).or_default().push(dropped.row);
         }
         for (reason, rows) in reasons {
             let shown: Vec<String> = rows.iter().take(8).map(usize::to_string).collect();
             let more = if rows.len() > 8 { ", …" } else { "" };
-            let text = format!(
-                "{reason}: row{} {}{more}",
-                plural(rows.len()),
-                shown.join(", ")
-            );
-            line(
-                "dropped",
-                format!("{} row{}, {text}", rows.len(), plural(rows.len())),
-            )?;
+            let text = format!("{reason}: row{} {}{more}", plural(rows.len()), shown.join(", "));
+            line("dropped", format!("{} row{}, {text}", rows.len(), plural(rows.len())))?;
         }
     }
     survey.notes.iter().try_for_each(|n| line("note", n))?;
@@ -441,10 +371,7 @@ fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Res
     if let Some(extent) = Extent::of(&x, &y) {
         let km = |length: f64| round(length * frame.plane.metres_per_unit() / 1000.0);
         let (wide, high) = (km(extent.width()), km(extent.height()));
-        line(
-            "region",
-            format!("{wide} × {high} km, sites in {}", survey.crs.name()),
-        )?;
+        line("region", format!("{wide} × {high} km, sites in {}", survey.crs.name()))?;
     }
     line(
         "grid",
@@ -457,11 +384,7 @@ fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Res
             grid.crs.name()
         ),
     )?;
-    let what = model
-        .card
-        .get("predicts")
-        .and_then(Value::as_str)
-        .unwrap_or("");
+    let what = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
     line("model", format!("{}: {what}", model.name))
 }
 
@@ -471,11 +394,7 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
     let seen = observed(survey);
     let low = seen.iter().copied().fold(f64::INFINITY, f64::min);
     let high = seen.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let whose = if outcome.of == Of::Surface {
-        ""
-    } else {
-        " at new sites"
-    };
+    let whose = if outcome.of == Of::Surface { "" } else { " at new sites" };
     line(
         &outcome.name,
         format!(
@@ -485,10 +404,7 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
             range(low, high)
         ),
     )?;
-    record
-        .warnings
-        .iter()
-        .try_for_each(|w| line("warning", w))?;
+    record.warnings.iter().try_for_each(|w| line("warning", w))?;
     line("files", format!("in {}", out.display()))?;
     // A picture lies beside its raster and differs in the ending only.
     let names = |p: &ProductNote| match &p.files[..] {
@@ -496,19 +412,11 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
         [raster, ..] => format!("{raster}, .png"),
         [] => String::new(),
     };
-    let rows = record
-        .products
-        .iter()
-        .map(|p| (names(p), p.description.clone()));
-    let rows: Vec<_> = rows
-        .chain([(
-            record::FILE.into(),
-            "What was asked, used and found".to_string(),
-        )])
-        .collect();
+    let rows = record.products.iter().map(|p| (names(p), p.description.clone()));
+    let rows: Vec<_> =
+        rows.chain([(record::FILE.into(), "What was asked, used and found".to_string())]).collect();
     let width = rows.iter().map(|(files, _)| files.len()).max().unwrap_or(0);
-    rows.iter()
-        .try_for_each(|(files, what)| line("", format!("{files:width$}  {what}")))?;
+    rows.iter().try_for_each(|(files, what)| line("", format!("{files:width$}  {what}")))?;
     line("time", format!("{:.1} s", record.seconds))
 }
 
@@ -554,11 +462,8 @@ fn picture(
         &y,
         coloured.then_some(&seen),
     );
-    picture.subtitle = format!(
-        "{} sites · pixels of {} · model {model}",
-        survey.x.len(),
-        grid.resolution()
-    );
+    picture.subtitle =
+        format!("{} sites · pixels of {} · model {model}", survey.x.len(), grid.resolution());
     picture.legend = if coloured {
         format!("survey site, coloured by observed {}", outcome.name)
     } else {
@@ -574,43 +479,42 @@ fn picture(
     Ok(path)
 }
 
-/// The output directory: written beside its place, moved there when whole.
+/// The output directory: written in a hidden place, moved when whole.
 struct Output {
     target: PathBuf,
+    /// Beside a new directory; inside one that exists, for it may be a disk of its own.
     scratch: PathBuf,
 }
+
+/// Start of the name of every scratch directory. A killed run may leave one; it is never in the way.
+const SCRATCH: &str = ".isopleth-partial-";
 
 impl Output {
     /// # Errors
     /// [`Error::Input`] if there is something in the way that may not be replaced.
     fn prepare(target: &Path, force: bool) -> Result<Self> {
         let refuse = |what: &str| Error::input(what).fact("out", target.display());
-        match std::fs::read_dir(target) {
-            Ok(mut entries) => {
-                if entries.next().is_some() && !force {
+        let hidden = format!("{SCRATCH}{}", std::process::id());
+        let scratch = match std::fs::read_dir(target) {
+            Ok(entries) => {
+                let foreign = |e: std::io::Result<std::fs::DirEntry>| {
+                    !e.is_ok_and(|e| e.file_name().to_string_lossy().starts_with(SCRATCH))
+                };
+                if !force && entries.into_iter().any(foreign) {
                     return Err(refuse("the output directory is not empty")
                         .try_this("choose another --out, or replace an earlier run with --force"));
                 }
+                target.join(hidden)
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) if target.exists() => {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => target.with_file_name(hidden),
+            Err(e) => {
                 return Err(refuse("the output directory cannot be used")
                     .fact("reason", e)
                     .try_this("choose another --out"));
             }
-            Err(e) => return Err(Error::io("read", target, e)),
-        }
-        let Some(name) = target.file_name() else {
-            return Err(refuse("the output directory has no name of its own")
-                .try_this("name a new directory, such as --out out"));
         };
-        let hidden = format!(".{}.partial-{}", name.to_string_lossy(), std::process::id());
-        let scratch = target.with_file_name(hidden);
         std::fs::create_dir_all(&scratch).map_err(|e| Error::io("create", &scratch, e))?;
-        Ok(Output {
-            target: target.to_path_buf(),
-            scratch,
-        })
+        Ok(Output { target: target.to_path_buf(), scratch })
     }
 
     fn scratch(&self) -> &Path {
@@ -628,9 +532,7 @@ impl Output {
         let earlier = std::fs::read_to_string(&old).ok();
         let earlier = earlier.and_then(|text| serde_json::from_str::<Record>(&text).ok());
         for name in earlier.iter().flat_map(|r| r.files().into_iter().rev()) {
-            let plain = Path::new(&name)
-                .file_name()
-                .is_some_and(|n| n == name.as_str());
+            let plain = Path::new(&name).file_name().is_some_and(|n| n == name.as_str());
             if plain
                 && let Err(e) = std::fs::remove_file(self.target.join(&name))
                 && e.kind() != std::io::ErrorKind::NotFound
@@ -661,23 +563,16 @@ struct Bar {
 
 impl Bar {
     fn new() -> Self {
-        Bar {
-            shown: None,
-            watched: std::io::stderr().is_terminal(),
-        }
+        Bar { shown: None, watched: std::io::stderr().is_terminal() }
     }
 
     fn show(&mut self, done: usize, of: usize) {
-        let due = self
-            .shown
-            .is_none_or(|t| t.elapsed() > Duration::from_millis(200));
+        let due = self.shown.is_none_or(|t| t.elapsed() > Duration::from_millis(200));
         if self.watched && due {
             self.shown = Some(Instant::now());
             let percent = 100.0 * done as f64 / of.max(1) as f64;
-            let _ = write!(
-                std::io::stderr().lock(),
-                "\rmapping     {percent:3.0} % of {of} pixels "
-            );
+            let _ =
+                write!(std::io::stderr().lock(), "\rmapping     {percent:3.0} % of {of} pixels ");
         }
     }
 

@@ -101,10 +101,8 @@ pub struct Fold {
 type Rule = fn(&Survey, &[Vec<f64>], &[Vec<f64>]) -> Marginals;
 
 /// The rules that stand beside a model.
-const RULES: &[(&str, Rule)] = &[
-    ("intercept-only", intercept_only),
-    ("nearest-site", nearest_site),
-];
+const RULES: &[(&str, Rule)] =
+    &[("intercept-only", intercept_only), ("nearest-site", nearest_site)];
 
 /// Validates and prints.
 ///
@@ -133,11 +131,7 @@ pub fn run(args: &Args) -> Result<()> {
         Outcome::Values(_) => "continuous",
     });
     let scored = cross_validate(&survey, &folds, &*forecaster(model, &survey)?)?;
-    if args.json {
-        say(report(model, &scored))
-    } else {
-        table(model, &scored)
-    }
+    if args.json { say(report(model, &scored)) } else { table(model, &scored) }
 }
 
 /// The forecaster that `--model` names.
@@ -158,17 +152,13 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
             .try_this("leave --model out, or use --model gp"));
     }
     let process = checkpoint.process(&Device::Cpu)?;
-    Ok(Box::new(move |context, targets| {
-        process.condition(context)?.at(targets)
-    }))
+    Ok(Box::new(move |context, targets| process.condition(context)?.at(targets)))
 }
 
 /// Fits an exact Gaussian process to each context, then conditions it on that context.
 pub fn exact_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
     Box::new(move |context, targets| {
-        ExactGp::fit(context, likelihood)?
-            .condition(context)?
-            .at(targets)
+        ExactGp::fit(context, likelihood)?.condition(context)?.at(targets)
     })
 }
 
@@ -182,12 +172,10 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
         let (held, seen): (Vec<usize>, Vec<usize>) =
             (0..survey.len()).partition(|i| folds.of[*i] == fold);
         if seen.len() < 3 {
-            return Err(
-                Error::input("a fold leaves fewer than 3 sites to learn from")
-                    .fact("fold", label)
-                    .fact("sites left", seen.len())
-                    .try_this("use more folds"),
-            );
+            return Err(Error::input("a fold leaves fewer than 3 sites to learn from")
+                .fact("fold", label)
+                .fact("sites left", seen.len())
+                .try_this("use more folds"));
         }
         let (seen, held) = (survey.subset(&seen), survey.subset(&held));
         let truths = truths(&held.outcome);
@@ -198,19 +186,9 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
         let marginals = ask(&context, &targets)?.marginals(0, Of::Observation)?;
         let seconds = started.elapsed().as_secs_f64();
         let met = forecasts(&frame.outcome(marginals), &truths)?;
-        let (here, there) = (
-            context.sites.host()?.swap_remove(0),
-            targets.host()?.swap_remove(0),
-        );
-        let rules = RULES
-            .iter()
-            .map(|(_, rule)| forecasts(&rule(&seen, &here, &there), &truths));
-        Ok(Fold {
-            label: label.clone(),
-            met,
-            rules: rules.collect::<Result<_>>()?,
-            seconds,
-        })
+        let (here, there) = (context.sites.host()?.swap_remove(0), targets.host()?.swap_remove(0));
+        let rules = RULES.iter().map(|(_, rule)| forecasts(&rule(&seen, &here, &there), &truths));
+        Ok(Fold { label: label.clone(), met, rules: rules.collect::<Result<_>>()?, seconds })
     };
     folds.labels.iter().enumerate().map(fold).collect()
 }
@@ -221,10 +199,7 @@ fn truths(outcome: &Outcome) -> Vec<Truth> {
         Outcome::Counts { positive, tested } => positive
             .iter()
             .zip(tested)
-            .map(|(k, n)| Truth::Count {
-                positive: *k as u64,
-                tested: *n as u64,
-            })
+            .map(|(k, n)| Truth::Count { positive: *k as u64, tested: *n as u64 })
             .collect(),
     }
 }
@@ -256,15 +231,13 @@ impl Folds {
         };
         let label = |row: &usize| {
             let at = rows.iter().position(|r| r == row);
-            at.map(|i| labels[i].clone())
-                .filter(|label| !label.is_empty())
-                .ok_or_else(|| {
-                    Error::input("a site of the survey has no fold")
-                        .fact("survey", survey.source.display())
-                        .fact("row", row)
-                        .fact("folds", file)
-                        .try_this("the rows of the folds are those of the survey file, all of them")
-                })
+            at.map(|i| labels[i].clone()).filter(|label| !label.is_empty()).ok_or_else(|| {
+                Error::input("a site of the survey has no fold")
+                    .fact("survey", survey.source.display())
+                    .fact("row", row)
+                    .fact("folds", file)
+                    .try_this("the rows of the folds are those of the survey file, all of them")
+            })
         };
         Self::named(&survey.rows.iter().map(label).collect::<Result<Vec<_>>>()?)
     }
@@ -275,22 +248,14 @@ impl Folds {
     /// [`Error::Input`] unless 2 ≤ n ≤ sites.
     pub fn random(n: usize, sites: usize, seed: u64) -> Result<Self> {
         if !(2..=sites).contains(&n) {
-            return Err(
-                Error::input("there must be at least 2 folds and at most one per site")
-                    .fact("folds", n)
-                    .fact("sites", sites),
-            );
+            return Err(Error::input("there must be at least 2 folds and at most one per site")
+                .fact("folds", n)
+                .fact("sites", sites));
         }
         let mut of = vec![0; sites];
         let order = Stream::new(seed, "folds", 0).permutation(sites);
-        order
-            .iter()
-            .enumerate()
-            .for_each(|(i, site)| of[*site] = i % n);
-        Ok(Folds {
-            labels: (0..n).map(|i| i.to_string()).collect(),
-            of,
-        })
+        order.iter().enumerate().for_each(|(i, site)| of[*site] = i % n);
+        Ok(Folds { labels: (0..n).map(|i| i.to_string()).collect(), of })
     }
 
     /// Folds from each site's label, in the order of numbers where the labels are numbers.
@@ -306,12 +271,7 @@ impl Folds {
                 .fact("fold", labels.join(""))
                 .try_this("name a column with at least two different labels"));
         }
-        let place = |label| {
-            labels
-                .iter()
-                .position(|l| l == label)
-                .expect("collected above")
-        };
+        let place = |label| labels.iter().position(|l| l == label).expect("collected above");
         let of = each.iter().map(place).collect();
         Ok(Folds { labels, of })
     }
@@ -322,11 +282,9 @@ fn counted(row: f64, file: &str) -> Result<usize> {
     if row >= 0.0 && row.fract() == 0.0 && row < 1e12 {
         return Ok(row as usize + 1);
     }
-    Err(
-        Error::input("column `row` of the folds must count the survey's rows from 0")
-            .fact("folds", file)
-            .fact("row", row),
-    )
+    Err(Error::input("column `row` of the folds must count the survey's rows from 0")
+        .fact("folds", file)
+        .fact("row", row))
 }
 
 /// What was seen, link scale: values, or empirical logits ln((k + ½)/(n − k + ½)).
@@ -335,10 +293,7 @@ fn link_scale(outcome: &Outcome) -> (Link, Vec<f64>) {
         Outcome::Values(values) => (Link::Identity, values.clone()),
         Outcome::Counts { positive, tested } => {
             let logit = |(k, n): (&f64, &f64)| ((k + 0.5) / (n - k + 0.5)).ln();
-            (
-                Link::Logit,
-                positive.iter().zip(tested).map(logit).collect(),
-            )
+            (Link::Logit, positive.iter().zip(tested).map(logit).collect())
         }
     }
 }
@@ -346,14 +301,7 @@ fn link_scale(outcome: &Outcome) -> (Link, Vec<f64>) {
 fn marginals(link: Link, mean: Vec<f64>, sd: f64) -> Marginals {
     let n = mean.len();
     let of = Of::Observation;
-    Marginals {
-        link,
-        of,
-        components: 1,
-        weight: vec![1.0; n],
-        mean,
-        sd: vec![sd; n],
-    }
+    Marginals { link, of, components: 1, weight: vec![1.0; n], mean, sd: vec![sd; n] }
 }
 
 /// Every site is one draw from the law of all sites: no map at all.
@@ -369,32 +317,20 @@ fn nearest_site(seen: &Survey, here: &[Vec<f64>], held: &[Vec<f64>]) -> Marginal
     let square = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
     let nearest = |to: &[f64], but: Option<usize>| {
         let others = (0..here.len()).filter(|i| Some(*i) != but);
-        others
-            .min_by(|a, b| square(&here[*a], to).total_cmp(&square(&here[*b], to)))
-            .unwrap_or(0)
+        others.min_by(|a, b| square(&here[*a], to).total_cmp(&square(&here[*b], to))).unwrap_or(0)
     };
     let apart = (0..here.len()).map(|i| values[nearest(&here[i], Some(i))] - values[i]);
     let sd = (apart.map(|d| d * d).sum::<f64>() / here.len() as f64).sqrt();
     // Identical values everywhere: any small sd will do, but none at all is no law.
     let sd = if sd > 0.0 { sd } else { mean_sd(&values).1 };
-    marginals(
-        link,
-        held.iter().map(|to| values[nearest(to, None)]).collect(),
-        sd,
-    )
+    marginals(link, held.iter().map(|to| values[nearest(to, None)]).collect(), sd)
 }
 
 /// Every site of every fold: the model's forecasts, then each rule's.
 fn pooled(folds: &[Fold]) -> (Summary, Vec<Summary>) {
     let all: Vec<Forecast> = folds.iter().flat_map(|f| f.met.clone()).collect();
-    let rules = (0..RULES.len()).map(|r| {
-        Summary::of(
-            &folds
-                .iter()
-                .flat_map(|f| f.rules[r].clone())
-                .collect::<Vec<_>>(),
-        )
-    });
+    let rules = (0..RULES.len())
+        .map(|r| Summary::of(&folds.iter().flat_map(|f| f.rules[r].clone()).collect::<Vec<_>>()));
     (Summary::of(&all), rules.collect())
 }
 
@@ -416,10 +352,7 @@ pub fn report(model: &str, folds: &[Fold]) -> Value {
             object
         })
         .collect();
-    let rules = RULES
-        .iter()
-        .zip(&rules)
-        .map(|((name, _), s)| (name.to_string(), json!(s)));
+    let rules = RULES.iter().zip(&rules).map(|((name, _), s)| (name.to_string(), json!(s)));
     object["baselines"] = Value::Object(rules.collect());
     object
 }
@@ -428,28 +361,11 @@ fn table(model: &str, folds: &[Fold]) -> Result<()> {
     let (all, rules) = pooled(folds);
     let mut lines: Vec<(String, Summary, Option<f64>)> = Vec::new();
     for fold in folds {
-        lines.push((
-            format!("fold {}", fold.label),
-            Summary::of(&fold.met),
-            Some(fold.seconds),
-        ));
+        lines.push((format!("fold {}", fold.label), Summary::of(&fold.met), Some(fold.seconds)));
     }
-    lines.push((
-        model.to_string(),
-        all,
-        Some(folds.iter().map(|f| f.seconds).sum()),
-    ));
-    lines.extend(
-        RULES
-            .iter()
-            .zip(rules)
-            .map(|((name, _), s)| (name.to_string(), s, None)),
-    );
-    let wide = lines
-        .iter()
-        .map(|(name, ..)| name.chars().count())
-        .max()
-        .unwrap_or(0);
+    lines.push((model.to_string(), all, Some(folds.iter().map(|f| f.seconds).sum())));
+    lines.extend(RULES.iter().zip(rules).map(|((name, _), s)| (name.to_string(), s, None)));
+    let wide = lines.iter().map(|(name, ..)| name.chars().count()).max().unwrap_or(0);
     say(format!(
         "{:<wide$}{:>7}{:>11}{:>10}{:>10}{:>7}{:>6}{:>6}{:>9}",
         "", "sites", "log score", "crps", "rmse", "50 %", "80 %", "95 %", "seconds"

@@ -17,11 +17,7 @@ const CUBIC: f32 = 0.044_715;
 /// assert!((y[0] - 0.841192).abs() < 1e-6 && (y[1] + 0.045402).abs() < 1e-6);
 /// ```
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    if applies(x) {
-        x.contiguous()?.apply_op1(Gelu)
-    } else {
-        x.gelu()
-    }
+    if applies(x) { x.contiguous()?.apply_op1(Gelu) } else { x.gelu() }
 }
 
 struct Gelu;
@@ -57,9 +53,7 @@ impl CustomOp1 for Gelu {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = slice(storage, layout)?;
         let mut y = vec![0.0; x.len()];
-        y.par_chunks_mut(BLOCK)
-            .zip(x.par_chunks(BLOCK))
-            .for_each(|(y, x)| forward(x, y));
+        y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(y, x)| forward(x, y));
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 

@@ -131,10 +131,6 @@ impl CustomOp3 for LayerNorm {
             .zip(xs.par_chunks(block).zip(gs.par_chunks(block)))
             .for_each(|((dx, gn), (x, g))| backward(x, g, ss, dx, gn));
         let part = |values: &[f32]| Tensor::from_vec(column_sums(values, width), width, x.device());
-        Ok((
-            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
-            Some(part(&gn)?),
-            Some(part(gs)?),
-        ))
+        Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), Some(part(&gn)?), Some(part(gs)?)))
     }
 }

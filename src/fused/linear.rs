@@ -113,10 +113,8 @@ pub(super) fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
             sum
         })
         .collect();
-    partial
-        .into_iter()
-        .fold(vec![0.0; columns], |mut total, part| {
-            total.iter_mut().zip(part).for_each(|(t, p)| *t += p);
-            total
-        })
+    partial.into_iter().fold(vec![0.0; columns], |mut total, part| {
+        total.iter_mut().zip(part).for_each(|(t, p)| *t += p);
+        total
+    })
 }

@@ -18,23 +18,9 @@ impl<'a> View<'a> {
     /// # Panics
     /// If the view reaches past the slice: a bug in this crate.
     pub fn new(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        let reach = if rows == 0 || cols == 0 {
-            0
-        } else {
-            (rows - 1) * row_stride + cols
-        };
-        assert!(
-            reach <= data.len(),
-            "view of {reach} values in a slice of {}",
-            data.len()
-        );
-        View {
-            data,
-            rows,
-            cols,
-            row_stride,
-            col_stride: 1,
-        }
+        let reach = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
+        assert!(reach <= data.len(), "view of {reach} values in a slice of {}", data.len());
+        View { data, rows, cols, row_stride, col_stride: 1 }
     }
 
     /// The transpose, without moving anything.
@@ -71,9 +57,7 @@ pub fn product(
     assert!((m - 1) * row_stride + n <= out.len(), "output too small");
     if k == 0 {
         for row in out.chunks_mut(row_stride).take(m) {
-            row[..n]
-                .iter_mut()
-                .for_each(|x| *x = if keep == 0.0 { 0.0 } else { *x * keep });
+            row[..n].iter_mut().for_each(|x| *x = if keep == 0.0 { 0.0 } else { *x * keep });
         }
         return;
     }
@@ -99,11 +83,7 @@ pub fn product(
             false,
             false,
             false,
-            if threads {
-                Parallelism::Rayon(0)
-            } else {
-                Parallelism::None
-            },
+            if threads { Parallelism::Rayon(0) } else { Parallelism::None },
         );
     }
 }

@@ -46,11 +46,7 @@ impl<'a> Host<'a> {
             candle_core::bail!("a fused gradient needs contiguous input")
         };
         match &*storage {
-            Storage::Cpu(CpuStorage::F32(_)) => Ok(Host {
-                storage: Box::new(storage),
-                start,
-                end,
-            }),
+            Storage::Cpu(CpuStorage::F32(_)) => Ok(Host { storage: Box::new(storage), start, end }),
             _ => candle_core::bail!("a fused gradient needs f32 on the CPU"),
         }
     }

@@ -79,11 +79,14 @@ pub(crate) use vectorised;
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding and subtracting rounds to an integer
-    let y = (x * std::f32::consts::LOG2_E).clamp(-126.0, 127.0);
-    let n = (y + ROUND) - ROUND;
-    // The fraction from x itself, with ln 2 in two parts, keeps full precision for large |x|.
-    let r = (n.mul_add(-0.693_359_4, x)).clamp(-100.0, 100.0);
-    let r = n.mul_add(2.121_944_4e-4, r).clamp(-0.36, 0.36);
+    // Clamping first keeps every later step in range; the last line restores 0 far below.
+    let x0 = if x > -87.3 { x } else { -87.3 };
+    let x0 = if x0 < 88.0 { x0 } else { 88.0 };
+    let shifted = x0.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    // ln 2 in two parts keeps full precision for large |x|.
+    let r = n.mul_add(-0.693_359_4, x0);
+    let r = n.mul_add(2.121_944_4e-4, r);
     let p = 1.984_127e-4_f32;
     let p = p.mul_add(r, 1.388_888_9e-3);
     let p = p.mul_add(r, 8.333_333e-3);
@@ -92,7 +95,8 @@ pub fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 0.5);
     let p = p.mul_add(r, 1.0);
     let p = p.mul_add(r, 1.0);
-    let scale = f32::from_bits((((n as i32) + 127) << 23) as u32);
+    // The low bits of `shifted` are the integer n: moved into the exponent they are 2ⁿ.
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
     if x < -87.3 { 0.0 } else { p * scale }
 }
 

@@ -120,11 +120,9 @@ impl Crs {
     /// Snyder (1987), Map Projections: A Working Manual, USGS Professional Paper 1395, ch. 24.
     pub fn local_equal_area(lon: f64, lat: f64) -> Result<Self> {
         if !(lon.abs() <= 180.0 && lat.abs() <= 90.0) {
-            return Err(
-                Error::input("an equal-area plane cannot be centred outside the globe")
-                    .fact("longitude", lon)
-                    .fact("latitude", lat),
-            );
+            return Err(Error::input("an equal-area plane cannot be centred outside the globe")
+                .fact("longitude", lon)
+                .fact("latitude", lat));
         }
         let mut crs = proj::equal_area(lon, lat)?;
         crs.name = format!("equal-area plane (LAEA) centred on {lon}, {lat}");
@@ -204,20 +202,13 @@ mod tests {
         let code = Crs::from_user("EPSG:4326").unwrap();
         assert_eq!(code.name(), "EPSG:4326");
         assert!(code.is_geographic() && !code.is_local());
-        for spelling in [
-            "epsg:4326",
-            "OGC:CRS84",
-            "WGS84",
-            "+proj=longlat +datum=WGS84",
-            code.wkt(),
-        ] {
+        for spelling in
+            ["epsg:4326", "OGC:CRS84", "WGS84", "+proj=longlat +datum=WGS84", code.wkt()]
+        {
             assert_eq!(Crs::from_user(spelling).unwrap(), code, "{spelling}");
         }
         assert_ne!(Crs::from_user("EPSG:32631").unwrap(), code);
-        assert_ne!(
-            Crs::from_user("local:m").unwrap(),
-            Crs::from_user("local:km").unwrap()
-        );
+        assert_ne!(Crs::from_user("local:m").unwrap(), Crs::from_user("local:km").unwrap());
     }
 
     #[test]
@@ -230,10 +221,7 @@ mod tests {
         assert!((x[0] - 3.5e6).abs() < 1e3, "easting {}", x[0]);
         assert!((6.8e6..6.95e6).contains(&y[0]), "northing {}", y[0]);
         finland.transform(&lonlat, &mut x, &mut y).unwrap();
-        assert!(
-            (x[0] - 27.0).abs() < 1e-6 && (y[0] - 62.0).abs() < 1e-6,
-            "{x:?} {y:?}"
-        );
+        assert!((x[0] - 27.0).abs() < 1e-6 && (y[0] - 62.0).abs() < 1e-6, "{x:?} {y:?}");
     }
 
     #[test]
@@ -266,16 +254,11 @@ mod tests {
 
     #[test]
     fn a_local_plane_meets_only_local_planes() {
-        let (m, km) = (
-            Crs::from_user("local:m").unwrap(),
-            Crs::from_user("local:km").unwrap(),
-        );
+        let (m, km) = (Crs::from_user("local:m").unwrap(), Crs::from_user("local:km").unwrap());
         let (mut x, mut y) = ([1.5], [-2.0]);
         km.transform(&m, &mut x, &mut y).unwrap();
         assert_eq!((x, y), ([1500.0], [-2000.0]));
-        let error = m
-            .transform(&Crs::from_user("EPSG:4326").unwrap(), &mut x, &mut y)
-            .unwrap_err();
+        let error = m.transform(&Crs::from_user("EPSG:4326").unwrap(), &mut x, &mut y).unwrap_err();
         assert!(error.to_string().contains("no place on the globe"));
     }
 
@@ -296,10 +279,7 @@ mod tests {
         assert_eq!(back, crs);
         assert!(!crs.is_geographic());
         let (mut x, mut y) = ([12.5], [-3.0]);
-        Crs::from_user("EPSG:4326")
-            .unwrap()
-            .transform(&back, &mut x, &mut y)
-            .unwrap();
+        Crs::from_user("EPSG:4326").unwrap().transform(&back, &mut x, &mut y).unwrap();
         assert!(x[0].abs() < 1e-6 && y[0].abs() < 1e-6);
     }
 }

@@ -48,13 +48,7 @@ impl Frame {
             Outcome::Values(values) => mean_sd(values),
         };
         let metres_per_unit = unit * plane.metres_per_unit();
-        Ok(Frame {
-            plane,
-            centre,
-            metres_per_unit,
-            y_mean,
-            y_sd,
-        })
+        Ok(Frame { plane, centre, metres_per_unit, y_mean, y_sd })
     }
 
     /// A survey in model units: sites `[1, site, 2]`, `y` `[1, site, 1]`, and for counts
@@ -64,9 +58,7 @@ impl Frame {
         let tensor = |values: Vec<f32>| Tensor::from_vec(values, (1, survey.len()), device);
         let (y, trials) = match &survey.outcome {
             Outcome::Values(values) => {
-                let scaled = values
-                    .iter()
-                    .map(|v| ((v - self.y_mean) / self.y_sd) as f32);
+                let scaled = values.iter().map(|v| ((v - self.y_mean) / self.y_sd) as f32);
                 (tensor(scaled.collect())?, None)
             }
             Outcome::Counts { positive, tested } => (
@@ -182,23 +174,13 @@ mod tests {
     }
 
     fn model(frame: &Frame, crs: &Crs, x: &[f64], y: &[f64]) -> Vec<Vec<f64>> {
-        frame
-            .sites(crs, x, y, &Device::Cpu)
-            .unwrap()
-            .host()
-            .unwrap()
-            .remove(0)
+        frame.sites(crs, x, y, &Device::Cpu).unwrap().host().unwrap().remove(0)
     }
 
     #[test]
     fn local_planes_stay_as_they_are() {
         let values = Outcome::Values(vec![1.0, 2.0, 6.0]);
-        let km = survey(
-            "local:km",
-            vec![10.0, 14.0, 11.0],
-            vec![0.0, 1.0, 2.0],
-            values,
-        );
+        let km = survey("local:km", vec![10.0, 14.0, 11.0], vec![0.0, 1.0, 2.0], values);
         let frame = Frame::fit(&km).unwrap();
         assert_eq!(frame.centre, [12.0, 1.0]);
         assert_eq!(frame.metres_per_unit, 2000.0);
@@ -220,10 +202,7 @@ mod tests {
         let seen = frame.observations(&survey, &Device::Cpu).unwrap();
         assert!(seen.trials.is_none());
         let y = seen.y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let back: Vec<f64> = y
-            .iter()
-            .map(|v| frame.y_mean + frame.y_sd * *v as f64)
-            .collect();
+        let back: Vec<f64> = y.iter().map(|v| frame.y_mean + frame.y_sd * *v as f64).collect();
         for (b, v) in back.iter().zip([10.0, 20.0, 60.0]) {
             assert!((b - v).abs() < 1e-4, "{back:?}");
         }
@@ -238,31 +217,19 @@ mod tests {
         let out = frame.outcome(marginals(Link::Identity));
         assert!((out.mean[0] - (30.0 + frame.y_sd)).abs() < 1e-12);
         assert!((out.sd[0] - 0.5 * frame.y_sd).abs() < 1e-12);
-        assert_eq!(
-            frame.outcome(marginals(Link::Logit)),
-            marginals(Link::Logit)
-        );
+        assert_eq!(frame.outcome(marginals(Link::Logit)), marginals(Link::Logit));
     }
 
     #[test]
     fn counts_go_in_as_counts() {
-        let counts = Outcome::Counts {
-            positive: vec![0.0, 3.0, 7.0],
-            tested: vec![5.0, 9.0, 7.0],
-        };
+        let counts = Outcome::Counts { positive: vec![0.0, 3.0, 7.0], tested: vec![5.0, 9.0, 7.0] };
         let survey = survey("local:m", vec![0.0, 4.0, 1.0], vec![0.0, 1.0, 2.0], counts);
         let frame = Frame::fit(&survey).unwrap();
         assert_eq!((frame.y_mean, frame.y_sd), (0.0, 1.0));
         let seen = frame.observations(&survey, &Device::Cpu).unwrap();
         assert_eq!(seen.y.dims(), [1, 3, 1]);
-        assert_eq!(
-            seen.y.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
-            [0.0, 3.0, 7.0]
-        );
-        assert_eq!(
-            seen.trials.unwrap().to_vec2::<f32>().unwrap(),
-            [[5.0, 9.0, 7.0]]
-        );
+        assert_eq!(seen.y.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0, 3.0, 7.0]);
+        assert_eq!(seen.trials.unwrap().to_vec2::<f32>().unwrap(), [[5.0, 9.0, 7.0]]);
     }
 
     mod globe {
@@ -280,10 +247,7 @@ mod tests {
         }
 
         fn counts(n: usize) -> Outcome {
-            Outcome::Counts {
-                positive: vec![1.0; n],
-                tested: vec![2.0; n],
-            }
+            Outcome::Counts { positive: vec![1.0; n], tested: vec![2.0; n] }
         }
 
         /// The promise of the module: distances on the plane are geodesics, within 0.5 %.
@@ -297,11 +261,7 @@ mod tests {
                     let frame = Frame::fit(&survey).unwrap();
                     let seen = model(&frame, &survey.crs, &x, &y);
                     for i in 0..x.len() {
-                        assert!(
-                            seen[i].iter().all(|v| v.abs() <= 1.0 + 1e-6),
-                            "{:?}",
-                            seen[i]
-                        );
+                        assert!(seen[i].iter().all(|v| v.abs() <= 1.0 + 1e-6), "{:?}", seen[i]);
                         for j in 0..i {
                             let flat = frame.metres_per_unit
                                 * (seen[i][0] - seen[j][0]).hypot(seen[i][1] - seen[j][1]);
@@ -325,20 +285,11 @@ mod tests {
             let (mut east, mut north) = (x.clone(), y.clone());
             lonlat.crs.transform(&utm, &mut east, &mut north).unwrap();
             let projected = survey("EPSG:32628", east.clone(), north.clone(), counts(9));
-            let (a, b) = (
-                Frame::fit(&lonlat).unwrap(),
-                Frame::fit(&projected).unwrap(),
-            );
+            let (a, b) = (Frame::fit(&lonlat).unwrap(), Frame::fit(&projected).unwrap());
             assert!((a.metres_per_unit / b.metres_per_unit - 1.0).abs() < 1e-6);
-            let (a, b) = (
-                model(&a, &lonlat.crs, &x, &y),
-                model(&b, &utm, &east, &north),
-            );
+            let (a, b) = (model(&a, &lonlat.crs, &x, &y), model(&b, &utm, &east, &north));
             for (p, q) in a.iter().zip(&b) {
-                assert!(
-                    (p[0] - q[0]).abs() < 1e-5 && (p[1] - q[1]).abs() < 1e-5,
-                    "{p:?} {q:?}"
-                );
+                assert!((p[0] - q[0]).abs() < 1e-5 && (p[1] - q[1]).abs() < 1e-5, "{p:?} {q:?}");
             }
         }
 
@@ -349,11 +300,7 @@ mod tests {
             let frame = Frame::fit(&survey).unwrap();
             let text = serde_json::to_string(&frame).unwrap();
             assert_eq!(serde_json::from_str::<Frame>(&text).unwrap(), frame);
-            assert!(
-                (frame.extent_km() - 100.0).abs() < 0.5,
-                "{}",
-                frame.extent_km()
-            );
+            assert!((frame.extent_km() - 100.0).abs() < 0.5, "{}", frame.extent_km());
         }
 
         #[test]
@@ -379,12 +326,7 @@ mod tests {
     #[test]
     fn centring_happens_before_the_cast() {
         let (x, y) = (vec![5e5, 500_001.0, 5e5], vec![8e6, 8e6, 8_000_001.2]);
-        let survey = survey(
-            "local:m",
-            x.clone(),
-            y.clone(),
-            Outcome::Values(vec![0.0; 3]),
-        );
+        let survey = survey("local:m", x.clone(), y.clone(), Outcome::Values(vec![0.0; 3]));
         let frame = Frame::fit(&survey).unwrap();
         let seen = model(&frame, &survey.crs, &x, &y);
         let metres = |i: usize, j: usize| {
@@ -396,17 +338,7 @@ mod tests {
 
     #[test]
     fn one_place_is_no_frame() {
-        let survey = survey(
-            "local:m",
-            vec![1.0; 3],
-            vec![2.0; 3],
-            Outcome::Values(vec![0.0; 3]),
-        );
-        assert!(
-            Frame::fit(&survey)
-                .unwrap_err()
-                .to_string()
-                .contains("do not span")
-        );
+        let survey = survey("local:m", vec![1.0; 3], vec![2.0; 3], Outcome::Values(vec![0.0; 3]));
+        assert!(Frame::fit(&survey).unwrap_err().to_string().contains("do not span"));
     }
 }

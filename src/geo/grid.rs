@@ -59,22 +59,11 @@ impl Extent {
     /// The bounding box of places; `None` without a finite one.
     pub fn of(x: &[f64], y: &[f64]) -> Option<Self> {
         let range = |v: &[f64]| {
-            v.iter()
-                .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &v| {
-                    (a.min(v), b.max(v))
-                })
+            v.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &v| (a.min(v), b.max(v)))
         };
         let ((west, east), (south, north)) = (range(x), range(y));
-        let extent = Extent {
-            west,
-            south,
-            east,
-            north,
-        };
-        [west, south, east, north]
-            .iter()
-            .all(|v| v.is_finite())
-            .then_some(extent)
+        let extent = Extent { west, south, east, north };
+        [west, south, east, north].iter().all(|v| v.is_finite()).then_some(extent)
     }
 
     /// West to east.
@@ -136,10 +125,8 @@ impl FromStr for Resolution {
         };
         let text = text.trim();
         let digits = text.trim_end_matches(|c: char| c.is_alphabetic() || c == '°');
-        let value: f64 = digits
-            .trim()
-            .parse()
-            .map_err(|_| refuse("does not start with a number"))?;
+        let value: f64 =
+            digits.trim().parse().map_err(|_| refuse("does not start with a number"))?;
         if !(value.is_finite() && value > 0.0) {
             return Err(refuse("is not above zero"));
         }
@@ -165,10 +152,7 @@ impl fmt::Display for Resolution {
 
 /// A number with at most four decimals and no trailing zeros.
 fn short(value: f64) -> String {
-    format!("{value:.4}")
-        .trim_end_matches('0')
-        .trim_end_matches('.')
-        .to_string()
+    format!("{value:.4}").trim_end_matches('0').trim_end_matches('.').to_string()
 }
 
 /// One bit for each pixel of a grid: a million pixels are 125 kB.
@@ -181,10 +165,7 @@ pub struct Mask {
 impl Mask {
     /// A mask with no pixel wanted.
     pub fn none(rows: usize, cols: usize) -> Self {
-        Mask {
-            cols,
-            bits: vec![0; (rows * cols).div_ceil(64)],
-        }
+        Mask { cols, bits: vec![0; (rows * cols).div_ceil(64)] }
     }
 
     /// Whether a pixel is wanted.
@@ -197,11 +178,7 @@ impl Mask {
     pub fn set(&mut self, row: usize, col: usize, wanted: bool) {
         let i = row * self.cols + col;
         let bit = 1 << (i % 64);
-        if wanted {
-            self.bits[i / 64] |= bit
-        } else {
-            self.bits[i / 64] &= !bit
-        }
+        if wanted { self.bits[i / 64] |= bit } else { self.bits[i / 64] &= !bit }
     }
 
     /// Pixels wanted.
@@ -254,13 +231,13 @@ impl Grid {
     pub fn read_local(path: &Path, crs: &Crs) -> Result<Self> {
         let raster = Raster::open(path)?;
         match &raster.header.crs {
-            Some(own) if !own.is_local() => Err(Error::input(
-                "the sites are on a local plane and the grid is not",
-            )
-            .fact("file", path.display())
-            .fact("grid", own.name())
-            .fact("sites", crs.name())
-            .try_this("name the CRS of the sites with --crs, or give a local grid")),
+            Some(own) if !own.is_local() => {
+                Err(Error::input("the sites are on a local plane and the grid is not")
+                    .fact("file", path.display())
+                    .fact("grid", own.name())
+                    .fact("sites", crs.name())
+                    .try_this("name the CRS of the sites with --crs, or give a local grid"))
+            }
             own => Self::from_raster(&raster, own.clone().unwrap_or_else(|| crs.clone())),
         }
     }
@@ -278,16 +255,16 @@ impl Grid {
         };
         let mut mask = Mask::none(grid.rows, grid.cols);
         let (mut wanted, mut sentinels) = (0, 0);
-        for window in grid.windows(512) {
+        // Strips of whole rows: what is stored in lines is read once.
+        let strip = (1_000_000 / grid.cols).clamp(1, grid.rows);
+        for row in (0..grid.rows).step_by(strip) {
+            let rows = strip.min(grid.rows - row);
+            let window = Window { row, col: 0, rows, cols: grid.cols };
             let data = raster.data(window)?;
             sentinels += data.sentinels;
             for (i, &has) in data.valid.iter().enumerate() {
                 if has {
-                    mask.set(
-                        window.row + i / window.cols,
-                        window.col + i % window.cols,
-                        true,
-                    );
+                    mask.set(row + i / grid.cols, i % grid.cols, true);
                     wanted += 1;
                 }
             }
@@ -319,10 +296,8 @@ impl Grid {
     pub fn cover(extent: Extent, crs: &Crs, resolution: Option<Resolution>) -> Result<Self> {
         let longer = extent.width().max(extent.height());
         if !(longer.is_finite() && longer > 0.0) {
-            return Err(
-                Error::input("there is no area to map: the sites are all at one place")
-                    .try_this("give the grid with --like GRID.tif"),
-            );
+            return Err(Error::input("there is no area to map: the sites are all at one place")
+                .try_this("give the grid with --like GRID.tif"));
         }
         let step = match resolution {
             None => {
@@ -342,22 +317,18 @@ impl Grid {
                     "the grid is on a plane: write the resolution as 5km or 500m, or ask for a \
                      grid in degrees with --crs-out EPSG:4326"
                 };
-                return Err(
-                    Error::input("the resolution and the grid have different units")
-                        .fact("resolution", resolution)
-                        .fact("grid", crs.name())
-                        .try_this(help),
-                );
+                return Err(Error::input("the resolution and the grid have different units")
+                    .fact("resolution", resolution)
+                    .fact("grid", crs.name())
+                    .try_this(help));
             }
         };
         let cells = |low: f64, high: f64| {
             let first = (low / step + 1e-9).floor();
             (first, ((high / step - 1e-9).ceil() - first).max(1.0))
         };
-        let ((left, cols), (bottom, rows)) = (
-            cells(extent.west, extent.east),
-            cells(extent.south, extent.north),
-        );
+        let ((left, cols), (bottom, rows)) =
+            (cells(extent.west, extent.east), cells(extent.south, extent.north));
         let facts = |error: Error| {
             let size = |v: f64| format!("{:.4}", v / step);
             error
@@ -369,16 +340,12 @@ impl Grid {
         };
         let pixels = rows * cols;
         if pixels.is_nan() || pixels > MOST_PIXELS {
-            return Err(facts(Error::input(format!(
-                "the grid would have {pixels:.1e} pixels"
-            )))
-            .try_this("choose a coarser --resolution, and check its unit"));
+            return Err(facts(Error::input(format!("the grid would have {pixels:.1e} pixels")))
+                .try_this("choose a coarser --resolution, and check its unit"));
         }
         if step > longer {
-            return Err(facts(Error::input(
-                "the resolution is coarser than the area to map",
-            ))
-            .try_this("choose a finer --resolution, and check its unit"));
+            return Err(facts(Error::input("the resolution is coarser than the area to map"))
+                .try_this("choose a finer --resolution, and check its unit"));
         }
         Ok(Grid {
             rows: rows as usize,
@@ -407,12 +374,7 @@ impl Grid {
         let strip = (4_000_000 / self.cols).clamp(1, self.rows);
         let mut wanted = 0;
         for row in (0..self.rows).step_by(strip) {
-            let window = Window {
-                row,
-                col: 0,
-                rows: strip.min(self.rows - row),
-                cols: self.cols,
-            };
+            let window = Window { row, col: 0, rows: strip.min(self.rows - row), cols: self.cols };
             for (i, inside) in polygons.cover(&self, window)?.into_iter().enumerate() {
                 let (row, col) = (row + i / self.cols, i % self.cols);
                 if inside && self.valid.as_ref().is_none_or(|old| old.get(row, col)) {
@@ -422,14 +384,12 @@ impl Grid {
             }
         }
         if wanted == 0 {
-            return Err(
-                Error::input("no pixel of the grid lies inside the area to clip to")
-                    .fact("area", polygons.path.display())
-                    .fact("grid", self.crs.name())
-                    .try_this(
-                        "check that both are about the same place, or choose a finer resolution",
-                    ),
-            );
+            return Err(Error::input("no pixel of the grid lies inside the area to clip to")
+                .fact("area", polygons.path.display())
+                .fact("grid", self.crs.name())
+                .try_this(
+                    "check that both are about the same place, or choose a finer resolution",
+                ));
         }
         self.valid = (wanted < self.rows * self.cols).then_some(mask);
         Ok(self)
@@ -483,10 +443,7 @@ impl Grid {
         } else {
             1.0
         };
-        [
-            self.pixel[0].abs() * unit * shrink,
-            self.pixel[1].abs() * unit,
-        ]
+        [self.pixel[0].abs() * unit * shrink, self.pixel[1].abs() * unit]
     }
 
     /// Windows of `tile` × `tile` pixels, less at the edges, in row-major order.
@@ -546,15 +503,10 @@ impl Grid {
             return Ok(inside(self.extent()));
         }
         let show = |e: Extent| {
-            format!(
-                "x {:.6} … {:.6}, y {:.6} … {:.6}",
-                e.west, e.east, e.south, e.north
-            )
+            format!("x {:.6} … {:.6}, y {:.6} … {:.6}", e.west, e.east, e.south, e.north)
         };
-        let mut error = Error::input("the grid and the sites do not overlap").fact(
-            "grid",
-            format!("{} ({})", show(self.extent()), self.crs.name()),
-        );
+        let mut error = Error::input("the grid and the sites do not overlap")
+            .fact("grid", format!("{} ({})", show(self.extent()), self.crs.name()));
         if let Some(sites) = Extent::of(x, y) {
             error = error.fact("sites", format!("{} ({})", show(sites), crs.name()));
         }
@@ -590,49 +542,30 @@ mod tests {
 
     #[test]
     fn a_cover_holds_the_extent_on_round_edges() {
-        let extent = Extent {
-            west: -3.2,
-            south: 10.1,
-            east: 96.0,
-            north: 51.0,
-        };
+        let extent = Extent { west: -3.2, south: 10.1, east: 96.0, north: 51.0 };
         let grid = Grid::cover(extent, &plane(), Some(Resolution::Metres(5000.0))).unwrap();
         assert_eq!((grid.cols, grid.rows), (21, 9));
         assert_eq!((grid.origin, grid.pixel), ([-5.0, 55.0], [5.0, -5.0]));
+        assert_eq!(grid.centre(0, 0), (-2.5, 52.5));
+        assert_eq!(grid.centre(8, 2), (7.5, 12.5));
         let own = grid.extent();
         assert!(own.contains(extent.west, extent.south) && own.contains(extent.east, extent.north));
         // Covering a grid's own extent gives the grid.
-        assert_eq!(
-            Grid::cover(own, &plane(), Some(Resolution::Metres(5000.0))).unwrap(),
-            grid
-        );
+        assert_eq!(Grid::cover(own, &plane(), Some(Resolution::Metres(5000.0))).unwrap(), grid);
     }
 
     #[test]
     fn the_default_resolution_gives_a_readable_map() {
         for (width, height) in [(1.0, 1.0), (3e6, 2e6), (0.02, 5.0), (700.0, 0.0)] {
-            let extent = Extent {
-                west: 0.0,
-                south: 0.0,
-                east: width,
-                north: height,
-            };
+            let extent = Extent { west: 0.0, south: 0.0, east: width, north: height };
             let pixels = Grid::cover(extent, &plane(), None).unwrap().len() as f64;
-            assert!(
-                (2e3..1e6).contains(&pixels),
-                "{width} × {height}: {pixels} pixels"
-            );
+            assert!((2e3..1e6).contains(&pixels), "{width} × {height}: {pixels} pixels");
         }
     }
 
     #[test]
     fn windows_tile_the_grid_once() {
-        let extent = Extent {
-            west: 0.0,
-            south: 0.0,
-            east: 23.0,
-            north: 17.0,
-        };
+        let extent = Extent { west: 0.0, south: 0.0, east: 23.0, north: 17.0 };
         let grid = Grid::cover(extent, &plane(), Some(Resolution::Metres(1000.0))).unwrap();
         for tile in [1, 5, 16, 100] {
             let mut seen = vec![0; grid.len()];
@@ -647,19 +580,9 @@ mod tests {
 
     #[test]
     fn slips_in_the_resolution_are_refused() {
-        let extent = Extent {
-            west: 0.0,
-            south: 0.0,
-            east: 100.0,
-            north: 50.0,
-        };
+        let extent = Extent { west: 0.0, south: 0.0, east: 100.0, north: 50.0 };
         let cover = |r: &str| Grid::cover(extent, &plane(), Some(r.parse().unwrap()));
-        assert!(
-            cover("0.1deg")
-                .unwrap_err()
-                .to_string()
-                .contains("different units")
-        );
+        assert!(cover("0.1deg").unwrap_err().to_string().contains("different units"));
         assert!(cover("0.1m").unwrap_err().to_string().contains("pixels"));
         assert!(cover("500km").unwrap_err().to_string().contains("coarser"));
         for text in ["5", "km", "-3km", "NaNkm", "5 miles"] {
@@ -669,18 +592,9 @@ mod tests {
 
     #[test]
     fn a_grid_elsewhere_is_refused() {
-        let extent = Extent {
-            west: 0.0,
-            south: 0.0,
-            east: 100.0,
-            north: 50.0,
-        };
+        let extent = Extent { west: 0.0, south: 0.0, east: 100.0, north: 50.0 };
         let grid = Grid::cover(extent, &plane(), None).unwrap();
-        assert_eq!(
-            grid.overlap(&plane(), &[10.0, -20.0], &[10.0, 10.0])
-                .unwrap(),
-            1
-        );
+        assert_eq!(grid.overlap(&plane(), &[10.0, -20.0], &[10.0, 10.0]).unwrap(), 1);
         let error = grid.overlap(&plane(), &[1000.0], &[10.0]).unwrap_err();
         assert!(error.to_string().contains("do not overlap"));
     }

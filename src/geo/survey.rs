@@ -45,10 +45,9 @@ impl Outcome {
     fn subset(&self, sites: &[usize]) -> Self {
         let pick = |v: &[f64]| sites.iter().map(|i| v[*i]).collect();
         match self {
-            Outcome::Counts { positive, tested } => Outcome::Counts {
-                positive: pick(positive),
-                tested: pick(tested),
-            },
+            Outcome::Counts { positive, tested } => {
+                Outcome::Counts { positive: pick(positive), tested: pick(tested) }
+            }
             Outcome::Values(values) => Outcome::Values(pick(values)),
         }
     }
@@ -131,11 +130,8 @@ const TESTED: &str = "tested ntested numtested notested numbertested numbertes t
 
 /// `name` is one of `spellings`.
 fn spelled(name: &str, spellings: &str) -> bool {
-    let plain: String = name
-        .chars()
-        .filter(|c| c.is_alphanumeric())
-        .flat_map(char::to_lowercase)
-        .collect();
+    let plain: String =
+        name.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect();
     spellings.split_whitespace().any(|s| s == plain)
 }
 
@@ -157,12 +153,7 @@ impl Survey {
     pub fn read(path: impl AsRef<Path>, options: &SurveyOptions) -> Result<Self> {
         let path = path.as_ref();
         let loaded = load(path, options.layer.as_deref())?;
-        let mut reading = Reading {
-            path,
-            options,
-            table: &loaded.columns,
-            notes: Vec::new(),
-        };
+        let mut reading = Reading { path, options, table: &loaded.columns, notes: Vec::new() };
         reading.notes.extend(loaded.notes.iter().cloned());
         let places = reading.places(&loaded)?;
         let outcome = reading.outcome()?;
@@ -224,11 +215,7 @@ impl Reading<'_> {
 
     /// Refuses for what stands in one cell of row `i` (from 0).
     fn refuse_cell(&self, what: impl Into<String>, i: usize, column: &str, value: f64) -> Error {
-        let shown = if value.abs() < 1e15 {
-            value.to_string()
-        } else {
-            format!("{value:e}")
-        };
+        let shown = if value.abs() < 1e15 { value.to_string() } else { format!("{value:e}") };
         self.refuse(what)
             .fact("row", self.table.place(i))
             .fact("column", column)
@@ -243,32 +230,22 @@ impl Reading<'_> {
             (_, Some(lon), Some(lat)) => self.named(lon.clone(), lat.clone()),
             (_, None, None) => {
                 let (lon, lat) = self.guess_coordinates()?;
-                self.notes
-                    .push(format!("took `{lon}` and `{lat}` as the coordinates"));
+                self.notes.push(format!("took `{lon}` and `{lat}` as the coordinates"));
                 self.named(lon, lat)
             }
             (_, Some(lon), None) => Err(self
-                .refuse(format!(
-                    "`{lon}` is named for longitude, and nothing for latitude"
-                ))
+                .refuse(format!("`{lon}` is named for longitude, and nothing for latitude"))
                 .fact("columns", self.table.list())
                 .try_this("name the other column with --lat COLUMN")),
             (_, None, Some(lat)) => Err(self
-                .refuse(format!(
-                    "`{lat}` is named for latitude, and nothing for longitude"
-                ))
+                .refuse(format!("`{lat}` is named for latitude, and nothing for longitude"))
                 .fact("columns", self.table.list())
                 .try_this("name the other column with --lon COLUMN")),
         }
     }
 
     fn geometry(&mut self, points: &Points) -> Result<Places> {
-        let asked = self
-            .options
-            .crs
-            .as_deref()
-            .map(Crs::from_user)
-            .transpose()?;
+        let asked = self.options.crs.as_deref().map(Crs::from_user).transpose()?;
         let crs = match (asked, &points.crs) {
             (None, Some(crs)) => crs.clone(),
             (None, None) => {
@@ -325,10 +302,7 @@ impl Reading<'_> {
                 .fact("--lat", &lat)
                 .try_this(format!("swap them: --lon {lat} --lat {lon}")));
         }
-        let (x, y) = (
-            self.table.numbers(&lon)?.to_vec(),
-            self.table.numbers(&lat)?.to_vec(),
-        );
+        let (x, y) = (self.table.numbers(&lon)?.to_vec(), self.table.numbers(&lat)?.to_vec());
         let crs = match &self.options.crs {
             Some(text) => Crs::from_user(text)?,
             None if spelled(&lon, LONGITUDE) && spelled(&lat, LATITUDE) => {
@@ -351,13 +325,7 @@ impl Reading<'_> {
                     .try_this(format!("{}{plane}", crs::HELP)));
             }
         };
-        Ok(Places {
-            x,
-            y,
-            crs,
-            names: [lon, lat],
-            crs_is_assumed: false,
-        })
+        Ok(Places { x, y, crs, names: [lon, lat], crs_is_assumed: false })
     }
 
     /// The pair of columns spelled like coordinates: degrees before planes.
@@ -375,13 +343,12 @@ impl Reading<'_> {
                 .fact("candidates", list)
                 .try_this("name them with --lon COLUMN --lat COLUMN"));
         }
-        let mut pairs = EASTING
-            .split_whitespace()
-            .zip(NORTHING.split_whitespace())
-            .filter_map(|(east, north)| {
+        let mut pairs = EASTING.split_whitespace().zip(NORTHING.split_whitespace()).filter_map(
+            |(east, north)| {
                 let (east, north) = (self.candidates(east), self.candidates(north));
                 (one(&east) && one(&north)).then(|| (east[0].clone(), north[0].clone()))
-            });
+            },
+        );
         match (pairs.next(), pairs.next()) {
             (Some(pair), None) => Ok(pair),
             (Some(a), Some(b)) => Err(self
@@ -396,23 +363,13 @@ impl Reading<'_> {
     }
 
     fn candidates(&self, spellings: &str) -> Vec<String> {
-        self.table
-            .names()
-            .iter()
-            .filter(|name| spelled(name, spellings))
-            .cloned()
-            .collect()
+        self.table.names().iter().filter(|name| spelled(name, spellings)).cloned().collect()
     }
 
     // Outcomes
 
     fn outcome(&mut self) -> Result<Raw> {
-        let SurveyOptions {
-            positive,
-            tested,
-            value,
-            ..
-        } = self.options;
+        let SurveyOptions { positive, tested, value, .. } = self.options;
         if let Some(value) = value {
             if let Some(other) = positive.as_ref().or(tested.as_ref()) {
                 return Err(self
@@ -428,13 +385,11 @@ impl Reading<'_> {
         }
         let (positive, guessed_positive) = self.counts("positive", positive, POSITIVE)?;
         let (tested, guessed_tested) = self.counts("tested", tested, TESTED)?;
-        for (what, column, guessed) in [
-            ("positive", &positive, guessed_positive),
-            ("tested", &tested, guessed_tested),
-        ] {
+        for (what, column, guessed) in
+            [("positive", &positive, guessed_positive), ("tested", &tested, guessed_tested)]
+        {
             if guessed {
-                self.notes
-                    .push(format!("took `{column}` as the number {what}"));
+                self.notes.push(format!("took `{column}` as the number {what}"));
             }
         }
         if self.table.find(&positive)? == self.table.find(&tested)? {
@@ -514,10 +469,7 @@ impl Reading<'_> {
         };
         self.enough(&survey)?;
         self.in_area(&survey)?;
-        Ok(Survey {
-            notes: self.notes,
-            ..survey
-        })
+        Ok(Survey { notes: self.notes, ..survey })
     }
 
     /// Coordinates that can be what the CRS says; longitudes from 0 to 360 become −180 to 180.
@@ -558,10 +510,7 @@ impl Reading<'_> {
                 let what = if name == 0 { "longitude" } else { "latitude" };
                 let error = self
                     .refuse_cell(
-                        format!(
-                            "a {what} is out of range in {count} of {} rows",
-                            all().count()
-                        ),
+                        format!("a {what} is out of range in {count} of {} rows", all().count()),
                         i,
                         &places.names[name],
                         at,
@@ -585,11 +534,7 @@ impl Reading<'_> {
                 } else if x[i].abs() > 400.0 || y[i].abs() > 400.0 {
                     error.try_this(format!(
                         "these look like metres, not degrees; {}{}",
-                        if places.crs_is_assumed {
-                            "the format says degrees; "
-                        } else {
-                            ""
-                        },
+                        if places.crs_is_assumed { "the format says degrees; " } else { "" },
                         crs::HELP
                     ))
                 } else {
@@ -597,11 +542,8 @@ impl Reading<'_> {
                 });
             }
             if x.iter().any(|v| *v > 180.0) {
-                self.notes
-                    .push("read longitudes above 180 as west of Greenwich".into());
-                x.iter_mut()
-                    .filter(|v| **v > 180.0)
-                    .for_each(|v| *v -= 360.0);
+                self.notes.push("read longitudes above 180 as west of Greenwich".into());
+                x.iter_mut().filter(|v| **v > 180.0).for_each(|v| *v -= 360.0);
             }
         } else if !places.crs.is_local() {
             let degrees = |i: usize| x[i].abs() <= 180.0 && y[i].abs() <= 90.0;
@@ -639,12 +581,8 @@ impl Reading<'_> {
         let mut kept = Vec::with_capacity(rows.len());
         for &i in rows.iter() {
             // Adding zero makes −0 and 0 one place.
-            let here = seen
-                .entry([(x[i] + 0.0).to_bits(), (y[i] + 0.0).to_bits()])
-                .or_default();
-            let repeat = here
-                .iter()
-                .find(|j| outcome.same(i, **j) && self.table.same_row(i, **j));
+            let here = seen.entry([(x[i] + 0.0).to_bits(), (y[i] + 0.0).to_bits()]).or_default();
+            let repeat = here.iter().find(|j| outcome.same(i, **j) && self.table.same_row(i, **j));
             match repeat {
                 Some(j) if !people => dropped.push(Dropped {
                     row: i + 1,
@@ -659,9 +597,7 @@ impl Reading<'_> {
         let (places, shared) = seen
             .values()
             .filter(|here| here.len() > 1)
-            .fold((0, 0), |(places, sites), here| {
-                (places + 1, sites + here.len())
-            });
+            .fold((0, 0), |(places, sites), here| (places + 1, sites + here.len()));
         if shared > 0 {
             self.notes.push(format!(
                 "{shared} rows share {places} place{} and are kept as separate surveys",
@@ -702,11 +638,7 @@ impl Reading<'_> {
         } else {
             return Ok(());
         };
-        Err(if survey.dropped.is_empty() {
-            error
-        } else {
-            error.fact("dropped", left_out())
-        })
+        Err(if survey.dropped.is_empty() { error } else { error.fact("dropped", left_out()) })
     }
 
     /// Places far outside the area a projection is meant for are in another projection.
@@ -718,9 +650,7 @@ impl Reading<'_> {
             return Ok(());
         }
         let (mut lon, mut lat) = (survey.x.clone(), survey.y.clone());
-        let moved = survey
-            .crs
-            .transform(&Crs::from_user("EPSG:4326")?, &mut lon, &mut lat);
+        let moved = survey.crs.transform(&Crs::from_user("EPSG:4326")?, &mut lon, &mut lat);
         let away = |i: usize| {
             let lon = (west - lon[i]).max(lon[i] - east).max(0.0);
             lon.max((south - lat[i]).max(lat[i] - north).max(0.0))
@@ -733,10 +663,7 @@ impl Reading<'_> {
                 Err(_) => "nowhere".into(),
             };
             return Err(self
-                .refuse(format!(
-                    "no site lies anywhere near where {} is used",
-                    survey.crs.name()
-                ))
+                .refuse(format!("no site lies anywhere near where {} is used", survey.crs.name()))
                 .fact("used for", area())
                 .fact("first site's longitude, latitude", place)
                 .try_this("check --crs, and that x (easting) and y (northing) are not swapped"));
@@ -755,14 +682,8 @@ impl Reading<'_> {
 
 /// Outcomes as they stand in the file, missing ones included.
 enum Raw {
-    Counts {
-        names: [String; 2],
-        numbers: [Vec<f64>; 2],
-    },
-    Values {
-        name: String,
-        values: Vec<f64>,
-    },
+    Counts { names: [String; 2], numbers: [Vec<f64>; 2] },
+    Values { name: String, values: Vec<f64> },
 }
 
 impl Raw {
@@ -783,10 +704,7 @@ impl Raw {
                     }
                 }
             }
-            Raw::Counts {
-                names,
-                numbers: [positive, tested],
-            } => {
+            Raw::Counts { names, numbers: [positive, tested] } => {
                 for i in 0..positive.len() {
                     for (name, v) in names.iter().zip([positive[i], tested[i]]) {
                         let wrong = if v.is_infinite() {
@@ -824,10 +742,7 @@ impl Raw {
     fn absent(&self, i: usize) -> Option<String> {
         match self {
             Raw::Values { name, values } => values[i].is_nan().then(|| format!("no {name}")),
-            Raw::Counts {
-                names,
-                numbers: [positive, tested],
-            } => {
+            Raw::Counts { names, numbers: [positive, tested] } => {
                 if positive[i].is_nan() && tested[i].is_nan() {
                     Some(format!("no {} and no {}", names[0], names[1]))
                 } else if positive[i].is_nan() {
@@ -844,10 +759,7 @@ impl Raw {
     fn outcome(self) -> Outcome {
         match self {
             Raw::Values { values, .. } => Outcome::Values(values),
-            Raw::Counts {
-                numbers: [positive, tested],
-                ..
-            } => Outcome::Counts { positive, tested },
+            Raw::Counts { numbers: [positive, tested], .. } => Outcome::Counts { positive, tested },
         }
     }
 }

@@ -79,11 +79,7 @@ enum Format {
 
 impl Format {
     fn of(path: &Path) -> Result<Self> {
-        let extension = path
-            .extension()
-            .and_then(|e| e.to_str())
-            .unwrap_or("")
-            .to_lowercase();
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_lowercase();
         match extension.as_str() {
             "csv" | "tsv" | "txt" | "tab" => Ok(Format::Csv),
             "parquet" | "geoparquet" | "pq" => Ok(Format::Parquet),
@@ -116,11 +112,9 @@ pub(super) fn load(path: &Path, layer: Option<&str>) -> Result<Loaded> {
         return Err(empty(path));
     }
     if let (Some(layer), Format::Csv | Format::Parquet) = (layer, &format) {
-        return Err(
-            Error::input(format!("this kind of file has no layer `{layer}`"))
-                .fact("file", path.display())
-                .try_this("leave --layer out: only GeoPackage and its kin have layers"),
-        );
+        return Err(Error::input(format!("this kind of file has no layer `{layer}`"))
+            .fact("file", path.display())
+            .try_this("leave --layer out: only GeoPackage and its kin have layers"));
     }
     match format {
         Format::Csv => read_csv(path),
@@ -146,13 +140,7 @@ impl Columns {
         if rows == 0 {
             return Err(empty(source));
         }
-        Ok(Columns {
-            source: source.to_path_buf(),
-            names,
-            columns,
-            rows,
-            lines: Vec::new(),
-        })
+        Ok(Columns { source: source.to_path_buf(), names, columns, rows, lines: Vec::new() })
     }
 
     /// Reads every column of numbers or text of a CSV, Parquet or vector file.
@@ -205,19 +193,15 @@ impl Columns {
                     None => error.try_this("name one of the columns above"),
                 })
             }
-            _ => Err(
-                Error::input(format!("more than one column is called `{name}`"))
-                    .fact("file", self.source.display())
-                    .fact("columns", self.list())
-                    .try_this("rename one of them in the file"),
-            ),
+            _ => Err(Error::input(format!("more than one column is called `{name}`"))
+                .fact("file", self.source.display())
+                .fact("columns", self.list())
+                .try_this("rename one of them in the file")),
         }
     }
 
     fn matching(&self, keep: impl Fn(&str) -> bool) -> Vec<usize> {
-        (0..self.names.len())
-            .filter(|i| keep(&self.names[*i]))
-            .collect()
+        (0..self.names.len()).filter(|i| keep(&self.names[*i])).collect()
     }
 
     /// The names, for an error.
@@ -238,13 +222,11 @@ impl Columns {
             Column::Text(cells) => {
                 let row = cells.iter().position(|c| number(c).is_none()).unwrap_or(0);
                 let cell = &cells[row];
-                Err(Error::input(format!(
-                    "column `{name}` should hold numbers and holds text"
-                ))
-                .fact("file", self.source.display())
-                .fact("row", self.place(row))
-                .fact("value", format!("`{cell}`"))
-                .try_this(advice(cell)))
+                Err(Error::input(format!("column `{name}` should hold numbers and holds text"))
+                    .fact("file", self.source.display())
+                    .fact("row", self.place(row))
+                    .fact("value", format!("`{cell}`"))
+                    .try_this(advice(cell)))
             }
         }
     }
@@ -255,13 +237,7 @@ impl Columns {
             Column::Text(cells) => cells.clone(),
             Column::Numbers(values) => values
                 .iter()
-                .map(|v| {
-                    if v.is_nan() {
-                        String::new()
-                    } else {
-                        v.to_string()
-                    }
-                })
+                .map(|v| if v.is_nan() { String::new() } else { v.to_string() })
                 .collect(),
         })
     }
@@ -295,10 +271,8 @@ impl Columns {
                 return Err(Error::axis(what, columns[0].1.len(), values.len()));
             }
         }
-        let fields: Vec<Field> = columns
-            .iter()
-            .map(|(name, _)| Field::new(*name, DataType::Float64, true))
-            .collect();
+        let fields: Vec<Field> =
+            columns.iter().map(|(name, _)| Field::new(*name, DataType::Float64, true)).collect();
         let arrays = columns
             .iter()
             .map(|(_, values)| {
@@ -308,9 +282,8 @@ impl Columns {
             .collect();
         let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays)?;
         let zstd = parquet::basic::Compression::ZSTD(Default::default());
-        let settings = parquet::file::properties::WriterProperties::builder()
-            .set_compression(zstd)
-            .build();
+        let settings =
+            parquet::file::properties::WriterProperties::builder().set_compression(zstd).build();
         write_whole(path, |file| {
             let mut writer = ArrowWriter::try_new(file, batch.schema(), Some(settings))?;
             writer.write(&batch)?;
@@ -337,9 +310,7 @@ pub(super) fn write_whole(path: &Path, write: impl FnOnce(&mut File) -> Result<(
             }
             other => other,
         })?;
-        file.flush()
-            .and_then(|()| file.sync_all())
-            .map_err(|e| Error::io("write", path, e))?;
+        file.flush().and_then(|()| file.sync_all()).map_err(|e| Error::io("write", path, e))?;
         std::fs::rename(&temporary, path).map_err(|e| Error::io("rename to", path, e))
     };
     whole().inspect_err(|_| {
@@ -375,11 +346,7 @@ fn advice(cell: &str) -> String {
 
 /// Text cells as numbers if every one is a number or missing.
 pub(super) fn column(cells: Vec<String>) -> Column {
-    match cells
-        .iter()
-        .map(|c| number(c))
-        .collect::<Option<Vec<f64>>>()
-    {
+    match cells.iter().map(|c| number(c)).collect::<Option<Vec<f64>>>() {
         Some(values) => Column::Numbers(values),
         None => Column::Text(cells),
     }
@@ -408,18 +375,11 @@ fn read_csv(path: &Path) -> Result<Loaded> {
         .trim(csv::Trim::All)
         .from_reader(text.as_bytes());
     let broken = |e: csv::Error| refuse("the file is not CSV").fact("reader says", e);
-    let names: Vec<String> = reader
-        .headers()
-        .map_err(broken)?
-        .iter()
-        .map(String::from)
-        .collect();
+    let names: Vec<String> = reader.headers().map_err(broken)?.iter().map(String::from).collect();
     if names.iter().all(|n| number(n).is_some()) {
-        return Err(
-            refuse("the first line holds values, not the names of columns")
-                .fact("first line", names.join(", "))
-                .try_this("add a line of column names, such as lon,lat,tested,positive"),
-        );
+        return Err(refuse("the first line holds values, not the names of columns")
+            .fact("first line", names.join(", "))
+            .try_this("add a line of column names, such as lon,lat,tested,positive"));
     }
     let mut cells = vec![Vec::new(); names.len()];
     let mut lines = Vec::new();
@@ -445,11 +405,7 @@ fn read_csv(path: &Path) -> Result<Loaded> {
     let columns = cells.into_iter().map(column).collect();
     let mut columns = Columns::new(path, names, columns, lines.len())?;
     columns.lines = lines;
-    Ok(Loaded {
-        columns,
-        points: None,
-        notes,
-    })
+    Ok(Loaded { columns, points: None, notes })
 }
 
 /// The separator that splits the first line into the most cells.
@@ -464,11 +420,7 @@ fn sniff(text: &str) -> u8 {
         }
     }
     // The first wins a tie, so that a line without any separator is one comma-separated column.
-    counts
-        .iter()
-        .rev()
-        .max_by_key(|(_, count)| *count)
-        .map_or(b',', |(separator, _)| *separator)
+    counts.iter().rev().max_by_key(|(_, count)| *count).map_or(b',', |(separator, _)| *separator)
 }
 
 fn read_parquet(path: &Path) -> Result<Loaded> {
@@ -519,11 +471,7 @@ fn read_parquet(path: &Path) -> Result<Loaded> {
         Some(geometry) => Some(geometry.points(&batch, &columns)?),
         None => None,
     };
-    Ok(Loaded {
-        columns,
-        points,
-        notes: Vec::new(),
-    })
+    Ok(Loaded { columns, points, notes: Vec::new() })
 }
 
 /// The `geo` metadata, if any, and every row in one batch.
@@ -578,12 +526,8 @@ struct GeoColumn {
 impl GeoColumn {
     fn parse(text: &str) -> std::result::Result<Self, String> {
         let geo: serde_json::Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
-        let name = geo["primary_column"]
-            .as_str()
-            .ok_or("no `primary_column`")?;
-        let column = geo["columns"]
-            .get(name)
-            .ok_or(format!("no column `{name}`"))?;
+        let name = geo["primary_column"].as_str().ok_or("no `primary_column`")?;
+        let column = geo["columns"].get(name).ok_or(format!("no column `{name}`"))?;
         let encoding = column["encoding"].as_str().ok_or("no `encoding`")?;
         let crs = match column.get("crs") {
             None => Some("OGC:CRS84".to_string()), // What the format says absence means.
@@ -591,11 +535,7 @@ impl GeoColumn {
             Some(serde_json::Value::String(text)) => Some(text.clone()), // GeoParquet 0.3
             Some(projjson) => Some(projjson.to_string()),
         };
-        Ok(GeoColumn {
-            name: name.into(),
-            encoding: encoding.into(),
-            crs,
-        })
+        Ok(GeoColumn { name: name.into(), encoding: encoding.into(), crs })
     }
 
     fn points(&self, batch: &RecordBatch, columns: &Columns) -> Result<Points> {
@@ -604,16 +544,9 @@ impl GeoColumn {
             refuse(format!("the geometry column `{}` is missing", self.name))
                 .try_this("write the file again, or name coordinate columns with --lon and --lat")
         })?;
-        let (mut x, mut y) = (
-            vec![f64::NAN; batch.num_rows()],
-            vec![f64::NAN; batch.num_rows()],
-        );
+        let (mut x, mut y) = (vec![f64::NAN; batch.num_rows()], vec![f64::NAN; batch.num_rows()]);
         let bytes = cast(array, &DataType::LargeBinary);
-        match (
-            self.encoding.as_str(),
-            bytes,
-            array.as_any().downcast_ref::<StructArray>(),
-        ) {
+        match (self.encoding.as_str(), bytes, array.as_any().downcast_ref::<StructArray>()) {
             ("WKB", Ok(bytes), _) => {
                 for (row, wkb) in bytes.as_binary::<i64>().iter().enumerate() {
                     let Some(wkb) = wkb else { continue };
@@ -628,10 +561,7 @@ impl GeoColumn {
             ("point", _, Some(parts)) => {
                 for (name, values) in [("x", &mut x), ("y", &mut y)] {
                     let part = parts.column_by_name(name).ok_or_else(|| {
-                        refuse(format!(
-                            "the geometry column `{}` has no `{name}`",
-                            self.name
-                        ))
+                        refuse(format!("the geometry column `{}` has no `{name}`", self.name))
                     })?;
                     let part = cast(part, &DataType::Float64)?;
                     let part = part.as_primitive::<Float64Type>();
@@ -642,22 +572,15 @@ impl GeoColumn {
                 }
             }
             (encoding, ..) => {
-                return Err(
-                    refuse(format!("geometries encoded as `{encoding}` cannot be read"))
-                        .fact("column", &self.name)
-                        .try_this(
-                            "write points as WKB, or name coordinate columns with --lon and --lat",
-                        ),
-                );
+                return Err(refuse(format!("geometries encoded as `{encoding}` cannot be read"))
+                    .fact("column", &self.name)
+                    .try_this(
+                        "write points as WKB, or name coordinate columns with --lon and --lat",
+                    ));
             }
         }
         let crs = self.crs.as_deref().map(Crs::from_user).transpose()?;
-        Ok(Points {
-            x,
-            y,
-            crs,
-            crs_is_assumed: false,
-        })
+        Ok(Points { x, y, crs, crs_is_assumed: false })
     }
 }
 
@@ -680,28 +603,12 @@ fn wkb_point(wkb: &[u8]) -> std::result::Result<Option<[f64; 2]>, String> {
         _ => return Err("WKB without a byte order".into()),
     };
     let word = |at: usize| -> std::result::Result<u32, String> {
-        let bytes = wkb
-            .get(at..at + 4)
-            .ok_or_else(cut)?
-            .try_into()
-            .map_err(|_| cut())?;
-        Ok(if little {
-            u32::from_le_bytes(bytes)
-        } else {
-            u32::from_be_bytes(bytes)
-        })
+        let bytes = wkb.get(at..at + 4).ok_or_else(cut)?.try_into().map_err(|_| cut())?;
+        Ok(if little { u32::from_le_bytes(bytes) } else { u32::from_be_bytes(bytes) })
     };
     let double = |at: usize| -> std::result::Result<f64, String> {
-        let bytes = wkb
-            .get(at..at + 8)
-            .ok_or_else(cut)?
-            .try_into()
-            .map_err(|_| cut())?;
-        Ok(if little {
-            f64::from_le_bytes(bytes)
-        } else {
-            f64::from_be_bytes(bytes)
-        })
+        let bytes = wkb.get(at..at + 8).ok_or_else(cut)?.try_into().map_err(|_| cut())?;
+        Ok(if little { f64::from_le_bytes(bytes) } else { f64::from_be_bytes(bytes) })
     };
     // ISO adds 1000 for Z and 2000 for M; EWKB sets high bits, one of which adds an SRID.
     let code = word(1)?;
@@ -752,29 +659,13 @@ mod tests {
     #[test]
     fn wkb_points_in_every_dress() {
         // POINT(2 3), little-endian and big-endian, from the examples in OGC 06-103r4 §8.2.
-        let little = [
-            vec![1, 1, 0, 0, 0],
-            2f64.to_le_bytes().into(),
-            3f64.to_le_bytes().into(),
-        ];
-        let big = [
-            vec![0, 0, 0, 0, 1],
-            2f64.to_be_bytes().into(),
-            3f64.to_be_bytes().into(),
-        ];
+        let little = [vec![1, 1, 0, 0, 0], 2f64.to_le_bytes().into(), 3f64.to_le_bytes().into()];
+        let big = [vec![0, 0, 0, 0, 1], 2f64.to_be_bytes().into(), 3f64.to_be_bytes().into()];
         assert_eq!(wkb_point(&little.concat()), Ok(Some([2.0, 3.0])));
         assert_eq!(wkb_point(&big.concat()), Ok(Some([2.0, 3.0])));
         // ISO Z (1001) and EWKB with SRID and Z.
-        let z = [
-            &1001u32.to_le_bytes()[..],
-            &2f64.to_le_bytes(),
-            &3f64.to_le_bytes(),
-            &[0; 8],
-        ];
-        assert_eq!(
-            wkb_point(&[&[1][..], &z.concat()].concat()),
-            Ok(Some([2.0, 3.0]))
-        );
+        let z = [&1001u32.to_le_bytes()[..], &2f64.to_le_bytes(), &3f64.to_le_bytes(), &[0; 8]];
+        assert_eq!(wkb_point(&[&[1][..], &z.concat()].concat()), Ok(Some([2.0, 3.0])));
         let ewkb = [
             &[1][..],
             &0xa000_0001u32.to_le_bytes(),
@@ -787,20 +678,9 @@ mod tests {
         let one = [&[1, 4, 0, 0, 0, 1, 0, 0, 0][..], &little.concat()].concat();
         assert_eq!(wkb_point(&one), Ok(Some([2.0, 3.0])));
         let nan = f64::NAN.to_le_bytes();
-        assert_eq!(
-            wkb_point(&[&[1, 1, 0, 0, 0][..], &nan, &nan].concat()),
-            Ok(None)
-        );
-        assert!(
-            wkb_point(&little.concat()[..20])
-                .unwrap_err()
-                .contains("cut short")
-        );
-        assert!(
-            wkb_point(&[1, 3, 0, 0, 0, 0, 0, 0, 0])
-                .unwrap_err()
-                .contains("polygon")
-        );
+        assert_eq!(wkb_point(&[&[1, 1, 0, 0, 0][..], &nan, &nan].concat()), Ok(None));
+        assert!(wkb_point(&little.concat()[..20]).unwrap_err().contains("cut short"));
+        assert!(wkb_point(&[1, 3, 0, 0, 0, 0, 0, 0, 0]).unwrap_err().contains("polygon"));
         assert!(wkb_point(&[]).is_err());
     }
 }

@@ -31,12 +31,7 @@ impl Kernel for Product {
 }
 
 fn matern(smoothness: Smoothness, length_scale: f64, sill: f64) -> Box<dyn Kernel> {
-    Box::new(Matern {
-        smoothness,
-        length_scale,
-        sill,
-        metric: Metric::Euclidean,
-    })
+    Box::new(Matern { smoothness, length_scale, sill, metric: Metric::Euclidean })
 }
 
 /// Registered as "sum".
@@ -59,11 +54,7 @@ pub const PRODUCT: Entry = Entry {
     tiny: || {
         Box::new(Product(vec![
             matern(Smoothness::Infinite, 2.0, 2.0),
-            Box::new(Periodic {
-                period: 1.5,
-                length_scale: 1.0,
-                sill: 1.0,
-            }),
+            Box::new(Periodic { period: 1.5, length_scale: 1.0, sill: 1.0 }),
         ]))
     },
     at_length_scale: None,

@@ -24,12 +24,7 @@ pub enum Smoothness {
 impl Smoothness {
     /// Every smoothness, roughest first.
     pub const fn all() -> [Smoothness; 4] {
-        [
-            Self::Half,
-            Self::ThreeHalves,
-            Self::FiveHalves,
-            Self::Infinite,
-        ]
+        [Self::Half, Self::ThreeHalves, Self::FiveHalves, Self::Infinite]
     }
 
     /// The name in recipes: "1/2", "3/2", "5/2", "inf".
@@ -113,12 +108,7 @@ impl Kernel for Matern {
 }
 
 fn tiny(smoothness: Smoothness) -> Box<dyn Kernel> {
-    Box::new(Matern {
-        smoothness,
-        length_scale: 1.0,
-        sill: 2.0,
-        metric: Metric::Euclidean,
-    })
+    Box::new(Matern { smoothness, length_scale: 1.0, sill: 2.0, metric: Metric::Euclidean })
 }
 
 /// ν = 1/2.

@@ -44,12 +44,9 @@ impl Metric {
     #[inline]
     pub fn distance(&self, a: &[f64], b: &[f64]) -> f64 {
         match *self {
-            Metric::Euclidean => a
-                .iter()
-                .zip(b)
-                .map(|(x, y)| (x - y) * (x - y))
-                .sum::<f64>()
-                .sqrt(),
+            Metric::Euclidean => {
+                a.iter().zip(b).map(|(x, y)| (x - y) * (x - y)).sum::<f64>().sqrt()
+            }
             Metric::GreatCircle => {
                 // Haversine: accurate for near sites, where the arc cosine is not.
                 let half = |x: f64, y: f64| (0.5 * (x - y).to_radians()).sin().powi(2);

@@ -26,11 +26,7 @@ impl Kernel for Periodic {
     /// ```
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
         let turn = std::f64::consts::PI / self.period;
-        let sines: f64 = a
-            .iter()
-            .zip(b)
-            .map(|(x, y)| (turn * (x - y)).sin().powi(2))
-            .sum();
+        let sines: f64 = a.iter().zip(b).map(|(x, y)| (turn * (x - y)).sin().powi(2)).sum();
         self.sill * (-2.0 * sines / (self.length_scale * self.length_scale)).exp()
     }
     fn sill(&self) -> f64 {
@@ -42,12 +38,6 @@ impl Kernel for Periodic {
 pub const ENTRY: Entry = Entry {
     name: "periodic",
     about: "repeats along every axis (MacKay 1998, eq. 47)",
-    tiny: || {
-        Box::new(Periodic {
-            period: 3.0,
-            length_scale: 1.0,
-            sill: 2.0,
-        })
-    },
+    tiny: || Box::new(Periodic { period: 3.0, length_scale: 1.0, sill: 2.0 }),
     at_length_scale: None,
 };

@@ -31,11 +31,8 @@ impl Likelihood for Binomial {
     /// Empirical logit ln((k + ½)/(n − k + ½)) and ln(n)/3 − 1.
     fn features(&self, observations: &Observations) -> Result<Tensor> {
         let Some(trials) = &observations.trials else {
-            return Err(
-                Error::input("a binomial model needs the number tested at every site").try_this(
-                    "give --tested COLUMN, or use a continuous model with --value COLUMN",
-                ),
-            );
+            return Err(Error::input("a binomial model needs the number tested at every site")
+                .try_this("give --tested COLUMN, or use a continuous model with --value COLUMN"));
         };
         let n = trials.unsqueeze(2)?; // [batch, site, 1]
         let k = &observations.y;

@@ -45,12 +45,7 @@ pub struct Plan {
 impl Plan {
     /// Maps of the surface, on `device`, with tiles of [`TILE`].
     pub fn new(device: Device) -> Self {
-        Plan {
-            of: Of::Surface,
-            tile: TILE,
-            targets: TARGETS,
-            device,
-        }
+        Plan { of: Of::Surface, tile: TILE, targets: TARGETS, device }
     }
 }
 
@@ -105,16 +100,9 @@ pub fn run(
             let predictive = posterior.at(&sites)?;
             let part = frame.outcome(predictive.marginals(0, plan.of)?);
             if part.len() != end - start {
-                return Err(Error::axis(
-                    "targets asked and answered",
-                    end - start,
-                    part.len(),
-                ));
+                return Err(Error::axis("targets asked and answered", end - start, part.len()));
             }
-            far += sites.host()?[0]
-                .iter()
-                .filter(|s| !near.reaches(s[0], s[1]))
-                .count();
+            far += sites.host()?[0].iter().filter(|s| !near.reaches(s[0], s[1])).count();
             match &mut marginals {
                 None => marginals = Some(part),
                 Some(whole) => {
@@ -135,11 +123,7 @@ pub fn run(
             highest = mean.max(highest);
             total += mean;
         }
-        let tile = Tile {
-            window,
-            valid,
-            marginals,
-        };
+        let tile = Tile { window, valid, marginals };
         products.iter_mut().try_for_each(|p| p.accept(&tile))?;
     }
     if done == 0 {
@@ -166,10 +150,7 @@ impl Near {
     fn new(context: &Observations) -> Result<Self> {
         let mut squares: HashMap<_, Vec<_>> = HashMap::new();
         for site in context.sites.host()?.first().into_iter().flatten() {
-            squares
-                .entry(square(site[0], site[1]))
-                .or_default()
-                .push([site[0], site[1]]);
+            squares.entry(square(site[0], site[1])).or_default().push([site[0], site[1]]);
         }
         Ok(Near(squares))
     }

@@ -42,11 +42,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Config {
-            width: 128,
-            depth: 3,
-            head: Head::default(),
-        }
+        Config { width: 128, depth: 3, head: Head::default() }
     }
 }
 
@@ -99,26 +95,16 @@ struct Conditioned<'a> {
 impl Process for Cnp {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         let features = self.likelihood.features(context)?;
-        let tokens = self
-            .encode
-            .forward(&Tensor::cat(&[&context.sites.s, &features], 2)?)?;
+        let tokens = self.encode.forward(&Tensor::cat(&[&context.sites.s, &features], 2)?)?;
         let summary = masked_mean(&tokens, &context.mask)?;
-        Ok(Box::new(Conditioned {
-            model: self,
-            summary,
-        }))
+        Ok(Box::new(Conditioned { model: self, summary }))
     }
 }
 
 impl Posterior for Conditioned<'_> {
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let summary = spread(&self.summary, targets.len())?; // [batch, target, width]
-        let raw = self
-            .model
-            .decode
-            .forward(&Tensor::cat(&[&summary, &targets.s], 2)?)?;
-        self.model
-            .head
-            .predictive(self.model.likelihood.link(), &raw)
+        let raw = self.model.decode.forward(&Tensor::cat(&[&summary, &targets.s], 2)?)?;
+        self.model.head.predictive(self.model.likelihood.link(), &raw)
     }
 }

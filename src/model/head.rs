@@ -22,11 +22,7 @@ pub struct Head {
 
 impl Default for Head {
     fn default() -> Self {
-        Head {
-            components: 1,
-            nugget: true,
-            floor: 0.0,
-        }
+        Head { components: 1, nugget: true, floor: 0.0 }
     }
 }
 
@@ -52,11 +48,7 @@ impl Head {
 
     /// Outputs that the network must provide: means, raw sds, raw nuggets, weights.
     pub fn outputs(&self) -> usize {
-        let mixture = if self.components > 1 {
-            self.components
-        } else {
-            0
-        };
+        let mixture = if self.components > 1 { self.components } else { 0 };
         self.components * (2 + usize::from(self.nugget)) + mixture
     }
 
@@ -80,12 +72,6 @@ impl Head {
         } else {
             mean.zeros_like()?
         };
-        Ok(Predictive {
-            link,
-            log_weight,
-            mean,
-            surface_sd,
-            observation_sd,
-        })
+        Ok(Predictive { link, log_weight, mean, surface_sd, observation_sd })
     }
 }

@@ -73,7 +73,7 @@ pub fn build(
 
 /// Reads a model's settings, with the nearest known key when one is unknown.
 pub(crate) fn settings<T: serde::de::DeserializeOwned>(table: &toml::Table) -> Result<T> {
-    crate::recipe::parse_table("[model]", table)
+    crate::settings::parse_table("[model]", table)
 }
 
 /// `x` with a last axis of `features` repeated for every site: `[batch, 1, w]` → `[batch, n, w]`.

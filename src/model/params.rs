@@ -37,13 +37,7 @@ pub struct Params {
 impl Params {
     /// Fresh parameters under `seed`.
     pub fn new(seed: u64, device: &Device, dtype: DType) -> Self {
-        Params {
-            vars: BTreeMap::new(),
-            saved: None,
-            seed,
-            device: device.clone(),
-            dtype,
-        }
+        Params { vars: BTreeMap::new(), saved: None, seed, device: device.clone(), dtype }
     }
 
     /// Parameters from a checkpoint: every `get` must find its name and shape.
@@ -69,12 +63,10 @@ impl Params {
                         .try_this("the file was written for another model; train or fetch it again")
                 })?;
                 if found.dims() != shape {
-                    return Err(
-                        Error::input(format!("parameter `{path}` has another shape"))
-                            .fact("in the checkpoint", format!("{:?}", found.dims()))
-                            .fact("in the model", format!("{shape:?}"))
-                            .try_this("the recipe in the card does not fit these weights"),
-                    );
+                    return Err(Error::input(format!("parameter `{path}` has another shape"))
+                        .fact("in the checkpoint", format!("{:?}", found.dims()))
+                        .fact("in the model", format!("{shape:?}"))
+                        .try_this("the recipe in the card does not fit these weights"));
                 }
                 found.to_device(&self.device)?.to_dtype(self.dtype)?
             }
@@ -108,10 +100,7 @@ impl Params {
 
     /// A scope at the root.
     pub fn scope(&mut self) -> Scope<'_> {
-        Scope {
-            params: self,
-            path: String::new(),
-        }
+        Scope { params: self, path: String::new() }
     }
 }
 
@@ -158,11 +147,7 @@ fn orthogonal(rows: usize, cols: usize, rng: &mut Stream) -> Vec<f64> {
     let mut out = vec![0.0; rows * cols];
     for (i, b) in basis.iter().enumerate() {
         for (j, v) in b.iter().enumerate() {
-            let at = if rows <= cols {
-                i * cols + j
-            } else {
-                j * cols + i
-            };
+            let at = if rows <= cols { i * cols + j } else { j * cols + i };
             out[at] = *v;
         }
     }
@@ -178,24 +163,14 @@ pub struct Scope<'a> {
 impl Scope<'_> {
     /// A child scope: `scope.at("block.0")`.
     pub fn at(&mut self, name: &str) -> Scope<'_> {
-        let path = if self.path.is_empty() {
-            name.to_string()
-        } else {
-            format!("{}.{name}", self.path)
-        };
-        Scope {
-            params: self.params,
-            path,
-        }
+        let path =
+            if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
+        Scope { params: self.params, path }
     }
 
     /// The parameter `name` in this scope.
     pub fn get(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Tensor> {
-        let path = if self.path.is_empty() {
-            name.into()
-        } else {
-            format!("{}.{name}", self.path)
-        };
+        let path = if self.path.is_empty() { name.into() } else { format!("{}.{name}", self.path) };
         self.params.get(&path, shape, init)
     }
 }

@@ -209,13 +209,8 @@ impl TnpKr {
     /// [`Error::Input`] for settings that make no network.
     pub fn new(config: Config, kind: Kind, problem: Problem, params: &mut Params) -> Result<Self> {
         config.head.check()?;
-        let sizes = [
-            config.width,
-            config.blocks,
-            config.heads,
-            config.key_width,
-            config.value_width,
-        ];
+        let sizes =
+            [config.width, config.blocks, config.heads, config.key_width, config.value_width];
         if sizes.contains(&0) || config.features == 0 {
             return Err(Error::input("a size under [model] is 0").try_this(
                 "width, blocks, heads, key_width, value_width and features must be ≥ 1",
@@ -225,11 +220,7 @@ impl TnpKr {
             Weights::Orthogonal => Init::Orthogonal,
             Weights::Lecun => Init::LeCun,
         };
-        let location = if config.embed_location {
-            problem.dim
-        } else {
-            0
-        };
+        let location = if config.embed_location { problem.dim } else { 0 };
         let token = 4 + location + problem.likelihood.width();
         let mut scope = params.scope();
         let through =
@@ -264,9 +255,7 @@ impl TnpKr {
     /// Tokens `[batch, site, width]` of sites with features (observed) or without (asked).
     fn tokens(&self, sites: &Sites, features: Option<&Tensor>) -> Result<Tensor> {
         let (batch, len) = (sites.batch(), sites.len());
-        let flag = self
-            .observed
-            .narrow(0, usize::from(features.is_some()), 1)?;
+        let flag = self.observed.narrow(0, usize::from(features.is_some()), 1)?;
         let flag = flag.unsqueeze(0)?.broadcast_as((batch, len, 4))?;
         let blank = Tensor::zeros(
             (batch, len, self.likelihood.width()),
@@ -278,8 +267,7 @@ impl TnpKr {
             parts.push(sites.s.clone());
         }
         parts.push(features.cloned().unwrap_or(blank));
-        self.embed_norm
-            .forward(&self.embed.forward(&Tensor::cat(&parts, 2)?)?)
+        self.embed_norm.forward(&self.embed.forward(&Tensor::cat(&parts, 2)?)?)
     }
 }
 
@@ -398,28 +386,15 @@ impl RawBias {
             Ok(Tensor::from_vec(v, (1, terms, 3), raw.device())?.to_dtype(raw.dtype())?)
         };
         let (logged, sign, folded) = (constant(logged)?, constant(sign)?, constant(folded)?);
-        Ok(RawBias {
-            terms: c.bias.clone(),
-            raw,
-            logged,
-            sign,
-            folded,
-        })
+        Ok(RawBias { terms: c.bias.clone(), raw, logged, sign, folded })
     }
 
     fn bias(&self) -> Result<Bias> {
-        let exponential = self
-            .raw
-            .broadcast_mul(&self.logged)?
-            .exp()?
-            .broadcast_mul(&self.sign)?;
+        let exponential = self.raw.broadcast_mul(&self.logged)?.exp()?.broadcast_mul(&self.sign)?;
         let absolute = self.raw.abs()?.broadcast_mul(&self.folded)?;
         let plain = ((&self.logged + &self.folded)?.neg()? + 1.0)?;
         let params = ((self.raw.broadcast_mul(&plain)? + exponential)? + absolute)?;
-        Ok(Bias {
-            terms: self.terms.clone(),
-            params,
-        })
+        Ok(Bias { terms: self.terms.clone(), params })
     }
 }
 
@@ -449,27 +424,17 @@ impl Attention {
             key: Dense::new(&mut scope.at("key"), c.width, keys, init)?,
             value: Mlp::new(&mut scope.at("value"), &through, Activation::Relu, init)?,
             out: Dense::new(&mut scope.at("out"), values, c.width, init)?,
-            bias: if c.bias.is_empty() {
-                None
-            } else {
-                Some(RawBias::new(scope, c)?)
-            },
+            bias: if c.bias.is_empty() { None } else { Some(RawBias::new(scope, c)?) },
             heads: c.heads,
             whole: kind == Kind::Full,
-            start: if c.published_start {
-                Start::Published
-            } else {
-                Start::Exact
-            },
+            start: if c.published_start { Start::Published } else { Start::Exact },
         })
     }
 
     /// What targets will read: from the context's normalised tokens `[batch, context, width]`.
     fn cache(&self, normed: &Tensor, sites: &Tensor, mask: &Tensor) -> Result<Cache> {
         match self {
-            Attention::Softmax {
-                key, value, heads, ..
-            } => {
+            Attention::Softmax { key, value, heads, .. } => {
                 let split = |x: Tensor| -> Result<Tensor> {
                     let (batch, len, width) = x.dims3()?;
                     Ok(x.reshape((batch, len, *heads, width / heads))?)
@@ -477,16 +442,11 @@ impl Attention {
                 let (k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
                 Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
             }
-            Attention::Dka {
-                phi, psi, width, ..
-            } => {
+            Attention::Dka { phi, psi, width, .. } => {
                 let mask = mask.unsqueeze(2)?;
                 let n = mask.sum_keepdim(1)?.maximum(1.0)?; // [batch, 1, 1]
                 let k = kernel_features(phi, normed, sites, *width)?.broadcast_mul(&mask)?;
-                let v = psi
-                    .forward(normed)?
-                    .broadcast_mul(&mask)?
-                    .broadcast_div(&n)?;
+                let v = psi.forward(normed)?.broadcast_mul(&mask)?.broadcast_div(&n)?;
                 Ok(Cache::Kernel(k.transpose(1, 2)?.contiguous()?.matmul(&v)?))
             }
         }
@@ -496,15 +456,7 @@ impl Attention {
     fn read(&self, normed: &Tensor, sites: &Tensor, cache: &Cache) -> Result<Tensor> {
         match (self, cache) {
             (
-                Attention::Softmax {
-                    query,
-                    out,
-                    bias,
-                    heads,
-                    whole,
-                    start,
-                    ..
-                },
+                Attention::Softmax { query, out, bias, heads, whole, start, .. },
                 Cache::Keys(keys),
             ) => {
                 let q = query.forward(normed)?;
@@ -517,12 +469,7 @@ impl Attention {
                 };
                 out.forward(&read.flatten_from(D::Minus2)?)
             }
-            (
-                Attention::Dka {
-                    phi, norm, width, ..
-                },
-                Cache::Kernel(a),
-            ) => {
+            (Attention::Dka { phi, norm, width, .. }, Cache::Kernel(a)) => {
                 let q = kernel_features(phi, normed, sites, *width)?;
                 norm.forward(&q.matmul(a)?)
             }
@@ -556,10 +503,7 @@ impl Process for TnpKr {
             }
             caches.push(cache);
         }
-        Ok(Box::new(Conditioned {
-            model: self,
-            caches,
-        }))
+        Ok(Box::new(Conditioned { model: self, caches }))
     }
 }
 

@@ -15,8 +15,9 @@ use super::{
 use crate::{
     error::{Error, Result},
     kernel::{Kernel, Matern, Metric, Periodic, Product, Smoothness, Sum},
-    linalg, recipe, registry,
+    linalg, registry,
     rng::Stream,
+    settings,
 };
 
 /// The registry's entry.
@@ -60,7 +61,12 @@ pub struct Gp {
 
 impl Default for Gp {
     fn default() -> Self {
-        let kernels = [("matern-1/2", 4.0), ("matern-3/2", 3.0), ("matern-5/2", 2.0), ("squared-exponential", 1.0)];
+        let kernels = [
+            ("matern-1/2", 4.0),
+            ("matern-3/2", 3.0),
+            ("matern-5/2", 2.0),
+            ("squared-exponential", 1.0),
+        ];
         Gp {
             kernels: kernels.map(|(k, w)| (k.to_string(), w)).into(),
             length_scale: Law::log_uniform(0.03, 2.0),
@@ -79,7 +85,7 @@ impl Default for Gp {
 }
 
 fn build(table: &toml::Table) -> Result<Box<dyn Prior>> {
-    let gp: Gp = recipe::parse_table("[prior]", table)?;
+    let gp: Gp = settings::parse_table("[prior]", table)?;
     gp.length_scale.check("length_scale", true)?;
     gp.period.check("period", true)?;
     gp.sill_sd.check("sill_sd", true)?;
@@ -160,8 +166,7 @@ impl Gp {
             return Box::new(Sum(vec![self.base(share, rng), self.base(1.0 - share, rng)]));
         }
         if rng.unit() < self.product {
-            let periodic =
-                Periodic { period: self.period.draw(rng), length_scale: 1.0, sill: 1.0 };
+            let periodic = Periodic { period: self.period.draw(rng), length_scale: 1.0, sill: 1.0 };
             return Box::new(Product(vec![self.base(1.0, rng), Box::new(periodic)]));
         }
         self.base(1.0, rng)
@@ -202,7 +207,12 @@ impl Prior for Gp {
     }
 
     /// The rules share one kernel up to the sill, so one factorisation serves them all.
-    fn surfaces(&self, xy: &[[f64; 2]], count: usize, rng: &mut Stream) -> Result<Vec<(Rule, Surface)>> {
+    fn surfaces(
+        &self,
+        xy: &[[f64; 2]],
+        count: usize,
+        rng: &mut Stream,
+    ) -> Result<Vec<(Rule, Surface)>> {
         let shape: Arc<dyn Kernel> = self.shape(rng).into();
         let n = xy.len();
         let mut covariance = faer::Mat::zeros(n, n);

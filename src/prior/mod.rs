@@ -39,7 +39,12 @@ pub trait Prior: Send + Sync {
 
     /// Draws one surface under each rule at sites in region units. Rules given together share
     /// their kernel's factor only if they are the same rule up to mean, sill and nugget.
-    fn surfaces(&self, xy: &[[f64; 2]], count: usize, rng: &mut Stream) -> Result<Vec<(Rule, Surface)>>;
+    fn surfaces(
+        &self,
+        xy: &[[f64; 2]],
+        count: usize,
+        rng: &mut Stream,
+    ) -> Result<Vec<(Rule, Surface)>>;
 }
 
 /// A registered prior.
@@ -64,9 +69,7 @@ impl Named for Entry {
 }
 
 /// Every prior.
-pub const PRIORS: &[Entry] = &[
-    gp::ENTRY,
-];
+pub const PRIORS: &[Entry] = &[gp::ENTRY];
 
 /// Builds the prior that a `[prior]` table names with `kind`.
 ///

@@ -6,11 +6,7 @@ use super::{Entry, Parameter, Scale, short};
 pub const ENTRY: Entry = Entry {
     name: "exceedance",
     about: "probability above a threshold in outcome units; exceedance:0.2",
-    parameter: Some(Parameter {
-        name: "threshold",
-        example: "0.2",
-        threshold: true,
-    }),
+    parameter: Some(Parameter { name: "threshold", example: "0.2", threshold: true }),
     scale: Scale::Probability,
     title: |outcome, threshold| format!("Probability that {outcome} exceeds {}", short(threshold)),
     value: |marginals, i, threshold| marginals.exceedance(i, threshold),

@@ -6,17 +6,10 @@ use super::{Entry, Parameter, Scale, short};
 pub const ENTRY: Entry = Entry {
     name: "interval",
     about: "width of the central credible interval, outcome units; interval:0.95",
-    parameter: Some(Parameter {
-        name: "level",
-        example: "0.95",
-        threshold: false,
-    }),
+    parameter: Some(Parameter { name: "level", example: "0.95", threshold: false }),
     scale: Scale::Spread,
     title: |outcome, level| {
-        format!(
-            "Width of the {} % credible interval of {outcome}",
-            short(100.0 * level)
-        )
+        format!("Width of the {} % credible interval of {outcome}", short(100.0 * level))
     },
     value: |marginals, i, level| {
         let tail = 0.5 * (1.0 - level);

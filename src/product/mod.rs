@@ -83,13 +83,8 @@ pub struct Parameter {
 }
 
 /// Every product.
-pub const PRODUCTS: &[Entry] = &[
-    mean::ENTRY,
-    sd::ENTRY,
-    quantile::ENTRY,
-    interval::ENTRY,
-    exceedance::ENTRY,
-];
+pub const PRODUCTS: &[Entry] =
+    &[mean::ENTRY, sd::ENTRY, quantile::ENTRY, interval::ENTRY, exceedance::ENTRY];
 
 impl Named for Entry {
     fn name(&self) -> &str {
@@ -112,10 +107,7 @@ pub struct Spec {
 impl Spec {
     /// P(outcome > `threshold`).
     pub fn exceedance(threshold: f64) -> Self {
-        Spec {
-            entry: &exceedance::ENTRY,
-            parameter: threshold,
-        }
+        Spec { entry: &exceedance::ENTRY, parameter: threshold }
     }
 
     /// Name of the file without its ending: `quantile_0.025`.
@@ -134,10 +126,10 @@ impl Spec {
         let t = self.parameter;
         let refuse = |what: &str| Error::input(format!("the threshold {t} {what}"));
         match link {
-            Link::Logit if t > 1.0 && t < 100.0 => Err(refuse(
-                "is above any prevalence, which lies between 0 and 1",
-            )
-            .try_this(format!("for {t} % write {}", short(t / 100.0)))),
+            Link::Logit if t > 1.0 && t < 100.0 => {
+                Err(refuse("is above any prevalence, which lies between 0 and 1")
+                    .try_this(format!("for {t} % write {}", short(t / 100.0))))
+            }
             Link::Logit if t <= 0.0 || t >= 1.0 => {
                 Err(refuse("is not a prevalence between 0 and 1").try_this("for 20 % write 0.2"))
             }
@@ -191,10 +183,7 @@ impl FromStr for Spec {
         let refuse = |what: &str| Error::input(format!("the product `{text}` {what}"));
         let (wanted, given) = match (&entry.parameter, rest) {
             (None, None) => {
-                return Ok(Spec {
-                    entry,
-                    parameter: f64::NAN,
-                });
+                return Ok(Spec { entry, parameter: f64::NAN });
             }
             (None, Some(_)) => {
                 return Err(refuse("takes no number").try_this(format!("write {name}")));
@@ -217,10 +206,7 @@ impl FromStr for Spec {
         let level = parameter > 0.0 && parameter < 1.0;
         if !(wanted.threshold || level) {
             let help = if (1.0..100.0).contains(&parameter) {
-                format!(
-                    "for {parameter} % write {name}:{}",
-                    short(parameter / 100.0)
-                )
+                format!("for {parameter} % write {name}:{}", short(parameter / 100.0))
             } else {
                 example
             };
@@ -233,10 +219,7 @@ impl FromStr for Spec {
 
 /// At most six decimals, no trailing zeros.
 fn short(value: f64) -> String {
-    format!("{value:.6}")
-        .trim_end_matches('0')
-        .trim_end_matches('.')
-        .to_string()
+    format!("{value:.6}").trim_end_matches('0').trim_end_matches('.').to_string()
 }
 
 /// What is mapped, in the words that titles and tags use.
@@ -263,10 +246,7 @@ impl Outcome {
             Scale::Probability => "1".into(),
             Scale::Level | Scale::Spread => self.unit.clone(),
         };
-        Band {
-            description: (spec.entry.title)(&name, spec.parameter),
-            unit,
-        }
+        Band { description: (spec.entry.title)(&name, spec.parameter), unit }
     }
 }
 
@@ -283,11 +263,8 @@ impl Product for Pixelwise {
 
     fn accept(&mut self, tile: &Tile) -> Result<()> {
         let (value, parameter) = (self.spec.entry.value, self.spec.parameter);
-        let values = tile
-            .marginals
-            .map(|marginals, i| value(marginals, i, parameter) as f32);
-        self.raster
-            .write(tile.window, &scatter(&tile.valid, &values)?)
+        let values = tile.marginals.map(|marginals, i| value(marginals, i, parameter) as f32);
+        self.raster.write(tile.window, &scatter(&tile.valid, &values)?)
     }
 
     fn skip(&mut self, window: Window) -> Result<()> {
@@ -311,19 +288,11 @@ impl Product for Pixelwise {
 pub fn scatter(valid: &[bool], values: &[f32]) -> Result<Vec<f32>> {
     let wanted = valid.iter().filter(|&&v| v).count();
     if wanted != values.len() {
-        return Err(Error::axis(
-            "values and wanted pixels",
-            values.len(),
-            wanted,
-        ));
+        return Err(Error::axis("values and wanted pixels", values.len(), wanted));
     }
     let mut values = values.iter();
     let place = |&v: &bool| {
-        if v {
-            *values.next().unwrap_or(&f32::NAN)
-        } else {
-            f32::NAN
-        }
+        if v { *values.next().unwrap_or(&f32::NAN) } else { f32::NAN }
     };
     Ok(valid.iter().map(place).collect())
 }
@@ -354,15 +323,7 @@ pub fn open(
         tag("ISOPLETH_VERSION", env!("CARGO_PKG_VERSION").into());
         tag("PRODUCT", spec.to_string());
         tag("OUTCOME", outcome.name.clone());
-        tag(
-            "OF",
-            if outcome.of == Of::Surface {
-                "surface"
-            } else {
-                "observation"
-            }
-            .into(),
-        );
+        tag("OF", if outcome.of == Of::Surface { "surface" } else { "observation" }.into());
         if let Some(parameter) = &spec.entry.parameter {
             tag(&parameter.name.to_uppercase(), spec.parameter.to_string());
         }
@@ -407,10 +368,7 @@ mod tests {
                 ("exceedance:-0.4", normal_cdf((m + 0.4) / s)),
             ] {
                 let got = value(spec, &gaussian, i);
-                assert!(
-                    (got - expected).abs() < 1e-9,
-                    "{spec} at {i}: {got}, not {expected}"
-                );
+                assert!((got - expected).abs() < 1e-9, "{spec} at {i}: {got}, not {expected}");
             }
         }
     }

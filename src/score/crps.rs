@@ -33,11 +33,7 @@ pub fn mixture(parts: &[(f64, f64, f64)], y: f64) -> f64 {
     let to_y: f64 = parts.iter().map(|&(w, m, s)| w * fold(y - m, s)).sum();
     let spread: f64 = parts
         .iter()
-        .flat_map(|&(v, m, s)| {
-            parts
-                .iter()
-                .map(move |&(w, n, t)| v * w * fold(m - n, s.hypot(t)))
-        })
+        .flat_map(|&(v, m, s)| parts.iter().map(move |&(w, n, t)| v * w * fold(m - n, s.hypot(t))))
         .sum();
     to_y - 0.5 * spread
 }

@@ -59,20 +59,15 @@ impl Forecast {
                 if positive <= tested && tested > 0 =>
             {
                 let pmf = counts(&parts, tested);
-                Law::Counts {
-                    pmf,
-                    log_observed: log_count(&parts, positive, tested),
-                }
+                Law::Counts { pmf, log_observed: log_count(&parts, positive, tested) }
             }
             _ => {
-                return Err(
-                    Error::input("a forecast cannot be scored against this truth")
-                        .fact("link", format!("{:?}", marginals.link))
-                        .fact("truth", format!("{truth:?}"))
-                        .try_this(
-                            "score counts with a model of counts, and values with one of values",
-                        ),
-                );
+                return Err(Error::input("a forecast cannot be scored against this truth")
+                    .fact("link", format!("{:?}", marginals.link))
+                    .fact("truth", format!("{truth:?}"))
+                    .try_this(
+                        "score counts with a model of counts, and values with one of values",
+                    ));
             }
         };
         Ok(Forecast { law, truth })
@@ -92,11 +87,7 @@ impl Forecast {
             Law::Mixture(m) => m.mean_sd(0).0,
             Law::Counts { pmf, .. } => {
                 let tested = (pmf.len() - 1) as f64;
-                pmf.iter()
-                    .enumerate()
-                    .map(|(k, p)| k as f64 * p)
-                    .sum::<f64>()
-                    / tested
+                pmf.iter().enumerate().map(|(k, p)| k as f64 * p).sum::<f64>() / tested
             }
         }
     }
@@ -121,10 +112,7 @@ impl Forecast {
 
     /// The central interval that holds `level` of the predictive probability, outcome units.
     pub fn interval(&self, level: f64) -> (f64, f64) {
-        (
-            self.quantile(0.5 - 0.5 * level),
-            self.quantile(0.5 + 0.5 * level),
-        )
+        (self.quantile(0.5 - 0.5 * level), self.quantile(0.5 + 0.5 * level))
     }
 }
 

@@ -79,15 +79,10 @@ impl Score {
 /// [`Error::Axis`] if the lengths differ; [`Error::Input`] as [`Forecast::new`].
 pub fn forecasts(marginals: &Marginals, truths: &[Truth]) -> Result<Vec<Forecast>> {
     if marginals.len() != truths.len() {
-        return Err(Error::axis(
-            "forecasts and truths",
-            marginals.len(),
-            truths.len(),
-        ));
+        return Err(Error::axis("forecasts and truths", marginals.len(), truths.len()));
     }
     let each = truths.par_iter().enumerate();
-    each.map(|(i, truth)| Forecast::new(marginals, i, *truth))
-        .collect()
+    each.map(|(i, truth)| Forecast::new(marginals, i, *truth)).collect()
 }
 
 /// Share of truths inside the central 50, 80 and 95 % predictive intervals.

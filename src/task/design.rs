@@ -1,4 +1,5 @@
-//! How survey sites are laid out, in region units: the region's longer half-side is 1.
+//! How survey sites are laid out, in region units: the region's longer half-side is 1 unless the
+//! recipe says otherwise.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,8 +13,11 @@ use crate::{
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Size {
-    /// Fewest and most sites, drawn log-uniformly.
+    /// Fewest and most sites.
     pub sites: [usize; 2],
+    /// Every size equally likely, instead of every order of magnitude.
+    #[serde(default)]
+    pub uniform: bool,
     /// Relative chance of this range.
     pub weight: f64,
 }
@@ -44,6 +48,12 @@ pub struct Design {
     pub anywhere: f64,
     /// Site coordinates on a line instead of the plane.
     pub line: bool,
+    /// Longer half-side of the region.
+    pub half_side: f64,
+    /// Published benchmarks ask, beside this many sites of which the context is a part, …
+    pub pool: usize,
+    /// … a regular grid of this many targets (per axis) over the region, and nothing else.
+    pub grid: usize,
 }
 
 impl Default for Design {
@@ -63,17 +73,22 @@ impl Default for Design {
             near: 0.15,
             anywhere: 0.2,
             line: false,
+            half_side: 1.0,
+            pool: 0,
+            grid: 0,
         }
     }
 }
 
-/// Sites of one task: context first, then targets.
+/// Sites of one task: the context first.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Layout {
     /// Coordinates, region units.
     pub xy: Vec<[f64; 2]>,
     /// How many of them are context.
     pub context: usize,
+    /// Index of the first target: the context's length, or 0 where the context is asked too.
+    pub first_target: usize,
 }
 
 impl Design {
@@ -94,13 +109,24 @@ impl Design {
         self.clusters.check("clusters", true)?;
         self.cluster_radius.check("cluster_radius", true)?;
         self.aspect.check("aspect", true)?;
+        Law::Fixed(self.half_side).check("half_side", true)?;
+        let most = self.context.iter().map(|s| s.sites[1]).max().unwrap_or(0);
+        if self.pool > 0 && self.pool < most {
+            return Err(Error::input("the pool is smaller than the largest context")
+                .fact("pool", self.pool)
+                .fact("largest context", most)
+                .try_this("raise `pool` under [design], or set it to 0"));
+        }
         let sound = |s: &Size| s.sites[0] >= 2 && s.sites[0] <= s.sites[1] && s.weight >= 0.0;
         let chance: f64 = self.context.iter().map(|s| s.weight).sum();
-        if self.targets == 0 || !self.context.iter().all(sound) || chance.is_nan() || chance <= 0.0 {
+        if self.targets == 0 || !self.context.iter().all(sound) || chance.is_nan() || chance <= 0.0
+        {
             return Err(Error::input("the design has an empty range of sites")
                 .fact("context", format!("{:?}", self.context))
                 .fact("targets", self.targets)
-                .try_this("write e.g. context = [{ sites = [3, 300], weight = 1 }], targets = 64"));
+                .try_this(
+                    "write e.g. context = [{ sites = [3, 300], weight = 1 }], targets = 64",
+                ));
         }
         Ok(())
     }
@@ -108,13 +134,17 @@ impl Design {
     /// Draws a context size.
     pub fn size(&self, rng: &mut Stream) -> usize {
         let mut left = rng.unit() * self.context.iter().map(|s| s.weight).sum::<f64>();
-        let mut range = self.context.last().expect("checked").sites;
+        let mut chosen = self.context.last().expect("checked");
         for size in &self.context {
             if left < size.weight {
-                range = size.sites;
+                chosen = size;
                 break;
             }
             left -= size.weight;
+        }
+        let range = chosen.sites;
+        if chosen.uniform {
+            return range[0] + rng.below(range[1] - range[0] + 1);
         }
         if range[0] == range[1] {
             return range[0];
@@ -122,10 +152,37 @@ impl Design {
         (rng.log_uniform(range[0] as f64, range[1] as f64 + 1.0) as usize).clamp(range[0], range[1])
     }
 
+    /// How many targets every task asks.
+    pub fn target_count(&self) -> usize {
+        match (self.pool, self.grid) {
+            (0, _) => self.targets,
+            (pool, grid) if self.line => pool + grid,
+            (pool, grid) => pool + grid * grid,
+        }
+    }
+
     /// Lays out `context` sites and this design's targets.
     pub fn layout(&self, context: usize, rng: &mut Stream) -> Layout {
+        let mut layout = self.unit_layout(context, rng);
+        layout.xy.iter_mut().flatten().for_each(|v| *v *= self.half_side);
+        layout
+    }
+
+    fn unit_layout(&self, context: usize, rng: &mut Stream) -> Layout {
         let aspect = if self.line { 0.0 } else { self.aspect.draw(rng).min(1.0) };
         let half = if !self.line && rng.unit() < 0.5 { [aspect, 1.0] } else { [1.0, aspect] };
+        if self.pool > 0 {
+            let mut xy = self.pool(self.pool, half, rng);
+            let along = |i: usize, d: usize| match (self.grid, half[d]) {
+                (0 | 1, _) => 0.0,
+                (n, half) => half * (2.0 * i as f64 / (n - 1) as f64 - 1.0),
+            };
+            let rows = if self.line { 1 } else { self.grid };
+            for j in 0..rows {
+                xy.extend((0..self.grid).map(|i| [along(i, 0), along(j, 1)]));
+            }
+            return Layout { xy, context, first_target: 0 };
+        }
         let count = |share: f64| (share * self.targets as f64).round() as usize;
         let (near, anywhere) = (count(self.near), count(self.anywhere));
         let alike = self.targets.saturating_sub(near + anywhere);
@@ -155,19 +212,19 @@ impl Design {
                 margin * half[1] * rng.uniform(-1.0, 1.0),
             ]);
         }
-        Layout { xy, context }
+        Layout { xy, context, first_target: context }
     }
 
     /// Sites that could have been surveyed.
     fn pool(&self, n: usize, half: [f64; 2], rng: &mut Stream) -> Vec<[f64; 2]> {
-        let anywhere = |rng: &mut Stream| {
-            [half[0] * rng.uniform(-1.0, 1.0), half[1] * rng.uniform(-1.0, 1.0)]
-        };
+        let anywhere =
+            |rng: &mut Stream| [half[0] * rng.uniform(-1.0, 1.0), half[1] * rng.uniform(-1.0, 1.0)];
         let kind = rng.unit();
         if kind < self.clustered {
             let share = rng.uniform(0.2, 1.0);
-            let centres: Vec<[f64; 2]> =
-                (0..(self.clusters.draw(rng).round() as usize).max(1)).map(|_| anywhere(rng)).collect();
+            let centres: Vec<[f64; 2]> = (0..(self.clusters.draw(rng).round() as usize).max(1))
+                .map(|_| anywhere(rng))
+                .collect();
             let radius = self.cluster_radius.draw(rng);
             return (0..n)
                 .map(|_| {
@@ -175,7 +232,9 @@ impl Design {
                         return anywhere(rng);
                     }
                     let c = centres[rng.below(centres.len())];
-                    let step = |flat: f64, rng: &mut Stream| if flat == 0.0 { 0.0 } else { radius * rng.normal() };
+                    let step = |flat: f64, rng: &mut Stream| {
+                        if flat == 0.0 { 0.0 } else { radius * rng.normal() }
+                    };
                     [c[0] + step(half[0], rng), c[1] + step(half[1], rng)]
                 })
                 .collect();

@@ -10,8 +10,8 @@ use crate::{
     kernel::Kernel,
     likelihood::{self, Likelihood},
     prior::{self, Prior, Rule, hyper::Law},
-    recipe::{self, Recipe},
     rng::Stream,
+    settings,
     sites::{Observations, Sites, Task, mean_sd, unit_box},
 };
 
@@ -57,24 +57,6 @@ pub struct Tasks {
     likelihood: &'static dyn Likelihood,
 }
 
-impl Recipe {
-    /// The law of tasks.
-    ///
-    /// # Errors
-    /// As [`Tasks::new`].
-    pub fn tasks(&self) -> Result<Tasks> {
-        Tasks::new(self.tables())
-    }
-
-    /// Name of the likelihood.
-    ///
-    /// # Errors
-    /// As [`Tasks::new`].
-    pub fn likelihood(&self) -> Result<String> {
-        Ok(self.tasks()?.likelihood().name().to_string())
-    }
-}
-
 /// The `[task]` table.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -86,13 +68,11 @@ pub struct Settings {
     /// Tasks that share sites and correlation, differing in levels and draws. Factoring is the
     /// cost of a draw, so sharing halves it.
     pub share: usize,
-    /// Coordinates are multiplied by this before the network sees them in a raw frame.
-    pub span: f64,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { likelihood: "binomial".into(), frame: Frame::Context, share: 2, span: 1.0 }
+        Settings { likelihood: "binomial".into(), frame: Frame::Context, share: 2 }
     }
 }
 
@@ -105,6 +85,8 @@ pub struct Draw {
     pub xy: Vec<[f64; 2]>,
     /// How many sites are context.
     pub context: usize,
+    /// Index of the first target.
+    pub first_target: usize,
     /// Surface, link scale.
     pub latent: Vec<f64>,
     /// Surface plus nugget, link scale.
@@ -174,13 +156,13 @@ impl Tasks {
                     .try_this(format!("write [{name}] on a line of its own"))),
             }
         };
-        let design: Design = recipe::parse_table("[design]", &table("design")?)?;
+        let design: Design = settings::parse_table("[design]", &table("design")?)?;
         design.check()?;
-        let trials: Trials = recipe::parse_table("[trials]", &table("trials")?)?;
+        let trials: Trials = settings::parse_table("[trials]", &table("trials")?)?;
         trials.base.check("base", true)?;
         trials.spread.check("spread", true)?;
         prior::hyper::check_share("equal", trials.equal)?;
-        let settings: Settings = recipe::parse_table("[task]", &table("task")?)?;
+        let settings: Settings = settings::parse_table("[task]", &table("task")?)?;
         let likelihood = likelihood::find(&settings.likelihood)?;
         let prior = prior::build(&table("prior")?)?;
         Ok(Tasks { prior, design, trials, settings, likelihood })
@@ -215,13 +197,16 @@ impl Tasks {
                         .noisy
                         .iter()
                         .zip(trials)
-                        .map(|(eta, n)| rng.binomial(*n as u64, self.likelihood.link().outcome(*eta)) as f64)
+                        .map(|(eta, n)| {
+                            rng.binomial(*n as u64, self.likelihood.link().outcome(*eta)) as f64
+                        })
                         .collect(),
                 };
                 Draw {
                     rule,
                     xy: layout.xy.clone(),
                     context: layout.context,
+                    first_target: layout.first_target,
                     latent: surface.latent,
                     noisy: surface.noisy,
                     y,
@@ -233,7 +218,8 @@ impl Tasks {
 
     fn tested(&self, n: usize, rng: &mut Stream) -> Vec<f64> {
         let base = self.trials.base.draw(rng);
-        let spread = if rng.unit() < self.trials.equal { 0.0 } else { self.trials.spread.draw(rng) };
+        let spread =
+            if rng.unit() < self.trials.equal { 0.0 } else { self.trials.spread.draw(rng) };
         (0..n).map(|_| (base * (spread * rng.normal()).exp()).round().clamp(1.0, 1000.0)).collect()
     }
 
@@ -253,8 +239,8 @@ impl Tasks {
 
     /// Packs surveys of equal sizes into tensors, each in its own frame.
     pub fn pack(&self, draws: Vec<Draw>) -> Result<Batch> {
-        let (rows, context) = (draws.len(), draws[0].context);
-        let targets = draws[0].xy.len() - context;
+        let (rows, context, first) = (draws.len(), draws[0].context, draws[0].first_target);
+        let targets = draws[0].xy.len() - first;
         let dim = self.dim();
         let counts = self.likelihood.counts();
         let (mut s, mut y, mut trials, mut latent, mut noisy) =
@@ -264,7 +250,7 @@ impl Tasks {
             let (centre, unit) = match self.settings.frame {
                 // Coinciding context sites span no box; any unit will do.
                 Frame::Context => unit_box(&draw.xy[..context]).unwrap_or((draw.xy[0], 1.0)),
-                Frame::Raw => ([0.0; 2], 1.0 / self.settings.span),
+                Frame::Raw => ([0.0; 2], 1.0),
             };
             let (mean, sd) = match (self.settings.frame, counts) {
                 (Frame::Context, false) => mean_sd(&draw.y[..context]),
@@ -275,23 +261,28 @@ impl Tasks {
             }
             let value = |v: &f64| ((v - mean) / sd) as f32;
             y.extend(draw.y.iter().map(value));
-            latent.extend(draw.latent[context..].iter().map(value));
-            noisy.extend(draw.noisy[context..].iter().map(value));
+            latent.extend(draw.latent[first..].iter().map(value));
+            noisy.extend(draw.noisy[first..].iter().map(value));
             trials.extend(draw.trials.iter().flatten().map(|n| *n as f32));
             rules.push(Rule {
-                kernel: Arc::new(Reframed { kernel: draw.rule.kernel, unit, scale: 1.0 / (sd * sd) }),
+                kernel: Arc::new(Reframed {
+                    kernel: draw.rule.kernel,
+                    unit,
+                    scale: 1.0 / (sd * sd),
+                }),
                 nugget: draw.rule.nugget / (sd * sd),
                 mean: (draw.rule.mean - mean) / sd,
             });
             frames.push((centre, unit, mean, sd));
         }
-        let n = context + targets;
+        let n = first + targets;
         let cpu = &Device::Cpu;
         let s = Tensor::from_vec(s, (rows, n, dim), cpu)?;
         let y = Tensor::from_vec(y, (rows, n, 1), cpu)?;
         let trials = if counts { Some(Tensor::from_vec(trials, (rows, n), cpu)?) } else { None };
         let part = |start: usize, len: usize| -> Result<Observations> {
-            let trials = trials.as_ref().map(|t| t.narrow(1, start, len)?.contiguous()).transpose()?;
+            let trials =
+                trials.as_ref().map(|t| t.narrow(1, start, len)?.contiguous()).transpose()?;
             Observations::new(
                 Sites::new(s.narrow(1, start, len)?.contiguous()?),
                 y.narrow(1, start, len)?.contiguous()?,
@@ -301,7 +292,7 @@ impl Tasks {
         Ok(Batch {
             task: Task {
                 context: part(0, context)?,
-                target: part(context, targets)?,
+                target: part(first, targets)?,
                 surface: Tensor::from_vec(latent, (rows, targets, 1), cpu)?,
                 noisy: Tensor::from_vec(noisy, (rows, targets, 1), cpu)?,
             },

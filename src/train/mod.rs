@@ -226,7 +226,8 @@ impl Validation {
     fn loss(&self, process: &dyn Process, kind: Loss, device: &Device) -> Result<f64> {
         let mut total = 0.0;
         for batch in &self.batches {
-            let predictive = process.condition(&batch.task.context)?.at(&batch.task.target.sites)?;
+            let predictive =
+                process.condition(&batch.task.context)?.at(&batch.task.target.sites)?;
             let value = loss(&predictive, batch, kind, device)?;
             total += f64::from(value.to_dtype(DType::F32)?.to_scalar::<f32>()?);
         }
@@ -242,7 +243,12 @@ fn exact_loss(tasks: &Tasks, batch: &Batch, kind: Loss) -> Result<f64> {
         .enumerate()
         .map(|(row, rule)| {
             let one = batch.row(row)?;
-            let gp = ExactGp::new(Box::new(Shared(rule.kernel.clone())), rule.nugget, rule.mean, tasks.likelihood())?;
+            let gp = ExactGp::new(
+                Box::new(Shared(rule.kernel.clone())),
+                rule.nugget,
+                rule.mean,
+                tasks.likelihood(),
+            )?;
             let predictive = gp.condition(&one.task.context)?.at(&one.task.target.sites)?;
             let value = loss(&predictive, &one, kind, &Device::Cpu)?;
             Ok(value.to_dtype(DType::F64)?.to_scalar::<f64>()?)
@@ -335,7 +341,7 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
         scope.spawn(move || {
             for index in first..last {
                 let context = tasks.design().size(&mut Stream::new(seed, "size", index));
-                let rows = settings.batch_rows(context, tasks.design().targets);
+                let rows = settings.batch_rows(context, tasks.design().target_count());
                 if sender.send(tasks.batch(seed, index, rows, context)).is_err() {
                     return;
                 }
@@ -405,7 +411,8 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
             if state.step % settings.checkpoint_every == 0 || state.step == last {
                 state.seconds = before + began.elapsed().as_secs_f64();
                 save(&state_file, &state, &params, &optimiser, &average, &best)?;
-                finish(recipe, options, &state, &params, &best, &validation)?.write(&options.out)?;
+                finish(recipe, options, &state, &params, &best, &validation)?
+                    .write(&options.out)?;
             }
         }
         // Closing the channel lets a sampler that is ahead of us stop.
@@ -485,7 +492,8 @@ fn save(
     for (path, var) in params.vars() {
         tensors.insert(format!("weight:{path}"), var.as_tensor().clone());
         let (m, v) = &optimiser.moments[path];
-        let parts = [("first", m), ("second", v), ("average", &average[path]), ("best", &best[path])];
+        let parts =
+            [("first", m), ("second", v), ("average", &average[path]), ("best", &best[path])];
         for (kind, values) in parts {
             let tensor = Tensor::from_vec(values.clone(), var.shape(), &Device::Cpu)?;
             tensors.insert(format!("{kind}:{path}"), tensor);
@@ -512,7 +520,8 @@ fn restore(
             .fact("reason", reason)
             .try_this("start again without --resume")
     };
-    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| broken(format!("{e:?}")))?;
+    let (_, header) =
+        safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| broken(format!("{e:?}")))?;
     let text = header.metadata().as_ref().and_then(|m| m.get("state").cloned());
     let state: State = serde_json::from_str(&text.ok_or_else(|| broken("no state in it".into()))?)
         .map_err(|e| broken(e.to_string()))?;
@@ -521,12 +530,19 @@ fn restore(
             .fact("file", file.display())
             .fact("its seed and steps", format!("{}, {}", state.seed, state.steps))
             .fact("asked for", format!("{}, {}", fresh.seed, fresh.steps))
-            .try_this("resume with the same recipe, --seed and --steps, or start without --resume"));
+            .try_this(
+                "resume with the same recipe, --seed and --steps, or start without --resume",
+            ));
     }
-    let tensors = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| broken(format!("{e:?}")))?;
+    let tensors =
+        safetensors::SafeTensors::deserialize(&bytes).map_err(|e| broken(format!("{e:?}")))?;
     let read = |name: String| -> Result<Vec<f32>> {
         let view = tensors.tensor(&name).map_err(|e| broken(format!("{name}: {e:?}")))?;
-        Ok(view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        Ok(view
+            .data()
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect())
     };
     let (mut weights, mut best) = (Weights::new(), Weights::new());
     for path in params.vars().keys() {

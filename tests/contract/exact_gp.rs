@@ -9,13 +9,7 @@ use isopleth::{
     linalg::lower,
 };
 
-const S: [[f64; 2]; 5] = [
-    [-0.8, 0.1],
-    [0.2, 0.5],
-    [0.35, 0.45],
-    [0.9, -0.7],
-    [-0.1, -0.9],
-];
+const S: [[f64; 2]; 5] = [[-0.8, 0.1], [0.2, 0.5], [0.35, 0.45], [0.9, -0.7], [-0.1, -0.9]];
 const T: [[f64; 2]; 3] = [[0.0, 0.0], [0.3, 0.4], [3.0, 3.0]];
 const Y: [f64; 5] = [0.4, -1.1, -0.7, 1.6, 0.2];
 
@@ -39,12 +33,7 @@ fn counts(xy: &[[f64; 2]], positive: &[f64], tested: &[f64]) -> Observations {
 
 fn matern(sill: f64) -> Box<dyn Kernel> {
     let smoothness = Smoothness::ThreeHalves;
-    Box::new(Matern {
-        smoothness,
-        length_scale: 0.6,
-        sill,
-        metric: Metric::Euclidean,
-    })
+    Box::new(Matern { smoothness, length_scale: 0.6, sill, metric: Metric::Euclidean })
 }
 
 fn gp(sill: f64, nugget: f64, mean: f64) -> ExactGp {
@@ -61,19 +50,12 @@ fn binomial_gp(sill: f64, nugget: f64, mean: f64) -> ExactGp {
 fn ask(gp: &ExactGp, seen: &Observations, at: &[[f64; 2]]) -> Result<[Vec<f64>; 3]> {
     let posterior = gp.condition(seen)?.at(&sites(at))?;
     let surface = posterior.marginals(0, Of::Surface)?;
-    Ok([
-        surface.mean,
-        surface.sd,
-        posterior.marginals(0, Of::Observation)?.sd,
-    ])
+    Ok([surface.mean, surface.sd, posterior.marginals(0, Of::Observation)?.sd])
 }
 
 fn gap(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
-    a.iter()
-        .zip(b)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, f64::max)
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
 fn near(what: &str, a: &[f64], b: &[f64], tolerance: f64) {
@@ -95,11 +77,7 @@ fn moves_with_the_map() -> Result<()> {
     let moved = |p: &[f64; 2]| [cos * p[0] - sin * p[1] + 5.0, sin * p[0] + cos * p[1] - 3.0];
     let gp = gp(1.7, 0.3, 0.25);
     let here = ask(&gp, &values(&S, &Y), &T)?;
-    let there = ask(
-        &gp,
-        &values(&S.map(|p| moved(&p)), &Y),
-        &T.map(|p| moved(&p)),
-    )?;
+    let there = ask(&gp, &values(&S.map(|p| moved(&p)), &Y), &T.map(|p| moved(&p)))?;
     for (a, b) in here.iter().zip(&there) {
         near("after a rotation and a shift", a, b, 1e-12);
     }
@@ -120,29 +98,15 @@ fn scaling_sill_and_nugget_scales_only_the_variance() -> Result<()> {
     let [mean, surface, observation] = ask(&gp(1.7, 0.3, 0.25), &values(&S, &Y), &T)?;
     let [same, four, four_too] = ask(&gp(16.0 * 1.7, 16.0 * 0.3, 0.25), &values(&S, &Y), &T)?;
     near("mean", &same, &mean, 1e-12);
-    near(
-        "surface",
-        &four,
-        &surface.iter().map(|s| 4.0 * s).collect::<Vec<_>>(),
-        1e-12,
-    );
-    near(
-        "observation",
-        &four_too,
-        &observation.iter().map(|s| 4.0 * s).collect::<Vec<_>>(),
-        1e-12,
-    );
+    near("surface", &four, &surface.iter().map(|s| 4.0 * s).collect::<Vec<_>>(), 1e-12);
+    near("observation", &four_too, &observation.iter().map(|s| 4.0 * s).collect::<Vec<_>>(), 1e-12);
     Ok(())
 }
 
 #[test]
 fn an_observation_is_the_surface_plus_the_nugget() -> Result<()> {
     for gp in [gp(1.7, 0.3, 0.25), binomial_gp(1.7, 0.3, 0.25)] {
-        let seen = counts(
-            &S,
-            &[11.0, 5.0, 60.0, 2.0, 0.0],
-            &[40.0, 12.0, 90.0, 25.0, 7.0],
-        );
+        let seen = counts(&S, &[11.0, 5.0, 60.0, 2.0, 0.0], &[40.0, 12.0, 90.0, 25.0, 7.0]);
         let [_, surface, observation] = ask(&gp, &seen, &T)?;
         let sum: Vec<f64> = surface.iter().map(|s| (s * s + 0.3).sqrt()).collect();
         near("observation", &observation, &sum, 1e-12);
@@ -169,18 +133,10 @@ fn ordinary_kriging_ignores_a_constant_and_is_never_surer_than_simple() -> Resul
     let [mean, sd, _] = ask(&ordinary, &values(&S, &Y), &T)?;
     let [moved, same, _] = ask(&ordinary, &values(&S, &Y.map(|y| y + 40.0)), &T)?;
     // The prior of the mean is broad, not flat: 40 / 1e5 of the constant is disbelieved.
-    near(
-        "mean",
-        &moved,
-        &mean.iter().map(|m| m + 40.0).collect::<Vec<_>>(),
-        1e-3,
-    );
+    near("mean", &moved, &mean.iter().map(|m| m + 40.0).collect::<Vec<_>>(), 1e-3);
     near("sd", &same, &sd, 1e-12);
     let [_, simple, _] = ask(&gp(1.7, 0.3, 0.0), &values(&S, &Y), &T)?;
-    assert!(
-        simple.iter().zip(&sd).all(|(s, o)| s <= o),
-        "{simple:?} above {sd:?}"
-    );
+    assert!(simple.iter().zip(&sd).all(|(s, o)| s <= o), "{simple:?} above {sd:?}");
     Ok(())
 }
 
@@ -190,29 +146,10 @@ fn ordinary_kriging_ignores_a_constant_and_is_never_surer_than_simple() -> Resul
 fn equals_the_dense_formulas() -> Result<()> {
     let simple = gp(1.7, 0.3, 0.25);
     let seen = values(&S, &Y);
-    near(
-        "log marginal",
-        &simple.log_marginals(&seen)?,
-        &[-6.84445445290078],
-        1e-10,
-    );
+    near("log marginal", &simple.log_marginals(&seen)?, &[-6.84445445290078], 1e-10);
     let [mean, sd, _] = ask(&simple, &seen, &T)?;
-    near(
-        "mean",
-        &mean,
-        &[
-            -0.18040602131545103,
-            -0.7308748004684387,
-            0.24979535476736656,
-        ],
-        1e-10,
-    );
-    near(
-        "sd",
-        &sd,
-        &[1.0483705316305907, 0.44912405672229044, 1.3038404349937025],
-        1e-10,
-    );
+    near("mean", &mean, &[-0.18040602131545103, -0.7308748004684387, 0.24979535476736656], 1e-10);
+    near("sd", &sd, &[1.0483705316305907, 0.44912405672229044, 1.3038404349937025], 1e-10);
     let [mean, sd, _] = ask(&simple.uncertain_mean(1e6), &seen, &T)?;
     near(
         "ordinary mean",
@@ -220,12 +157,7 @@ fn equals_the_dense_formulas() -> Result<()> {
         &[-0.174323077126691, -0.7287800934763565, 0.2958715349130884],
         1e-6,
     );
-    near(
-        "ordinary sd",
-        &sd,
-        &[1.0536494003176735, 0.4505865495661194, 1.5286115038832786],
-        1e-6,
-    );
+    near("ordinary sd", &sd, &[1.0536494003176735, 0.4505865495661194, 1.5286115038832786], 1e-6);
     Ok(())
 }
 
@@ -234,30 +166,11 @@ fn equals_the_dense_formulas() -> Result<()> {
 #[test]
 fn laplace_equals_the_dense_formulas() -> Result<()> {
     let gp = binomial_gp(1.7, 0.3, 0.25);
-    let seen = counts(
-        &S,
-        &[11.0, 5.0, 60.0, 2.0, 0.0],
-        &[40.0, 12.0, 90.0, 25.0, 7.0],
-    );
-    near(
-        "log marginal",
-        &gp.log_marginals(&seen)?,
-        &[-16.342160365472214],
-        1e-7,
-    );
+    let seen = counts(&S, &[11.0, 5.0, 60.0, 2.0, 0.0], &[40.0, 12.0, 90.0, 25.0, 7.0]);
+    near("log marginal", &gp.log_marginals(&seen)?, &[-16.342160365472214], 1e-7);
     let [mean, sd, _] = ask(&gp, &seen, &T)?;
-    near(
-        "mean",
-        &mean,
-        &[-0.4869698903755093, 0.2527253973118018, 0.25005925666288964],
-        1e-6,
-    );
-    near(
-        "sd",
-        &sd,
-        &[1.0702862068964651, 0.5015268899917736, 1.3038404361624651],
-        1e-6,
-    );
+    near("mean", &mean, &[-0.4869698903755093, 0.2527253973118018, 0.25005925666288964], 1e-6);
+    near("sd", &sd, &[1.0702862068964651, 0.5015268899917736, 1.3038404361624651], 1e-6);
     Ok(())
 }
 
@@ -266,12 +179,7 @@ fn laplace_equals_the_dense_formulas() -> Result<()> {
 fn laplace_is_close_to_quadrature_at_one_site() -> Result<()> {
     let gp = binomial_gp(1.2, 0.4, 0.25);
     let seen = counts(&[[0.4, -0.2]], &[9.0], &[30.0]);
-    near(
-        "log marginal",
-        &gp.log_marginals(&seen)?,
-        &[-3.403796483270278],
-        0.01,
-    );
+    near("log marginal", &gp.log_marginals(&seen)?, &[-3.403796483270278], 0.01);
     let [mean, sd, _] = ask(&gp, &seen, &[[0.4, -0.2]])?;
     near("mean", &mean, &[-0.5173272878117575], 0.02);
     near("sd", &sd, &[0.6174861852639114], 0.005);
@@ -282,16 +190,10 @@ fn laplace_is_close_to_quadrature_at_one_site() -> Result<()> {
 #[test]
 fn laplace_settles_on_extreme_counts() -> Result<()> {
     for (sill, mean) in [(0.01, 0.0), (1.0, -6.0), (100.0, 4.0), (1e4, 0.0)] {
-        let seen = counts(
-            &S,
-            &[0.0, 1000.0, 0.0, 1000.0, 1.0],
-            &[1000.0, 1000.0, 1.0, 1000.0, 1.0],
-        );
+        let seen =
+            counts(&S, &[0.0, 1000.0, 0.0, 1000.0, 1.0], &[1000.0, 1000.0, 1.0, 1000.0, 1.0]);
         let [mean, sd, _] = ask(&binomial_gp(sill, 0.1 * sill, mean), &seen, &T)?;
-        assert!(
-            mean.iter().chain(&sd).all(|v| v.is_finite()),
-            "sill {sill}: {mean:?} {sd:?}"
-        );
+        assert!(mean.iter().chain(&sd).all(|v| v.is_finite()), "sill {sill}: {mean:?} {sd:?}");
     }
     Ok(())
 }
@@ -301,11 +203,7 @@ fn order_padding_and_other_rows_are_irrelevant() -> Result<()> {
     let gp = gp(1.7, 0.3, 0.25);
     let alone = ask(&gp, &values(&S, &Y), &T)?;
     let shuffled = [3, 0, 4, 2, 1];
-    let again = ask(
-        &gp,
-        &values(&shuffled.map(|i| S[i]), &shuffled.map(|i| Y[i])),
-        &T,
-    )?;
+    let again = ask(&gp, &values(&shuffled.map(|i| S[i]), &shuffled.map(|i| Y[i])), &T)?;
     near("after shuffling", &again[0], &alone[0], 1e-12);
 
     let padded = |mut xy: Vec<[f64; 2]>, mut y: Vec<f64>| {
@@ -323,24 +221,11 @@ fn order_padding_and_other_rows_are_irrelevant() -> Result<()> {
     )?;
     let mask = vec![1., 1., 0., 0., 0., 0., 1., 1., 1., 1., 1., 0f64];
     both.mask = Tensor::from_vec(mask, (2, 6), &device)?;
-    let targets = Sites::new(Tensor::from_vec(
-        [T.concat(), T.concat()].concat(),
-        (2, 3, 2),
-        &device,
-    )?);
+    let targets =
+        Sites::new(Tensor::from_vec([T.concat(), T.concat()].concat(), (2, 3, 2), &device)?);
     let posterior = gp.condition(&both)?.at(&targets)?;
-    near(
-        "as the second row",
-        &posterior.marginals(1, Of::Surface)?.mean,
-        &alone[0],
-        1e-12,
-    );
-    near(
-        "as the second row",
-        &posterior.marginals(1, Of::Surface)?.sd,
-        &alone[1],
-        1e-12,
-    );
+    near("as the second row", &posterior.marginals(1, Of::Surface)?.mean, &alone[0], 1e-12);
+    near("as the second row", &posterior.marginals(1, Of::Surface)?.sd, &alone[1], 1e-12);
     Ok(())
 }
 
@@ -359,9 +244,8 @@ fn an_empty_context_leaves_the_prior() -> Result<()> {
 #[test]
 fn tiles_never_change_the_answer() -> Result<()> {
     let mut rng = Stream::new(1, "targets", 0);
-    let at: Vec<[f64; 2]> = (0..1300)
-        .map(|_| [rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)])
-        .collect();
+    let at: Vec<[f64; 2]> =
+        (0..1300).map(|_| [rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)]).collect();
     let gp = gp(1.7, 0.3, 0.25);
     let whole = ask(&gp, &values(&S, &Y), &at)?;
     for range in [0..1, 511..514, 1000..1300] {
@@ -382,26 +266,12 @@ fn joint_draws_have_the_marginals_and_the_covariance() -> Result<()> {
     let draws = draws.values.squeeze(2)?.to_vec2::<f64>()?;
     let mean = |f: &dyn Fn(&[f64]) -> f64| draws.iter().map(|d| f(d)).sum::<f64>() / n as f64;
     let (a, b) = (mean(&|d| d[0]), mean(&|d| d[1]));
-    let moments = [
-        a,
-        b,
-        mean(&|d| (d[0] - a) * (d[1] - b)),
-        mean(&|d| (d[0] - a).powi(2)),
-    ];
+    let moments = [a, b, mean(&|d| (d[0] - a) * (d[1] - b)), mean(&|d| (d[0] - a).powi(2))];
     // NumPy, as above; 0.03 is four standard errors of the widest.
-    let expected = [
-        -0.18040602,
-        -0.7308748,
-        0.15593044,
-        1.0483705316305907f64.powi(2),
-    ];
+    let expected = [-0.18040602, -0.7308748, 0.15593044, 1.0483705316305907f64.powi(2)];
     near("moments", &moments, &expected, 0.045);
     let again = posterior.draws(&sites(&T[..2]), 1, &mut Stream::new(3, "draws", 0))?;
-    assert_eq!(
-        again.values.flatten_all()?.to_vec1::<f64>()?,
-        draws[0],
-        "same seed, same draw"
-    );
+    assert_eq!(again.values.flatten_all()?.to_vec1::<f64>()?, draws[0], "same seed, same draw");
     Ok(())
 }
 
@@ -413,16 +283,10 @@ fn simulate(
     nugget: f64,
 ) -> Result<(Vec<[f64; 2]>, Vec<f64>)> {
     let mut rng = Stream::new(11, "simulate", 0);
-    let xy: Vec<[f64; 2]> = (0..n)
-        .map(|_| [rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)])
-        .collect();
+    let xy: Vec<[f64; 2]> =
+        (0..n).map(|_| [rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)]).collect();
     let smoothness = Smoothness::ThreeHalves;
-    let kernel = Matern {
-        smoothness,
-        length_scale,
-        sill,
-        metric: Metric::Euclidean,
-    };
+    let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
     let mut covariance = Vec::with_capacity(n * n);
     for (i, a) in xy.iter().enumerate() {
         covariance.extend(xy.iter().map(|b| kernel.covariance(a, b)));
@@ -441,10 +305,7 @@ fn fitting_finds_the_process_that_made_the_values() -> Result<()> {
     assert!((0.05..0.2).contains(&fitted.nugget), "{fitted:?}");
     // One realisation in a square of 7 length scales: sill to a factor of 2, practical range too.
     let half = fitted.kernel.covariance(&[0.0, 0.0], &[0.3, 0.0]) / fitted.kernel.sill();
-    assert!(
-        (0.3..0.65).contains(&half),
-        "correlation {half} at 0.3: {fitted:?}"
-    );
+    assert!((0.3..0.65).contains(&half), "correlation {half} at 0.3: {fitted:?}");
     assert!((1.0..4.0).contains(&fitted.kernel.sill()), "{fitted:?}");
     // At least as likely as the truth, up to the weak penalties.
     let kernel = Matern {
@@ -470,11 +331,7 @@ fn fitting_knows_no_units_of_distance() -> Result<()> {
     let in_metres: Vec<[f64; 2]> = xy.iter().map(|p| p.map(|c| 2e5 * c)).collect();
     let far = ExactGp::fit(&values(&in_metres, &y), gaussian)?;
     let [a, ..] = ask(&near_by, &values(&xy, &y), &T)?;
-    let [b, ..] = ask(
-        &far,
-        &values(&in_metres, &y),
-        &T.map(|p| p.map(|c| 2e5 * c)),
-    )?;
+    let [b, ..] = ask(&far, &values(&in_metres, &y), &T.map(|p| p.map(|c| 2e5 * c)))?;
     near("means in metres", &b, &a, 1e-3);
     Ok(())
 }
@@ -489,10 +346,7 @@ fn fitting_counts_finds_the_village_effect() -> Result<()> {
         .zip(&tested)
         .map(|(eta, n)| rng.binomial(*n as u64, 1.0 / (1.0 + (1.5 - eta).exp())) as f64)
         .collect();
-    let fitted = ExactGp::fit(
-        &counts(&xy, &positive, &tested),
-        likelihood::find("binomial")?,
-    )?;
+    let fitted = ExactGp::fit(&counts(&xy, &positive, &tested), likelihood::find("binomial")?)?;
     assert!((0.3..0.85).contains(&fitted.nugget), "{fitted:?}");
     assert!((0.3..3.0).contains(&fitted.kernel.sill()), "{fitted:?}");
     Ok(())
@@ -532,11 +386,7 @@ fn what_cannot_be_conditioned_on_is_refused() -> Result<()> {
     assert!(ExactGp::fit(&values(&[[0.5, 0.5]; 4], &Y[..4]), gaussian).is_err());
     assert!(ExactGp::fit(&no_trials, binomial).is_err());
     let gp = gp(1.0, 0.1, 0.0);
-    let two_rows = Sites::new(Tensor::zeros(
-        (2, 3, 2),
-        candle_core::DType::F64,
-        &Device::Cpu,
-    )?);
+    let two_rows = Sites::new(Tensor::zeros((2, 3, 2), candle_core::DType::F64, &Device::Cpu)?);
     assert!(gp.condition(&no_trials)?.at(&two_rows).is_err());
     Ok(())
 }
@@ -546,11 +396,7 @@ fn what_cannot_be_conditioned_on_is_refused() -> Result<()> {
 fn jitter_is_added_only_where_needed_and_is_reported() -> Result<()> {
     assert_eq!(lower(vec![2.0, 1.0, 1.0, 2.0], 2)?.jitter, 0.0);
     let singular = lower(vec![2.0; 4], 2)?;
-    assert!(
-        singular.jitter > 0.0 && singular.jitter <= 1e-9,
-        "{}",
-        singular.jitter
-    );
+    assert!(singular.jitter > 0.0 && singular.jitter <= 1e-9, "{}", singular.jitter);
     assert!(lower(vec![1.0, 2.0, 2.0, 1.0], 2).is_err());
     assert!(lower(vec![f64::NAN; 4], 2).is_err());
     assert!(lower(vec![1.0; 3], 2).is_err());
@@ -570,9 +416,8 @@ fn colour_whiten_and_solve_undo_each_other() -> Result<()> {
     factor.whiten(&mut back);
     near("whitened", back.col_as_slice(0), &z, 1e-14);
     let solved = factor.solve(&z);
-    let product: Vec<f64> = (0..3)
-        .map(|i| (0..3).map(|j| covariance[3 * i + j] * solved[j]).sum())
-        .collect();
+    let product: Vec<f64> =
+        (0..3).map(|i| (0..3).map(|j| covariance[3 * i + j] * solved[j]).sum()).collect();
     near("solved", &product, &z, 1e-14);
     Ok(())
 }

@@ -8,16 +8,12 @@ use isopleth::{
 
 fn sites(n: usize, seed: u64) -> Vec<Vec<f64>> {
     let mut rng = Stream::new(seed, "sites", 0);
-    (0..n)
-        .map(|_| vec![rng.uniform(-2.0, 2.0), rng.uniform(-2.0, 2.0)])
-        .collect()
+    (0..n).map(|_| vec![rng.uniform(-2.0, 2.0), rng.uniform(-2.0, 2.0)]).collect()
 }
 
 fn smallest_eigenvalue(kernel: &dyn Kernel, sites: &[Vec<f64>]) -> f64 {
     let k = matrix(kernel, sites, sites);
-    let values = k
-        .self_adjoint_eigenvalues(faer::Side::Lower)
-        .expect("finite matrix");
+    let values = k.self_adjoint_eigenvalues(faer::Side::Lower).expect("finite matrix");
     values.into_iter().fold(f64::INFINITY, f64::min)
 }
 
@@ -26,47 +22,27 @@ fn obeys(name: &str, kernel: &dyn Kernel) {
     let sites = sites(40, 1);
     let sill = kernel.sill();
     for a in &sites {
-        assert!(
-            (kernel.covariance(a, a) - sill).abs() < 1e-12 * sill,
-            "{name}: sill at zero lag"
-        );
+        assert!((kernel.covariance(a, a) - sill).abs() < 1e-12 * sill, "{name}: sill at zero lag");
         for b in &sites {
             let (ab, ba) = (kernel.covariance(a, b), kernel.covariance(b, a));
-            assert!(
-                (ab - ba).abs() < 1e-14 * sill,
-                "{name}: {ab} one way, {ba} the other"
-            );
-            assert!(
-                ab.abs() <= sill * (1.0 + 1e-12),
-                "{name}: {ab} above the sill {sill}"
-            );
+            assert!((ab - ba).abs() < 1e-14 * sill, "{name}: {ab} one way, {ba} the other");
+            assert!(ab.abs() <= sill * (1.0 + 1e-12), "{name}: {ab} above the sill {sill}");
             let moved = |p: &[f64]| vec![p[0] + 7.5, p[1] - 3.25];
             let gap = (kernel.covariance(&moved(a), &moved(b)) - ab).abs();
             // Coordinates near 10 lose a digit, which the periodic kernel shows at its steepest.
-            assert!(
-                gap < 1e-12 * sill,
-                "{name}: moving the map changed a covariance by {gap}"
-            );
+            assert!(gap < 1e-12 * sill, "{name}: moving the map changed a covariance by {gap}");
         }
     }
     let smallest = smallest_eigenvalue(kernel, &sites);
     // Eigenvalues of a 40 × 40 matrix carry rounding of about n · ε · sill.
-    assert!(
-        smallest > -1e-12 * sill * 40.0,
-        "{name}: smallest eigenvalue {smallest:e}"
-    );
+    assert!(smallest > -1e-12 * sill * 40.0, "{name}: smallest eigenvalue {smallest:e}");
 }
 
 #[test]
 fn every_kernel_obeys_the_laws() {
     for entry in KERNELS {
         obeys(entry.name(), &*(entry.tiny)());
-        assert_eq!(
-            (entry.tiny)().sill(),
-            2.0,
-            "{}: tiny instances have sill 2",
-            entry.name()
-        );
+        assert_eq!((entry.tiny)().sill(), 2.0, "{}: tiny instances have sill 2", entry.name());
     }
 }
 
@@ -88,11 +64,7 @@ fn one_length_scale_away_the_correlation_is_as_published() {
         if let Some(expected) = entry.at_length_scale {
             let kernel = (entry.tiny)();
             let seen = kernel.covariance(&[0.3, 0.1], &[0.3 + 0.6, 0.1 + 0.8]) / kernel.sill();
-            assert!(
-                (seen - expected).abs() < 1e-12,
-                "{}: {seen} not {expected}",
-                entry.name
-            );
+            assert!((seen - expected).abs() < 1e-12, "{}: {seen} not {expected}", entry.name);
         }
     }
 }
@@ -113,33 +85,21 @@ fn closed_forms_equal_the_bessel_function() {
 #[test]
 fn kernels_have_distinct_names() {
     for (i, a) in KERNELS.iter().enumerate() {
-        assert!(
-            KERNELS[..i].iter().all(|b| b.name != a.name),
-            "{} is listed twice",
-            a.name
-        );
+        assert!(KERNELS[..i].iter().all(|b| b.name != a.name), "{} is listed twice", a.name);
     }
 }
 
 #[test]
 fn anisotropy_of_ratio_one_is_no_anisotropy_and_keeps_its_angle() {
     let plain = Metric::Euclidean;
-    let round = Metric::Anisotropic {
-        angle: 0.7,
-        ratio: 1.0,
-    };
+    let round = Metric::Anisotropic { angle: 0.7, ratio: 1.0 };
     for (a, b) in sites(20, 2).iter().zip(&sites(20, 3)) {
         assert!((plain.distance(a, b) - round.distance(a, b)).abs() < 1e-13);
     }
     // Along 30° the length scale is as stated; across, it is three times shorter.
     let angle = 30f64.to_radians();
     let metric = Metric::Anisotropic { angle, ratio: 3.0 };
-    let kernel = Matern {
-        smoothness: Smoothness::Half,
-        length_scale: 2.0,
-        sill: 1.0,
-        metric,
-    };
+    let kernel = Matern { smoothness: Smoothness::Half, length_scale: 2.0, sill: 1.0, metric };
     let at =
         |r: f64, angle: f64| kernel.covariance(&[0.0, 0.0], &[r * angle.cos(), r * angle.sin()]);
     assert!((at(2.0, angle) - (-1.0f64).exp()).abs() < 1e-12);
@@ -157,12 +117,7 @@ fn the_exponential_is_positive_definite_on_the_globe() {
     };
     let mut rng = Stream::new(4, "globe", 0);
     let globe: Vec<Vec<f64>> = (0..60)
-        .map(|_| {
-            vec![
-                rng.uniform(-180.0, 180.0),
-                rng.uniform(-1.0, 1.0).asin().to_degrees(),
-            ]
-        })
+        .map(|_| vec![rng.uniform(-180.0, 180.0), rng.uniform(-1.0, 1.0).asin().to_degrees()])
         .collect();
     let smallest = smallest_eigenvalue(&kernel, &globe);
     assert!(smallest > 0.0, "smallest eigenvalue {smallest:e}");

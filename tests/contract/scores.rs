@@ -8,14 +8,7 @@ use isopleth::{
 fn law(link: Link, parts: &[(f64, f64, f64)]) -> Marginals {
     let each = |f: fn(&(f64, f64, f64)) -> f64| parts.iter().map(f).collect();
     let (weight, mean, sd) = (each(|p| p.0), each(|p| p.1), each(|p| p.2));
-    Marginals {
-        link,
-        of: Of::Observation,
-        components: parts.len(),
-        weight,
-        mean,
-        sd,
-    }
+    Marginals { link, of: Of::Observation, components: parts.len(), weight, mean, sd }
 }
 
 fn score(name: &str) -> &'static Score {
@@ -55,25 +48,17 @@ fn distortions() -> [Distortion; 4] {
 #[test]
 fn the_true_law_wins_on_average() {
     let mut rng = Stream::new(5, "truths", 0);
-    let values: Vec<Truth> = (0..6000)
-        .map(|_| Truth::Value(draw(&mut rng, &MIXTURE)))
-        .collect();
+    let values: Vec<Truth> = (0..6000).map(|_| Truth::Value(draw(&mut rng, &MIXTURE))).collect();
     let counts: Vec<Truth> = (0..6000)
         .map(|i| {
             let tested = [5, 30, 60][i % 3];
             let p = Link::Logit.outcome(draw(&mut rng, &MIXTURE));
-            Truth::Count {
-                positive: rng.binomial(tested, p),
-                tested,
-            }
+            Truth::Count { positive: rng.binomial(tested, p), tested }
         })
         .collect();
     for (link, truths) in [(Link::Identity, values), (Link::Logit, counts)] {
         let meet = |parts: &[(f64, f64, f64)]| -> Vec<Forecast> {
-            truths
-                .iter()
-                .map(|t| forecast(&law(link, parts), *t))
-                .collect()
+            truths.iter().map(|t| forecast(&law(link, parts), *t)).collect()
         };
         let right = meet(&MIXTURE);
         for (how, distort) in distortions() {
@@ -89,11 +74,7 @@ fn the_true_law_wins_on_average() {
                     Better::Lower => truth < other + 1e-3,
                     Better::Near(_) => true,
                 };
-                assert!(
-                    wins,
-                    "{}, {link:?}: {truth} for the truth, {other} {how}",
-                    score.name
-                );
+                assert!(wins, "{}, {link:?}: {truth} for the truth, {other} {how}", score.name);
             }
         }
         for score in SCORES {
@@ -119,11 +100,7 @@ fn shifting_forecast_and_truth_together_changes_nothing() {
             for score in SCORES {
                 let (a, b) = ((score.each)(&here), (score.each)(&there));
                 // Quantiles are bisected to 1e-10 and fined 40-fold outside.
-                assert!(
-                    (a - b).abs() < 1e-7 * (1.0 + a.abs()),
-                    "{}: {a} became {b}",
-                    score.name
-                );
+                assert!((a - b).abs() < 1e-7 * (1.0 + a.abs()), "{}: {a} became {b}", score.name);
             }
         }
     }
@@ -133,14 +110,8 @@ fn shifting_forecast_and_truth_together_changes_nothing() {
 fn relabelling_positive_as_negative_mirrors_a_count() {
     let mirrored = MIXTURE.map(|(w, m, s)| (w, -m, s));
     for (positive, tested) in [(3, 12), (0, 12), (55, 60)] {
-        let a = forecast(
-            &law(Link::Logit, &MIXTURE),
-            Truth::Count { positive, tested },
-        );
-        let other = Truth::Count {
-            positive: tested - positive,
-            tested,
-        };
+        let a = forecast(&law(Link::Logit, &MIXTURE), Truth::Count { positive, tested });
+        let other = Truth::Count { positive: tested - positive, tested };
         let b = forecast(&law(Link::Logit, &mirrored), other);
         for name in ["log-score", "crps", "rmse"] {
             let (a, b) = ((score(name).each)(&a), (score(name).each)(&b));
@@ -152,46 +123,23 @@ fn relabelling_positive_as_negative_mirrors_a_count() {
 #[test]
 fn values_score_as_scipy_says() {
     let golden = [
-        (
-            0.8,
-            -0.9305394553521507,
-            0.43542424553868747,
-            4.766126847458908,
-        ),
-        (
-            -3.0,
-            -3.3870901676463987,
-            2.2352630761891445,
-            11.02348612902101,
-        ),
-        (
-            6.0,
-            -14.037977741610897,
-            5.316319012592999,
-            167.86369366754047,
-        ),
+        (0.8, -0.9305394553521507, 0.43542424553868747, 4.766126847458908),
+        (-3.0, -3.3870901676463987, 2.2352630761891445, 11.02348612902101),
+        (6.0, -14.037977741610897, 5.316319012592999, 167.86369366754047),
     ];
     for (y, log_score, crps, interval) in golden {
         let met = forecast(&law(Link::Identity, &MIXTURE), Truth::Value(y));
-        for (name, expected) in [
-            ("log-score", log_score),
-            ("crps", crps),
-            ("interval-95", interval),
-        ] {
+        for (name, expected) in
+            [("log-score", log_score), ("crps", crps), ("interval-95", interval)]
+        {
             let seen = (score(name).each)(&met);
-            assert!(
-                (seen - expected).abs() < 1e-7,
-                "{name} at {y}: {seen} not {expected}"
-            );
+            assert!((seen - expected).abs() < 1e-7, "{name} at {y}: {seen} not {expected}");
         }
         assert!((met.mean() + 0.05).abs() < 1e-12);
     }
     let met = forecast(&law(Link::Identity, &MIXTURE), Truth::Value(0.8));
-    let quantiles = [
-        (0.025, -2.8435660179609474),
-        (0.25, -0.9759388476199928),
-        (0.9, 1.3920381462856317),
-    ];
+    let quantiles =
+        [(0.025, -2.8435660179609474), (0.25, -0.9759388476199928), (0.9, 1.3920381462856317)];
     for (level, expected) in quantiles {
         assert!((met.quantile(level) - expected).abs() < 1e-8, "{level}");
     }
@@ -235,26 +183,12 @@ fn counts_score_as_scipy_says() {
     for (tested, positive, parts, log_score, crps, mean, counts) in golden {
         let met = forecast(&law(Link::Logit, parts), Truth::Count { positive, tested });
         let seen = (score("log-score").each)(&met);
-        assert!(
-            (seen - log_score).abs() < 1e-8,
-            "log score of {positive}/{tested}: {seen}"
-        );
+        assert!((seen - log_score).abs() < 1e-8, "log score of {positive}/{tested}: {seen}");
         let seen = (score("crps").each)(&met);
-        assert!(
-            (seen - crps).abs() < 1e-8,
-            "CRPS of {positive}/{tested}: {seen}"
-        );
-        assert!(
-            (met.mean() - mean).abs() < 1e-8,
-            "mean of {tested}: {}",
-            met.mean()
-        );
+        assert!((seen - crps).abs() < 1e-8, "CRPS of {positive}/{tested}: {seen}");
+        assert!((met.mean() - mean).abs() < 1e-8, "mean of {tested}: {}", met.mean());
         for (level, count) in [0.025, 0.1, 0.25, 0.75, 0.9, 0.975].iter().zip(counts) {
-            assert_eq!(
-                met.quantile(*level),
-                count as f64 / tested as f64,
-                "quantile {level}"
-            );
+            assert_eq!(met.quantile(*level), count as f64 / tested as f64, "quantile {level}");
         }
     }
 }
@@ -263,13 +197,7 @@ fn counts_score_as_scipy_says() {
 #[test]
 fn a_far_miss_is_finite() {
     let sure = law(Link::Logit, &[(1.0, -6.0, 0.1)]);
-    let met = forecast(
-        &sure,
-        Truth::Count {
-            positive: 50,
-            tested: 50,
-        },
-    );
+    let met = forecast(&sure, Truth::Count { positive: 50, tested: 50 });
     let seen = (score("log-score").each)(&met);
     assert!((seen - -287.7047282912677).abs() < 1e-6, "{seen}");
 }
@@ -289,50 +217,17 @@ fn a_summary_holds_what_the_registry_says() {
     assert!((seen.rmse - (0.5 * (0.04f64 + 4.0)).sqrt()).abs() < 1e-12);
     assert_eq!((seen.coverage.at_50, seen.coverage.at_95), (0.5, 0.5));
     let json = serde_json::to_string(&seen).expect("plain numbers");
-    assert!(
-        json.contains(r#""coverage":{"50":0.5,"80":0.5,"95":0.5}"#),
-        "{json}"
-    );
+    assert!(json.contains(r#""coverage":{"50":0.5,"80":0.5,"95":0.5}"#), "{json}");
 }
 
 #[test]
 fn a_truth_of_the_wrong_kind_is_refused() {
     let values = law(Link::Identity, &MIXTURE);
-    assert!(
-        Forecast::new(
-            &values,
-            0,
-            Truth::Count {
-                positive: 1,
-                tested: 2
-            }
-        )
-        .is_err()
-    );
+    assert!(Forecast::new(&values, 0, Truth::Count { positive: 1, tested: 2 }).is_err());
     assert!(Forecast::new(&values, 0, Truth::Value(f64::NAN)).is_err());
     let counts = law(Link::Logit, &MIXTURE);
     assert!(Forecast::new(&counts, 0, Truth::Value(0.2)).is_err());
-    assert!(
-        Forecast::new(
-            &counts,
-            0,
-            Truth::Count {
-                positive: 3,
-                tested: 2
-            }
-        )
-        .is_err()
-    );
-    assert!(
-        Forecast::new(
-            &counts,
-            0,
-            Truth::Count {
-                positive: 0,
-                tested: 0
-            }
-        )
-        .is_err()
-    );
+    assert!(Forecast::new(&counts, 0, Truth::Count { positive: 3, tested: 2 }).is_err());
+    assert!(Forecast::new(&counts, 0, Truth::Count { positive: 0, tested: 0 }).is_err());
     assert!(forecasts(&values, &[]).is_err());
 }

@@ -21,11 +21,7 @@ fn written(folder: &tempfile::TempDir) -> PathBuf {
         let (x, y) = (rng.uniform(0.0, 100.0), rng.uniform(0.0, 60.0));
         let eta = 0.04 * x - 3.0 + 0.2 * rng.normal();
         let positive = rng.binomial(50, Link::Logit.outcome(eta));
-        let _ = writeln!(
-            text,
-            "{x},{y},{positive},50,{eta},{}",
-            ["west", "east"][i % 2]
-        );
+        let _ = writeln!(text, "{x},{y},{positive},50,{eta},{}", ["west", "east"][i % 2]);
     }
     let path = folder.path().join("survey.csv");
     fs::write(&path, text).expect("a writable folder");
@@ -34,14 +30,7 @@ fn written(folder: &tempfile::TempDir) -> PathBuf {
 
 fn survey(path: &PathBuf, value: Option<&str>) -> Result<Survey> {
     let crs = Some("local:km".into());
-    Survey::read(
-        path,
-        &SurveyOptions {
-            crs,
-            value: value.map(String::from),
-            ..Default::default()
-        },
-    )
+    Survey::read(path, &SurveyOptions { crs, value: value.map(String::from), ..Default::default() })
 }
 
 fn summary(survey: &Survey, folds: &Folds, likelihood: &str) -> Result<[Summary; 3]> {
@@ -49,11 +38,7 @@ fn summary(survey: &Survey, folds: &Folds, likelihood: &str) -> Result<[Summary;
     let pool = |f: &dyn Fn(&isopleth::cli::validate::Fold) -> Vec<Forecast>| {
         Summary::of(&scored.iter().flat_map(f).collect::<Vec<_>>())
     };
-    Ok([
-        pool(&|f| f.met.clone()),
-        pool(&|f| f.rules[0].clone()),
-        pool(&|f| f.rules[1].clone()),
-    ])
+    Ok([pool(&|f| f.met.clone()), pool(&|f| f.rules[0].clone()), pool(&|f| f.rules[1].clone())])
 }
 
 #[test]
@@ -66,14 +51,8 @@ fn a_gaussian_process_beats_both_rules_on_a_slope() -> Result<()> {
         let [gp, intercept, nearest] = summary(&survey, &folds, likelihood)?;
         assert_eq!([gp.n, intercept.n, nearest.n], [SITES; 3]);
         for rule in [intercept, nearest] {
-            assert!(
-                gp.log_score > rule.log_score,
-                "{likelihood}: {gp:?} not above {rule:?}"
-            );
-            assert!(
-                gp.crps < rule.crps,
-                "{likelihood}: {gp:?} not below {rule:?}"
-            );
+            assert!(gp.log_score > rule.log_score, "{likelihood}: {gp:?} not above {rule:?}");
+            assert!(gp.crps < rule.crps, "{likelihood}: {gp:?} not below {rule:?}");
         }
     }
     Ok(())
@@ -90,18 +69,12 @@ fn every_site_is_held_out_once_and_never_seen_then() -> Result<()> {
             assert_eq!(context.len() + targets.len(), SITES);
             let seen = context.sites.host()?.swap_remove(0);
             let asked = targets.host()?.swap_remove(0);
-            assert!(
-                asked.iter().all(|a| !seen.contains(a)),
-                "a held-out site was seen"
-            );
+            assert!(asked.iter().all(|a| !seen.contains(a)), "a held-out site was seen");
             let zero = targets.s.narrow(2, 0, 1)?.zeros_like()?;
             let one = zero.ones_like()?;
             Predictive::gaussian(Link::Identity, zero, one.clone(), one)
         })?;
-        assert_eq!(
-            scored.iter().map(|fold| fold.met.len()).sum::<usize>(),
-            SITES
-        );
+        assert_eq!(scored.iter().map(|fold| fold.met.len()).sum::<usize>(), SITES);
         let sizes: Vec<usize> = scored.iter().map(|fold| fold.met.len()).collect();
         assert!(sizes.iter().max().unwrap_or(&0) - sizes.iter().min().unwrap_or(&0) <= 1);
     }
@@ -126,20 +99,12 @@ fn folds_are_read_by_row_and_by_name() -> Result<()> {
     let named = Folds::parse(&format!("{}:block", other.display()), &survey, 1)?;
     assert_eq!(named.labels.last().map(String::as_str), Some("10"));
     assert_eq!(named.of, (0..SITES).map(|row| row % 11).collect::<Vec<_>>());
-    assert_ne!(
-        Folds::parse("5", &survey, 1)?,
-        Folds::parse("5", &survey, 2)?,
-        "seeds matter"
-    );
+    assert_ne!(Folds::parse("5", &survey, 1)?, Folds::parse("5", &survey, 2)?, "seeds matter");
     Ok(())
 }
 
 fn isopleth(arguments: &[&str]) -> std::process::Output {
-    Command::cargo_bin("isopleth")
-        .expect("the binary")
-        .args(arguments)
-        .output()
-        .expect("it ran")
+    Command::cargo_bin("isopleth").expect("the binary").args(arguments).output().expect("it ran")
 }
 
 #[test]
@@ -147,21 +112,9 @@ fn the_command_prints_the_promised_json() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = written(&folder);
     let path = path.to_str().expect("plain path");
-    let common = [
-        "validate",
-        "--surveys",
-        path,
-        "--crs",
-        "local:km",
-        "--folds",
-        "4",
-    ];
+    let common = ["validate", "--surveys", path, "--crs", "local:km", "--folds", "4"];
     let json = isopleth(&[&common[..], &["--model", "gp", "--json"]].concat());
-    assert!(
-        json.status.success(),
-        "{}",
-        String::from_utf8_lossy(&json.stderr)
-    );
+    assert!(json.status.success(), "{}", String::from_utf8_lossy(&json.stderr));
     let seen: serde_json::Value = serde_json::from_slice(&json.stdout).expect("only JSON");
     assert_eq!(seen["n"], SITES);
     for name in ["log_score", "crps", "rmse", "seconds"] {
@@ -202,21 +155,10 @@ fn bad_folds_are_explained() {
         (of(&same, "fold"), "every site is in the same fold"),
         (of(&negative, "fold"), "column `row`"),
     ] {
-        let arguments = [
-            "validate",
-            "--surveys",
-            path,
-            "--crs",
-            "local:km",
-            "--folds",
-            &folds,
-        ];
+        let arguments = ["validate", "--surveys", path, "--crs", "local:km", "--folds", &folds];
         let out = isopleth(&arguments);
         let said = String::from_utf8_lossy(&out.stderr);
         assert_eq!(out.status.code(), Some(2), "--folds {folds}: {said}");
-        assert!(
-            said.contains(reason),
-            "--folds {folds}: no `{reason}` in {said}"
-        );
+        assert!(said.contains(reason), "--folds {folds}: no `{reason}` in {said}");
     }
 }

@@ -11,27 +11,9 @@ use isopleth::{
 /// Log score, 95 % coverage, RMSE, CRPS of GPBoost (coordinates only, exponential, village effect),
 /// on random folds and on blocks.
 const GPBOOST: [(&str, [[f64; 4]; 2]); 3] = [
-    (
-        "loaloa",
-        [
-            [-3.260, 0.964, 0.0725, 0.0372],
-            [-4.118, 0.904, 0.1203, 0.0660],
-        ],
-    ),
-    (
-        "liberia",
-        [
-            [-2.578, 0.967, 0.0607, 0.0357],
-            [-2.723, 0.967, 0.0685, 0.0402],
-        ],
-    ),
-    (
-        "gambia",
-        [
-            [-3.029, 0.938, 0.1727, 0.0971],
-            [-3.173, 0.908, 0.1987, 0.1116],
-        ],
-    ),
+    ("loaloa", [[-3.260, 0.964, 0.0725, 0.0372], [-4.118, 0.904, 0.1203, 0.0660]]),
+    ("liberia", [[-2.578, 0.967, 0.0607, 0.0357], [-2.723, 0.967, 0.0685, 0.0402]]),
+    ("gambia", [[-3.029, 0.938, 0.1727, 0.0971], [-3.173, 0.908, 0.1987, 0.1116]]),
 ];
 
 #[test]
@@ -44,10 +26,7 @@ fn close_to_gpboost_on_real_surveys() -> Result<()> {
             continue;
         }
         let crs = (name == "gambia").then(|| "EPSG:32628".to_string());
-        let options = SurveyOptions {
-            crs,
-            ..Default::default()
-        };
+        let options = SurveyOptions { crs, ..Default::default() };
         let survey = Survey::read(folder.join("villages.csv"), &options)?;
         for (column, published) in ["fold_random", "fold_block"].iter().zip(published) {
             let text = format!("{}:{column}", folder.join("folds.csv").display());
@@ -62,10 +41,7 @@ fn close_to_gpboost_on_real_surveys() -> Result<()> {
             for ((seen, theirs), close) in
                 seen.iter().zip(published).zip([0.05, 0.035, 0.006, 0.005])
             {
-                assert!(
-                    (seen - theirs).abs() < close,
-                    "{name}, {column}: {ours:?} {published:?}"
-                );
+                assert!((seen - theirs).abs() < close, "{name}, {column}: {ours:?} {published:?}");
             }
         }
     }

@@ -19,11 +19,7 @@ fn pixels(path: &Path) -> Vec<f64> {
     let nothing = band.no_data_value();
     let values = band.read_band_as::<f64>().unwrap();
     let missing = |v: f64| v.is_nan() || Some(v) == nothing;
-    values
-        .data()
-        .iter()
-        .map(|&v| if missing(v) { f64::NAN } else { v })
-        .collect()
+    values.data().iter().map(|&v| if missing(v) { f64::NAN } else { v }).collect()
 }
 
 fn truth() -> Vec<f64> {
@@ -53,19 +49,10 @@ fn record(out: &Path) -> Value {
 fn the_bundled_survey_is_mapped_by(model: &str) {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("out");
-    let said = map(
-        &out,
-        &["--like", GRID, "--model", model, "--threshold", "0.2"],
-    );
+    let said = map(&out, &["--like", GRID, "--model", model, "--threshold", "0.2"]);
 
     // The summary says what was used, and which rows were not and why.
-    for part in [
-        "138 sites used",
-        "2 rows",
-        "rows 37, 102",
-        "prevalence",
-        "time",
-    ] {
+    for part in ["138 sites used", "2 rows", "rows 37, 102", "prevalence", "time"] {
         assert!(said.contains(part), "no `{part}` in\n{said}");
     }
     let record = record(&out);
@@ -90,26 +77,15 @@ fn the_bundled_survey_is_mapped_by(model: &str) {
         .map(|f| f.unwrap().file_name().into_string().unwrap())
         .collect();
     assert_eq!(there, named);
-    assert_eq!(
-        fs::read_dir(folder.path()).unwrap().count(),
-        1,
-        "something beside the output"
-    );
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "something beside the output");
     for name in &there {
         if name.ends_with(".png") {
-            assert!(
-                fs::read(out.join(name)).unwrap().starts_with(b"\x89PNG"),
-                "{name}"
-            );
+            assert!(fs::read(out.join(name)).unwrap().starts_with(b"\x89PNG"), "{name}");
         }
     }
 
     // Masked in, masked out; and where there is land, the map knows something of the truth.
-    let (truth, mean, sd) = (
-        truth(),
-        pixels(&out.join("mean.tif")),
-        pixels(&out.join("sd.tif")),
-    );
+    let (truth, mean, sd) = (truth(), pixels(&out.join("mean.tif")), pixels(&out.join("sd.tif")));
     let land: Vec<usize> = (0..truth.len()).filter(|&i| !truth[i].is_nan()).collect();
     assert_eq!(mean.len(), truth.len());
     assert!(
@@ -123,34 +99,17 @@ fn the_bundled_survey_is_mapped_by(model: &str) {
     // A map of pure chance has 0, one of the truth 1. Half of the country is far from any village.
     assert!(r > 0.6, "correlation {r} between map and truth ({model})");
     let inside = |t: &[f64], low: &[f64], high: &[f64]| {
-        let held = t
-            .iter()
-            .enumerate()
-            .filter(|(i, t)| (low[*i]..=high[*i]).contains(*t));
+        let held = t.iter().enumerate().filter(|(i, t)| (low[*i]..=high[*i]).contains(*t));
         held.count() as f64 / t.len() as f64
     };
     let quantile = |name: &str| on_land(&pixels(&out.join(name)));
-    let held = inside(
-        &t,
-        &quantile("quantile_0.025.tif"),
-        &quantile("quantile_0.975.tif"),
-    );
+    let held = inside(&t, &quantile("quantile_0.025.tif"), &quantile("quantile_0.975.tif"));
     // One country is one draw: pixels move together, so their share strays from 0.95 more than counting suggests.
-    assert!(
-        (0.8..=1.0).contains(&held),
-        "{held} of pixels inside their 95 % interval ({model})"
-    );
+    assert!((0.8..=1.0).contains(&held), "{held} of pixels inside their 95 % interval ({model})");
     let over = quantile("exceedance_0.2.tif");
-    let brier = t
-        .iter()
-        .zip(&over)
-        .map(|(t, p)| (f64::from(*t > 0.2) - p).powi(2))
-        .sum::<f64>()
+    let brier = t.iter().zip(&over).map(|(t, p)| (f64::from(*t > 0.2) - p).powi(2)).sum::<f64>()
         / t.len() as f64;
-    assert!(
-        brier < 0.25,
-        "Brier score {brier}: no better than a coin ({model})"
-    );
+    assert!(brier < 0.25, "Brier score {brier}: no better than a coin ({model})");
 }
 
 #[test]
@@ -175,10 +134,7 @@ fn force_replaces_the_earlier_maps_and_nothing_else() {
     let coarse = ["--resolution", "40km", "--model", "gp"];
     map(&out, &[&coarse[..], &["--products", "mean,sd"]].concat());
     fs::write(out.join("notes.txt"), "mine").unwrap();
-    map(
-        &out,
-        &[&coarse[..], &["--products", "mean", "--force"]].concat(),
-    );
+    map(&out, &[&coarse[..], &["--products", "mean", "--force"]].concat());
     assert_eq!(fs::read_to_string(out.join("notes.txt")).unwrap(), "mine");
     assert!(
         !out.join("sd.tif").exists(),
@@ -237,19 +193,10 @@ fn a_continuous_outcome_is_mapped_from_a_renamed_column() {
     let rows: Vec<String> = (0..40)
         .map(|i| (f64::from(i % 8), f64::from(i / 8)))
         .map(|(i, j)| {
-            format!(
-                "{},{},{}",
-                i / 10.0 - 3.0,
-                j / 10.0 + 2.0,
-                30.0 + 2.0 * i - j + (i * j).sin()
-            )
+            format!("{},{},{}", i / 10.0 - 3.0, j / 10.0 + 2.0, 30.0 + 2.0 * i - j + (i * j).sin())
         })
         .collect();
-    fs::write(
-        &survey,
-        format!("where_x,where_y,rain_mm\n{}\n", rows.join("\n")),
-    )
-    .unwrap();
+    fs::write(&survey, format!("where_x,where_y,rain_mm\n{}\n", rows.join("\n"))).unwrap();
     let args = [
         "map",
         "--surveys",
@@ -277,10 +224,7 @@ fn a_continuous_outcome_is_mapped_from_a_renamed_column() {
         .iter()
         .filter(|v| !v.is_nan())
         .fold((f64::MAX, f64::MIN), |(a, b), v| (a.min(*v), b.max(*v)));
-    assert!(
-        (20.0..32.0).contains(&low) && (40.0..55.0).contains(&high),
-        "{low} to {high} mm"
-    );
+    assert!((20.0..32.0).contains(&low) && (40.0..55.0).contains(&high), "{low} to {high} mm");
 }
 
 /// The reader of the summary goes before it is written: the maps are made all the same.
@@ -307,8 +251,5 @@ fn a_summary_that_nobody_reads_still_leaves_the_maps() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(
-        out.join("run.json").exists(),
-        "a closed pipe stopped the work"
-    );
+    assert!(out.join("run.json").exists(), "a closed pipe stopped the work");
 }

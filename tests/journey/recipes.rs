@@ -42,40 +42,24 @@ fn write(folder: &TempDir, name: &str, content: &str) -> String {
 fn train(recipe: &str, out: &Path, more: &[&str]) {
     let args = [&["train", recipe, "--out", out.to_str().unwrap()], more].concat();
     let output = command(&args).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{args:?}: {}",
-        text(&output.stderr)
-    );
+    assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
 }
 
 #[test]
 fn a_killed_training_goes_on_bit_for_bit() {
     let folder = TempDir::new().unwrap();
     let recipe = write(&folder, "tiny.toml", TINY);
-    let (whole, parts) = (
-        folder.path().join("whole.safetensors"),
-        folder.path().join("parts.safetensors"),
-    );
+    let (whole, parts) =
+        (folder.path().join("whole.safetensors"), folder.path().join("parts.safetensors"));
     train(&recipe, &whole, &[]);
     train(&recipe, &parts, &["--stop-at", "6"]);
     train(&recipe, &parts, &["--resume"]);
-    let weights = |path: &Path| {
-        isopleth::checkpoint::Checkpoint::open(path)
-            .unwrap()
-            .tensors
-    };
+    let weights = |path: &Path| isopleth::checkpoint::Checkpoint::open(path).unwrap().tensors;
     let (whole, parts) = (weights(&whole), weights(&parts));
     assert!(!whole.is_empty() && whole.keys().eq(parts.keys()));
     for (name, tensor) in &whole {
         let bits = |t: &candle_core::Tensor| -> Vec<u32> {
-            t.flatten_all()
-                .unwrap()
-                .to_vec1::<f32>()
-                .unwrap()
-                .iter()
-                .map(|v| v.to_bits())
-                .collect()
+            t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|v| v.to_bits()).collect()
         };
         assert_eq!(bits(tensor), bits(&parts[name]), "{name}");
     }
@@ -84,11 +68,7 @@ fn a_killed_training_goes_on_bit_for_bit() {
 #[test]
 fn a_model_killed_in_training_is_whole_or_absent() {
     let folder = TempDir::new().unwrap();
-    let recipe = write(
-        &folder,
-        "tiny.toml",
-        &TINY.replace("steps = 12", "steps = 100000"),
-    );
+    let recipe = write(&folder, "tiny.toml", &TINY.replace("steps = 12", "steps = 100000"));
     let out = folder.path().join("model.safetensors");
     for wait in [20, 150, 400] {
         let args = ["train", &recipe, "--out", out.to_str().unwrap(), "--resume"];
@@ -138,20 +118,15 @@ fn a_trained_model_maps_and_a_damaged_one_is_refused() {
 
     let damaged = folder.path().join("damaged.safetensors");
     let format = b"\\\"format\\\":1";
-    let card = bytes
-        .windows(format.len())
-        .position(|part| part == format)
-        .expect("the card's version");
+    let card =
+        bytes.windows(format.len()).position(|part| part == format).expect("the card's version");
     let mut newer = bytes.clone();
     newer[card + format.len() - 1] = b'7';
     for (bytes, what) in [
         (&bytes[..bytes.len() / 2], "truncated"),
         (&bytes[..7], "truncated"),
         (b"", "truncated"),
-        (
-            b"no model at all, but long enough to have a header",
-            "not a model",
-        ),
+        (b"no model at all, but long enough to have a header", "not a model"),
         (&newer, "another version"),
     ] {
         fs::write(&damaged, bytes).unwrap();
@@ -170,30 +145,10 @@ fn recipes_that_cannot_be_are_refused_before_anything_is_written() {
         ("nugget_sd", "nuget_sd", "nuget_sd", "nugget_sd"),
         ("kind = \"cnp\"", "kind = \"cnpp\"", "cnpp", "cnp"),
         ("\"binomial\"", "\"binomal\"", "binomal", "binomial"),
-        (
-            "{ log-uniform = [0.1, 1.0] }",
-            "{ log-uniform = [1.0, 0.1] }",
-            "length_scale",
-            "",
-        ),
-        (
-            "{ log-uniform = [0.1, 1.0] }",
-            "{ log-uniform = [-1.0, 0.1] }",
-            "length_scale",
-            "",
-        ),
-        (
-            "{ uniform = [0.5, 1.5] }",
-            "{ uniform = [-0.5, 1.5] }",
-            "sill_sd",
-            "",
-        ),
-        (
-            "{ uniform = [0.1, 0.5] }",
-            "{ unifrom = [0.1, 0.5] }",
-            "unifrom",
-            "uniform",
-        ),
+        ("{ log-uniform = [0.1, 1.0] }", "{ log-uniform = [1.0, 0.1] }", "length_scale", ""),
+        ("{ log-uniform = [0.1, 1.0] }", "{ log-uniform = [-1.0, 0.1] }", "length_scale", ""),
+        ("{ uniform = [0.5, 1.5] }", "{ uniform = [-0.5, 1.5] }", "sill_sd", ""),
+        ("{ uniform = [0.1, 0.5] }", "{ unifrom = [0.1, 0.5] }", "unifrom", "uniform"),
         ("sites = [3, 12]", "sites = [12, 3]", "sites", ""),
         ("steps = 12", "steps = -12", "steps", ""),
         ("steps = 12", "steps = ", "TOML", ""),

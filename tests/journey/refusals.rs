@@ -37,15 +37,8 @@ fn file(folder: &TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
 /// What `isopleth map` says when it refuses; whatever it says, no output may be left.
 fn map_refused(folder: &TempDir, survey: &Path, grid: &str, more: &[&str]) -> String {
     let out = folder.path().join("out");
-    let mut args = vec![
-        "map",
-        "--surveys",
-        survey.to_str().unwrap(),
-        "--like",
-        grid,
-        "--model",
-        "gp",
-    ];
+    let mut args =
+        vec!["map", "--surveys", survey.to_str().unwrap(), "--like", grid, "--model", "gp"];
     args.extend(["--out", out.to_str().unwrap()]);
     args.extend(more);
     let error = refused(&args);
@@ -72,13 +65,7 @@ fn bad(
     facts: &'static [&'static str],
     help: &'static str,
 ) -> Bad {
-    Bad {
-        survey: survey.into(),
-        flags: &[],
-        what,
-        facts,
-        help,
-    }
+    Bad { survey: survey.into(), flags: &[], what, facts, help }
 }
 
 #[test]
@@ -86,10 +73,7 @@ fn the_table_these_tests_spoil_is_sound() {
     let folder = TempDir::new().unwrap();
     let survey = file(&folder, "survey.csv", SOUND);
     let error = map_refused(&folder, &survey, "no-such-grid.tif", &[]);
-    assert!(
-        error.contains("no-such-grid.tif"),
-        "the grid is all that is wrong: {error}"
-    );
+    assert!(error.contains("no-such-grid.tif"), "the grid is all that is wrong: {error}");
 }
 
 #[test]
@@ -99,47 +83,17 @@ fn surveys_that_would_make_a_wrong_map_are_refused() {
     let cases = [
         Bad {
             flags: &["--positive", "ill"],
-            ..bad(
-                SOUND,
-                "no column `ill`",
-                &["columns", "survey.csv"],
-                "name one of the columns",
-            )
+            ..bad(SOUND, "no column `ill`", &["columns", "survey.csv"], "name one of the columns")
         },
         Bad {
             flags: &["--positive", "postive"],
             ..bad(SOUND, "no column `postive`", &[], "did you mean `positive`")
         },
-        bad(
-            "lon,lat,tested\n1,2,3\n",
-            "number positive",
-            &["columns"],
-            "--positive",
-        ),
-        bad(
-            with("-2.2,2.2,many,3"),
-            "`tested` should hold numbers",
-            &["row", "many"],
-            "",
-        ),
-        bad(
-            with("-2.2,2.2,-5,3"),
-            "negative",
-            &["row", "-5"],
-            "correct the cell",
-        ),
-        bad(
-            with("-2.2,2.2,10.5,3"),
-            "not a whole number",
-            &["row", "10.5"],
-            "--value",
-        ),
-        bad(
-            with("-2.2,inf,10,3"),
-            "infinite",
-            &["row"],
-            "correct the cell",
-        ),
+        bad("lon,lat,tested\n1,2,3\n", "number positive", &["columns"], "--positive"),
+        bad(with("-2.2,2.2,many,3"), "`tested` should hold numbers", &["row", "many"], ""),
+        bad(with("-2.2,2.2,-5,3"), "negative", &["row", "-5"], "correct the cell"),
+        bad(with("-2.2,2.2,10.5,3"), "not a whole number", &["row", "10.5"], "--value"),
+        bad(with("-2.2,inf,10,3"), "infinite", &["row"], "correct the cell"),
         bad(
             with("-2.2,2.2,10,11"),
             "more people are positive than were tested",
@@ -151,16 +105,8 @@ fn surveys_that_would_make_a_wrong_map_are_refused() {
             flags: &["--lon", "lat", "--lat", "lon"],
             ..bad(SOUND, "swapped", &[], "--lon lon --lat lat")
         },
-        bad(
-            SOUND.replace("lon,lat", "x,y"),
-            "reference system",
-            &[],
-            "--crs",
-        ),
-        Bad {
-            flags: &["--crs", "EPSG:999999"],
-            ..bad(SOUND, "EPSG:999999", &[], "")
-        },
+        bad(SOUND.replace("lon,lat", "x,y"), "reference system", &[], "--crs"),
+        Bad { flags: &["--crs", "EPSG:999999"], ..bad(SOUND, "EPSG:999999", &[], "") },
         Bad {
             flags: &["--crs", "EPSG:32630"],
             ..bad(SOUND, "look like degrees", &[], "--crs EPSG:4326")
@@ -178,12 +124,7 @@ fn surveys_that_would_make_a_wrong_map_are_refused() {
             "coordinates",
         ),
         bad("", "", &["survey.csv"], ""),
-        bad(
-            "lon,lat,tested,positive\n",
-            "no rows",
-            &["survey.csv"],
-            "check",
-        ),
+        bad("lon,lat,tested,positive\n", "no rows", &["survey.csv"], "check"),
     ];
     let folder = TempDir::new().unwrap();
     for case in cases {
@@ -254,16 +195,10 @@ fn grids_that_cannot_be_mapped_are_refused() {
 fn raster(folder: &TempDir, name: &str, epsg: Option<u32>, west: f64) -> String {
     let path = folder.path().join(name).to_str().unwrap().to_string();
     let driver = gdal::DriverManager::get_driver_by_name("GTiff").unwrap();
-    let mut raster = driver
-        .create_with_band_type::<u8, _>(&path, 20, 20, 1)
-        .unwrap();
-    raster
-        .set_geo_transform(&[west, 1000.0, 0.0, 300_000.0, 0.0, -1000.0])
-        .unwrap();
+    let mut raster = driver.create_with_band_type::<u8, _>(&path, 20, 20, 1).unwrap();
+    raster.set_geo_transform(&[west, 1000.0, 0.0, 300_000.0, 0.0, -1000.0]).unwrap();
     if let Some(epsg) = epsg {
-        raster
-            .set_spatial_ref(&gdal::spatial_ref::SpatialRef::from_epsg(epsg).unwrap())
-            .unwrap();
+        raster.set_spatial_ref(&gdal::spatial_ref::SpatialRef::from_epsg(epsg).unwrap()).unwrap();
     }
     raster.rasterband(1).unwrap().fill(1.0, None).unwrap();
     path
@@ -287,10 +222,7 @@ fn an_output_folder_that_exists_is_never_overwritten_unasked() {
         out.to_str().unwrap(),
     ];
     assert_error(&refused(&args), "not empty", &["out"], "--force");
-    assert_eq!(
-        fs::read_to_string(out.join("mean.tif")).unwrap(),
-        "a month of work"
-    );
+    assert_eq!(fs::read_to_string(out.join("mean.tif")).unwrap(), "a month of work");
     assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
 }
 
@@ -313,23 +245,12 @@ fn models_that_are_none_are_refused() {
         assert!(is_untouched(&out), "{error}");
         error
     };
-    let trained = isopleth::checkpoint::shipped()
-        .iter()
-        .any(|(name, _)| *name == "prevalence");
-    let nearest = if trained {
-        "did you mean `prevalence`?"
-    } else {
-        "isopleth list models"
-    };
+    let trained = isopleth::checkpoint::shipped().iter().any(|(name, _)| *name == "prevalence");
+    let nearest = if trained { "did you mean `prevalence`?" } else { "isopleth list models" };
     assert_error(&run("prevalnce"), "prevalnce", &[], nearest);
     let text = file(&folder, "text.safetensors", "this is no model");
     assert_error(&run(text.to_str().unwrap()), "", &["text.safetensors"], "");
-    assert_error(
-        &run("no-such-model.safetensors"),
-        "no-such-model.safetensors",
-        &[],
-        "",
-    );
+    assert_error(&run("no-such-model.safetensors"), "no-such-model.safetensors", &[], "");
 }
 
 #[test]
@@ -339,12 +260,7 @@ fn slips_in_flags_and_products_name_the_nearest() {
     let error = map_refused(&folder, survey, GRID, &["--products", "maen"]);
     assert_error(&error, "`maen`", &["mean"], "did you mean `mean`?");
     for products in ["quantile:1.5", "quantile:", "exceedance:x", "interval:0"] {
-        assert_error(
-            &map_refused(&folder, survey, GRID, &["--products", products]),
-            "",
-            &[],
-            "",
-        );
+        assert_error(&map_refused(&folder, survey, GRID, &["--products", products]), "", &[], "");
     }
     for resolution in ["0km", "-5km", "5parsecs", "five"] {
         let out = folder.path().join("out");
@@ -395,16 +311,9 @@ fn a_full_disk_leaves_nothing_that_looks_whole() {
     .output()
     .unwrap();
     let left: Vec<String> = fs::read_dir(&out)
-        .map(|files| {
-            files
-                .map(|f| f.unwrap().file_name().into_string().unwrap())
-                .collect()
-        })
+        .map(|files| files.map(|f| f.unwrap().file_name().into_string().unwrap()).collect())
         .unwrap_or_default();
-    let unmounted = std::process::Command::new("umount")
-        .arg(&disk)
-        .status()
-        .unwrap();
+    let unmounted = std::process::Command::new("umount").arg(&disk).status().unwrap();
     assert!(unmounted.success());
     let error = text(&output.stderr);
     assert_ne!(output.status.code(), Some(0), "{error}");

@@ -7,19 +7,9 @@ use super::{command, ok, refused, text};
 /// Names in the table of subcommands that `--help` prints.
 fn subcommands() -> Vec<String> {
     let help = ok(&["--help"]);
-    let table = help
-        .split("Commands:\n")
-        .nth(1)
-        .unwrap()
-        .split("\n\n")
-        .next()
-        .unwrap();
-    let names = table
-        .lines()
-        .filter(|line| line.starts_with("  ") && !line.starts_with("   "));
-    names
-        .map(|line| line.split_whitespace().next().unwrap().to_string())
-        .collect()
+    let table = help.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    let names = table.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+    names.map(|line| line.split_whitespace().next().unwrap().to_string()).collect()
 }
 
 #[test]
@@ -34,9 +24,7 @@ fn every_subcommand_explains_itself_and_its_flags() {
         for (i, line) in lines.iter().enumerate() {
             if line.trim_start().starts_with("--") || line.trim_start().starts_with("-h,") {
                 let beside = line.trim().contains("  ");
-                let below = lines
-                    .get(i + 1)
-                    .is_some_and(|next| next.starts_with("          "));
+                let below = lines.get(i + 1).is_some_and(|next| next.starts_with("          "));
                 assert!(beside || below, "{name}: no description of {line}");
             }
         }
@@ -45,10 +33,7 @@ fn every_subcommand_explains_itself_and_its_flags() {
 
 #[test]
 fn the_version_is_the_crate_s() {
-    assert_eq!(
-        ok(&["--version"]),
-        format!("isopleth {}\n", env!("CARGO_PKG_VERSION"))
-    );
+    assert_eq!(ok(&["--version"]), format!("isopleth {}\n", env!("CARGO_PKG_VERSION")));
 }
 
 #[test]
@@ -59,14 +44,7 @@ fn without_a_subcommand_the_help_is_shown() {
 #[test]
 fn list_shows_every_registry_and_where_things_come_from() {
     let all = ok(&["list"]);
-    for registry in [
-        "models",
-        "priors",
-        "kernels",
-        "likelihoods",
-        "products",
-        "scores",
-    ] {
+    for registry in ["models", "priors", "kernels", "likelihoods", "products", "scores"] {
         assert!(all.contains(&format!("{registry}: ")), "{all}");
         let alone = ok(&["list", registry]);
         assert!(all.contains(&alone), "{alone}");
@@ -87,10 +65,7 @@ fn list_speaks_json() {
     assert_eq!(names, ["binomial", "gaussian"]);
     for (registry, entries) in json.as_object().unwrap() {
         for entry in entries.as_array().unwrap() {
-            assert!(
-                !entry["about"].as_str().unwrap().is_empty(),
-                "{registry}: {entry}"
-            );
+            assert!(!entry["about"].as_str().unwrap().is_empty(), "{registry}: {entry}");
         }
     }
 }
@@ -98,19 +73,10 @@ fn list_speaks_json() {
 #[test]
 fn a_slip_in_a_name_is_answered_with_the_nearest() {
     let error = refused(&["list", "kernles"]);
-    assert!(
-        error.starts_with("error: there is no registry named `kernles`\n"),
-        "{error}"
-    );
-    assert!(
-        error.ends_with("help: did you mean `kernels`?\n"),
-        "{error}"
-    );
+    assert!(error.starts_with("error: there is no registry named `kernles`\n"), "{error}");
+    assert!(error.ends_with("help: did you mean `kernels`?\n"), "{error}");
     let error = refused(&["list", "zzz"]);
-    assert!(
-        error.ends_with("help: `isopleth list` shows them all\n"),
-        "{error}"
-    );
+    assert!(error.ends_with("help: `isopleth list` shows them all\n"), "{error}");
     assert!(refused(&["lits"]).contains("a similar subcommand exists: 'list'"));
     assert!(refused(&["list", "--jsno"]).contains("a similar argument exists: '--json'"));
 }
@@ -129,11 +95,8 @@ fn an_error_has_facts_in_two_columns_and_help_last() {
 #[test]
 fn a_reader_that_leaves_is_not_an_error() {
     for args in [&["list"][..], &["list", "--json"], &["--help"]] {
-        let mut child = command(args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child =
+            command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         drop(child.stdout.take());
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success(), "{args:?}: {:?}", output.status);
@@ -144,16 +107,10 @@ fn a_reader_that_leaves_is_not_an_error() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_behind_a_redirect_is_an_error() {
-    let full = std::fs::OpenOptions::new()
-        .write(true)
-        .open("/dev/full")
-        .unwrap();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let output = command(&["list"]).stdout(full).output().unwrap();
     let error = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(
-        error.starts_with("error: could not write to standard output: "),
-        "{error}"
-    );
+    assert!(error.starts_with("error: could not write to standard output: "), "{error}");
     assert!(error.contains("help: the disk is full"), "{error}");
 }

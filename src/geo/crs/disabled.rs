@@ -18,9 +18,7 @@ fn refuse(what: &str) -> Error {
 }
 
 pub(super) fn describe(text: &str) -> Result<Crs> {
-    let known = ["epsg:4326", "ogc:crs84", "wgs84"]
-        .iter()
-        .any(|k| text.eq_ignore_ascii_case(k));
+    let known = ["epsg:4326", "ogc:crs84", "wgs84"].iter().any(|k| text.eq_ignore_ascii_case(k));
     if !known && text != WGS84 {
         return Err(refuse(text));
     }
@@ -41,13 +39,7 @@ pub(super) fn equal_area(lon: f64, lat: f64) -> Result<Crs> {
          AXIS[\"Easting\",EAST],AXIS[\"Northing\",NORTH]]"
     );
     let name = format!("LAEA {lon} {lat}");
-    Ok(Crs {
-        name,
-        wkt,
-        kind: Kind::Projected,
-        metres_per_unit: 1.0,
-        area_of_use: None,
-    })
+    Ok(Crs { name, wkt, kind: Kind::Projected, metres_per_unit: 1.0, area_of_use: None })
 }
 
 /// The equal-area plane in a text of [`equal_area`]'s, or of GDAL's for the same plane.
@@ -57,11 +49,7 @@ fn plane(crs: &Crs) -> Result<Laea> {
         rest.split_once(']')?.0.parse().ok()
     };
     let laea = crs.wkt.contains("Lambert_Azimuthal_Equal_Area") && crs.wkt.contains("WGS_1984");
-    match (
-        laea,
-        parameter("longitude_of_center"),
-        parameter("latitude_of_center"),
-    ) {
+    match (laea, parameter("longitude_of_center"), parameter("latitude_of_center")) {
         (true, Some(lon), Some(lat)) => Ok(Laea::new(lon, lat)),
         _ => Err(refuse(&crs.name)),
     }
@@ -75,20 +63,14 @@ pub(super) fn transform(from: &Crs, to: &Crs, x: &mut [f64], y: &mut [f64]) -> R
     let source = (!from.is_geographic()).then(|| plane(from)).transpose()?;
     let target = (!to.is_geographic()).then(|| plane(to)).transpose()?;
     for (i, (x, y)) in x.iter_mut().zip(y).enumerate() {
-        let (lon, lat) = source
-            .as_ref()
-            .map_or((*x, *y), |plane| plane.inverse(*x, *y));
-        (*x, *y) = target
-            .as_ref()
-            .map_or((lon, lat), |plane| plane.forward(lon, lat));
+        let (lon, lat) = source.as_ref().map_or((*x, *y), |plane| plane.inverse(*x, *y));
+        (*x, *y) = target.as_ref().map_or((lon, lat), |plane| plane.forward(lon, lat));
         if !(x.is_finite() && y.is_finite()) {
-            return Err(
-                Error::input("a place cannot be moved between these systems")
-                    .fact("from", &from.name)
-                    .fact("to", &to.name)
-                    .fact("place", format!("number {}", i + 1))
-                    .try_this("check that the coordinates are in the system that is given"),
-            );
+            return Err(Error::input("a place cannot be moved between these systems")
+                .fact("from", &from.name)
+                .fact("to", &to.name)
+                .fact("place", format!("number {}", i + 1))
+                .try_this("check that the coordinates are in the system that is given"));
         }
     }
     Ok(())

@@ -65,25 +65,11 @@ impl Crs {
                 .try_this(HELP));
         }
         // WKT seldom carries the area; the code knows it.
-        let book = reference
-            .authority()
-            .ok()
-            .and_then(|a| SpatialRef::from_definition(&a).ok());
+        let book = reference.authority().ok().and_then(|a| SpatialRef::from_definition(&a).ok());
         let area_of_use = book.as_ref().unwrap_or(reference).area_of_use().map(|a| {
-            [
-                a.west_lon_degree,
-                a.south_lat_degree,
-                a.east_lon_degree,
-                a.north_lat_degree,
-            ]
+            [a.west_lon_degree, a.south_lat_degree, a.east_lon_degree, a.north_lat_degree]
         });
-        Ok(Crs {
-            name,
-            wkt: reference.to_wkt()?,
-            kind,
-            metres_per_unit,
-            area_of_use,
-        })
+        Ok(Crs { name, wkt: reference.to_wkt()?, kind, metres_per_unit, area_of_use })
     }
 }
 
@@ -127,11 +113,9 @@ pub(super) fn same(a: &str, b: &str) -> bool {
 
 pub(super) fn transform(from: &Crs, to: &Crs, x: &mut [f64], y: &mut [f64]) -> Result<()> {
     let refuse = |count: usize, first: Option<usize>| {
-        let error = Error::input(format!(
-            "{count} places cannot be moved between these systems"
-        ))
-        .fact("from", &from.name)
-        .fact("to", &to.name);
+        let error = Error::input(format!("{count} places cannot be moved between these systems"))
+            .fact("from", &from.name)
+            .fact("to", &to.name);
         match first {
             Some(i) => error.fact("first place", format!("number {}", i + 1)),
             None => error,

@@ -40,27 +40,14 @@ impl Laea {
         let m = lat.cos() / (1.0 - E2 * lat.sin().powi(2)).sqrt();
         let (sin, cos) = beta.sin_cos();
         // At a pole both m and cos β vanish and the stretch is 1.
-        let d = if cos > 1e-9 {
-            A * m / (radius * cos)
-        } else {
-            1.0
-        };
-        Laea {
-            lon: lon.to_radians(),
-            sin,
-            cos,
-            radius,
-            d,
-        }
+        let d = if cos > 1e-9 { A * m / (radius * cos) } else { 1.0 };
+        Laea { lon: lon.to_radians(), sin, cos, radius, d }
     }
 
     /// Longitude and latitude, degrees → metres; not finite at the antipode.
     pub fn forward(&self, lon: f64, lat: f64) -> (f64, f64) {
         let (sin_lon, cos_lon) = (lon.to_radians() - self.lon).sin_cos();
-        let (sin, cos) = (q(lat.to_radians()) / q_pole())
-            .clamp(-1.0, 1.0)
-            .asin()
-            .sin_cos();
+        let (sin, cos) = (q(lat.to_radians()) / q_pole()).clamp(-1.0, 1.0).asin().sin_cos();
         let b = self.radius * (2.0 / (1.0 + self.sin * sin + self.cos * cos * cos_lon)).sqrt();
         let y = self.cos * sin - self.sin * cos * cos_lon;
         (b * self.d * cos * sin_lon, b / self.d * y)
@@ -105,19 +92,11 @@ mod tests {
     /// Places out to 3,000 km, there and back, from the equator to the poles.
     #[test]
     fn there_and_back() {
-        for (lon, lat) in [
-            (0.0, 0.0),
-            (25.0, 60.0),
-            (179.9, -17.0),
-            (10.0, 90.0),
-            (10.0, -89.5),
-        ] {
+        for (lon, lat) in [(0.0, 0.0), (25.0, 60.0), (179.9, -17.0), (10.0, 90.0), (10.0, -89.5)] {
             let plane = Laea::new(lon, lat);
             for k in 0..12 {
-                let (x, y) = (
-                    250e3 * k as f64 * (k as f64).cos(),
-                    250e3 * k as f64 * (k as f64).sin(),
-                );
+                let (x, y) =
+                    (250e3 * k as f64 * (k as f64).cos(), 250e3 * k as f64 * (k as f64).sin());
                 let (a, b) = plane.inverse(x, y);
                 let (p, r) = plane.forward(a, b);
                 assert!(
@@ -135,10 +114,7 @@ mod tests {
         use crate::geo::crs::Crs;
         let globe = Crs::from_user("EPSG:4326").unwrap();
         for (lon, lat) in [(0.0, 0.0), (25.0, 60.0), (-60.0, -17.0), (10.0, 89.0)] {
-            let (plane, proj) = (
-                Laea::new(lon, lat),
-                Crs::local_equal_area(lon, lat).unwrap(),
-            );
+            let (plane, proj) = (Laea::new(lon, lat), Crs::local_equal_area(lon, lat).unwrap());
             for k in 0..40 {
                 let at = (
                     lon + 3.0 * (k % 7) as f64 - 9.0,

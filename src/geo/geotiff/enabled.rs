@@ -59,10 +59,7 @@ impl Raster {
         prepare();
         std::fs::metadata(path).map_err(|e| Error::io("read", path, e))?;
         let flags = GdalOpenFlags::GDAL_OF_RASTER | GdalOpenFlags::GDAL_OF_READONLY;
-        let options = DatasetOptions {
-            open_flags: flags,
-            ..Default::default()
-        };
+        let options = DatasetOptions { open_flags: flags, ..Default::default() };
         let refuse = |what: &str| Error::input(what).fact("file", path.display());
         let data = Dataset::open_ex(path, options).map_err(|e| {
             refuse("this is not a raster that can be read")
@@ -79,28 +76,15 @@ impl Raster {
         };
         if shear_x != 0.0 || shear_y != 0.0 || dx <= 0.0 || dy == 0.0 {
             return Err(refuse("the raster is rotated, sheared or mirrored")
-                .fact(
-                    "geotransform",
-                    format!("{:?}", [west, dx, shear_x, north, shear_y, dy]),
-                )
+                .fact("geotransform", format!("{:?}", [west, dx, shear_x, north, shear_y, dy]))
                 .try_this("bring it north up first, with gdalwarp FILE NORTH_UP.tif"));
         }
         let crs = match data.spatial_ref() {
             Ok(reference) => Some(Crs::from_spatial_ref(&reference)?),
             Err(_) => None,
         };
-        let header = Header {
-            rows,
-            cols,
-            origin: [west, north],
-            pixel: [dx, dy],
-            crs,
-        };
-        Ok(Raster {
-            path: path.to_path_buf(),
-            header,
-            data,
-        })
+        let header = Header { rows, cols, origin: [west, north], pixel: [dx, dy], crs };
+        Ok(Raster { path: path.to_path_buf(), header, data })
     }
 
     fn unreadable(&self, error: gdal::errors::GdalError) -> Error {
@@ -118,20 +102,13 @@ impl Raster {
         let size = (window.cols, window.rows);
         let broken = |e| self.unreadable(e);
         let band = self.data.rasterband(1).map_err(broken)?;
-        let raw = band
-            .read_as::<f64>(offset(window), size, size, None)
-            .map_err(broken)?;
+        let raw = band.read_as::<f64>(offset(window), size, size, None).map_err(broken)?;
         let mut valid: Vec<bool> = raw.data().iter().map(|v| !v.is_nan()).collect();
         let flags = band.mask_flags().map_err(broken)?;
         if !flags.is_all_valid() {
             let mask = band.open_mask_band().map_err(broken)?;
-            let mask = mask
-                .read_as::<u8>(offset(window), size, size, None)
-                .map_err(broken)?;
-            valid
-                .iter_mut()
-                .zip(mask.data())
-                .for_each(|(v, &m)| *v &= m > 0);
+            let mask = mask.read_as::<u8>(offset(window), size, size, None).map_err(broken)?;
+            valid.iter_mut().zip(mask.data()).for_each(|(v, &m)| *v &= m > 0);
         }
         let (mut values, mut sentinels) = (raw.into_shape_and_vec().1, 0);
         for (value, valid) in values.iter_mut().zip(&mut valid) {
@@ -143,11 +120,7 @@ impl Raster {
                 *value = f64::NAN;
             }
         }
-        Ok(Data {
-            values,
-            valid,
-            sentinels,
-        })
+        Ok(Data { values, valid, sentinels })
     }
 
     /// The first band averaged down to `rows` × `cols` pixels, row-major, NaN without data.
@@ -162,10 +135,7 @@ impl Raster {
             .map_err(|e| self.unreadable(e))?;
         let nodata = band.no_data_value().unwrap_or(f64::NAN);
         let values = read.into_shape_and_vec().1;
-        Ok(values
-            .into_iter()
-            .map(|v| if v == nodata { f64::NAN } else { v })
-            .collect())
+        Ok(values.into_iter().map(|v| if v == nodata { f64::NAN } else { v }).collect())
     }
 }
 
@@ -233,10 +203,7 @@ impl Cog {
                 &options,
             )
             .map_err(|e| unwritten(path, e))?;
-        let geometry = Grid {
-            valid: None,
-            ..grid.clone()
-        };
+        let geometry = Grid { valid: None, ..grid.clone() };
         Ok(Cog {
             target: path.to_path_buf(),
             grid: geometry,
@@ -255,11 +222,7 @@ impl Cog {
     /// [`Error::Axis`] if `values` do not fill the window; [`Error::Input`] if the disk refuses.
     pub fn write(&mut self, window: Window, values: &[f32]) -> Result<()> {
         if values.len() != window.len() {
-            return Err(Error::axis(
-                "values and pixels of a window",
-                values.len(),
-                window.len(),
-            ));
+            return Err(Error::axis("values and pixels of a window", values.len(), window.len()));
         }
         let size = (window.cols, window.rows);
         self.digest = self.digest.wrapping_add(digest(&self.grid, window, values));
@@ -277,22 +240,9 @@ impl Cog {
     /// [`Error::Axis`] if a window was left out; [`Error::Input`] or [`Error::Io`] if the disk
     /// refuses, also where it did so silently.
     pub fn finish(self) -> Result<PathBuf> {
-        let Cog {
-            target,
-            grid,
-            band,
-            tags,
-            raw,
-            written,
-            digest: expected,
-            scratch,
-        } = self;
+        let Cog { target, grid, band, tags, raw, written, digest: expected, scratch } = self;
         if written != grid.len() {
-            return Err(Error::axis(
-                "pixels written and pixels of the grid",
-                written,
-                grid.len(),
-            ));
+            return Err(Error::axis("pixels written and pixels of the grid", written, grid.len()));
         }
         let fail = |e| unwritten(&target, e);
         raw.close().map_err(fail)?;
@@ -312,14 +262,10 @@ impl Cog {
             .and_then(Dataset::close)
             .map_err(fail)?;
         if reread(&cog, &grid).map_err(fail)? != expected {
-            return Err(unwritten(
-                &target,
-                "the file does not hold what was written to it",
-            ));
+            return Err(unwritten(&target, "the file does not hold what was written to it"));
         }
         let file = std::fs::File::open(&cog).map_err(|e| Error::io("read", &target, e))?;
-        file.sync_all()
-            .map_err(|e| Error::io("write", &target, e))?;
+        file.sync_all().map_err(|e| Error::io("write", &target, e))?;
         std::fs::rename(&cog, &target).map_err(|e| Error::io("rename to", &target, e))?;
         Ok(target)
     }
@@ -336,11 +282,7 @@ fn unwritten(path: &Path, reason: impl std::fmt::Display) -> Error {
 fn digest(grid: &Grid, window: Window, values: &[f32]) -> u64 {
     values.iter().enumerate().fold(0, |sum: u64, (i, v)| {
         let place = (window.row + i / window.cols) * grid.cols + window.col + i % window.cols;
-        let bits = if v.is_nan() {
-            f32::NAN.to_bits()
-        } else {
-            v.to_bits()
-        };
+        let bits = if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() };
         let mut z = ((place as u64) << 32 ^ u64::from(bits)).wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -362,10 +304,7 @@ fn reread(path: &Path, grid: &Grid) -> gdal::errors::Result<u64> {
 /// to set a band's unit without unsafe code.
 fn describe(grid: &Grid, band: &Band, tags: &[(String, String)]) -> String {
     let escape = |text: &str| {
-        text.replace('&', "&amp;")
-            .replace('<', "&lt;")
-            .replace('>', "&gt;")
-            .replace('"', "&quot;")
+        text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
     };
     let (cols, rows) = (grid.cols, grid.rows);
     let ([west, north], [dx, dy]) = (grid.origin, grid.pixel);
@@ -373,22 +312,13 @@ fn describe(grid: &Grid, band: &Band, tags: &[(String, String)]) -> String {
     let mut line = |text: String| writeln!(xml, "{text}").expect("writing to a string");
     line(format!("<SRS>{}</SRS>", escape(grid.crs.wkt())));
     // `{:?}` of an f64 is the shortest text that reads back to the same bits.
-    line(format!(
-        "<GeoTransform>{west:?}, {dx:?}, 0, {north:?}, 0, {dy:?}</GeoTransform>"
-    ));
+    line(format!("<GeoTransform>{west:?}, {dx:?}, 0, {north:?}, 0, {dy:?}</GeoTransform>"));
     line("<Metadata><MDI key=\"AREA_OR_POINT\">Area</MDI>".into());
     for (key, value) in tags {
-        line(format!(
-            "<MDI key=\"{}\">{}</MDI>",
-            escape(key),
-            escape(value)
-        ));
+        line(format!("<MDI key=\"{}\">{}</MDI>", escape(key), escape(value)));
     }
     line("</Metadata>\n<VRTRasterBand dataType=\"Float32\" band=\"1\">".into());
-    line(format!(
-        "<Description>{}</Description>",
-        escape(&band.description)
-    ));
+    line(format!("<Description>{}</Description>", escape(&band.description)));
     line(format!("<UnitType>{}</UnitType>", escape(&band.unit)));
     line("<NoDataValue>nan</NoDataValue><ColorInterp>Gray</ColorInterp>".into());
     line(format!(
@@ -422,10 +352,8 @@ impl Polygons {
         prepare();
         std::fs::metadata(path).map_err(|e| Error::io("read", path, e))?;
         let refuse = |what: &str| Error::input(what).fact("area", path.display());
-        let options = DatasetOptions {
-            open_flags: GdalOpenFlags::GDAL_OF_VECTOR,
-            ..Default::default()
-        };
+        let options =
+            DatasetOptions { open_flags: GdalOpenFlags::GDAL_OF_VECTOR, ..Default::default() };
         let data = Dataset::open_ex(path, options).map_err(|e| {
             refuse("the area to clip to cannot be read")
                 .fact("GDAL says", e)
@@ -459,10 +387,8 @@ impl Polygons {
                 Some(own) if own == *crs || (own.is_local() && crs.is_local()) => {}
                 None if crs.is_local() => {}
                 None => {
-                    return Err(
-                        refuse("the area to clip to has no coordinate reference system")
-                            .try_this("give it one, for example with ogr2ogr -a_srs EPSG:4326"),
-                    );
+                    return Err(refuse("the area to clip to has no coordinate reference system")
+                        .try_this("give it one, for example with ogr2ogr -a_srs EPSG:4326"));
                 }
                 Some(own) => {
                     let moved = CoordTransform::new(&own.spatial_ref()?, &crs.spatial_ref()?)
@@ -480,15 +406,9 @@ impl Polygons {
             let x: Vec<f64> = boxes.iter().flat_map(|b| [b.MinX, b.MaxX]).collect();
             let y: Vec<f64> = boxes.iter().flat_map(|b| [b.MinY, b.MaxY]).collect();
             let Some(extent) = Extent::of(&x, &y) else {
-                return Err(refuse(
-                    "the area to clip to has coordinates that are not finite",
-                ));
+                return Err(refuse("the area to clip to has coordinates that are not finite"));
             };
-            return Ok(Polygons {
-                path: path.to_path_buf(),
-                extent,
-                shapes,
-            });
+            return Ok(Polygons { path: path.to_path_buf(), extent, shapes });
         }
         Err(refuse("the area to clip to has no polygons")
             .try_this("give polygons; lines and points enclose nothing"))
@@ -507,15 +427,10 @@ impl Polygons {
         let north = grid.origin[1] + window.row as f64 * dy;
         target.set_geo_transform(&[west, dx, 0.0, north, 0.0, dy])?;
         let ones = vec![1.0; self.shapes.len()];
-        let options = RasterizeOptions {
-            all_touched: false,
-            ..Default::default()
-        };
+        let options = RasterizeOptions { all_touched: false, ..Default::default() };
         rasterize(&mut target, &[1], &self.shapes, &ones, Some(options))?;
         let size = (window.cols, window.rows);
-        let burnt = target
-            .rasterband(1)?
-            .read_as::<u8>((0, 0), size, size, None)?;
+        let burnt = target.rasterband(1)?.read_as::<u8>((0, 0), size, size, None)?;
         Ok(burnt.data().iter().map(|&v| v > 0).collect())
     }
 }
@@ -547,10 +462,7 @@ impl Raster {
             block: band.block_size(),
             overviews: usize::try_from(band.overview_count()?).unwrap_or(0),
             nodata: band.no_data_value(),
-            band: Band {
-                description: band.description()?,
-                unit: band.unit(),
-            },
+            band: Band { description: band.description()?, unit: band.unit() },
         })
     }
 

@@ -25,17 +25,12 @@ pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
     let flags = GdalOpenFlags::GDAL_OF_VECTOR
         | GdalOpenFlags::GDAL_OF_READONLY
         | GdalOpenFlags::GDAL_OF_VERBOSE_ERROR;
-    let options = DatasetOptions {
-        open_flags: flags,
-        ..Default::default()
-    };
+    let options = DatasetOptions { open_flags: flags, ..Default::default() };
     said();
     let dataset = Dataset::open_ex(path, options)
         .map_err(|e| broken(&said().unwrap_or_else(|| e.to_string())))?;
     if dataset.layer_count() == 0 {
-        return Err(broken(
-            &said().unwrap_or_else(|| "it holds no layer".into()),
-        ));
+        return Err(broken(&said().unwrap_or_else(|| "it holds no layer".into())));
     }
     let driver = dataset.driver().short_name();
     let (mut layer, notes) = choose(&dataset, path, layer)?;
@@ -43,18 +38,11 @@ pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
         one_system(&dataset, &layer, path)?;
     }
 
-    let fields: Vec<(String, OGRFieldType::Type)> = layer
-        .defn()
-        .fields()
-        .map(|f| (f.name(), f.field_type()))
-        .collect();
+    let fields: Vec<(String, OGRFieldType::Type)> =
+        layer.defn().fields().map(|f| (f.name(), f.field_type())).collect();
     let numeric = |kind| {
-        [
-            OGRFieldType::OFTInteger,
-            OGRFieldType::OFTInteger64,
-            OGRFieldType::OFTReal,
-        ]
-        .contains(&kind)
+        [OGRFieldType::OFTInteger, OGRFieldType::OFTInteger64, OGRFieldType::OFTReal]
+            .contains(&kind)
     };
     let mut columns: Vec<Column> = fields
         .iter()
@@ -78,9 +66,7 @@ pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
         }
         failure = failure.or_else(said);
         let point = match feature.geometry() {
-            Some(geometry) => point(geometry)
-                .map_err(|kind| others.push((row, kind)))
-                .ok(),
+            Some(geometry) => point(geometry).map_err(|kind| others.push((row, kind))).ok(),
             None => None,
         };
         said(); // The binding hands out null for a row without geometry, and GDAL objects to it.
@@ -93,10 +79,7 @@ pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
         return Err(broken(&message));
     }
     if (x.len() as u64) < expected {
-        return Err(broken(&format!(
-            "{} of {expected} rows could be read",
-            x.len()
-        )));
+        return Err(broken(&format!("{} of {expected} rows could be read", x.len())));
     }
     let names = fields.into_iter().map(|(name, _)| name).collect();
     let columns = columns
@@ -112,26 +95,13 @@ pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
     }
     let crs = match layer.spatial_ref() {
         // GeoPackage's "undefined" systems are its way to have none.
-        Some(s)
-            if !s
-                .name()
-                .is_some_and(|n| n.to_lowercase().starts_with("undefined")) =>
-        {
+        Some(s) if !s.name().is_some_and(|n| n.to_lowercase().starts_with("undefined")) => {
             Some(Crs::from_spatial_ref(&s)?)
         }
         _ => None,
     };
     let crs_is_assumed = driver.starts_with("GeoJSON");
-    Ok(Loaded {
-        columns,
-        points: Some(Points {
-            x,
-            y,
-            crs,
-            crs_is_assumed,
-        }),
-        notes,
-    })
+    Ok(Loaded { columns, points: Some(Points { x, y, crs, crs_is_assumed }), notes })
 }
 
 /// The layer asked for, or the only one that can hold points.
@@ -142,9 +112,7 @@ fn choose<'a>(
 ) -> Result<(Layer<'a>, Vec<String>)> {
     let names: Vec<String> = dataset.layers().map(|l| l.name()).collect();
     let refuse = |what: String| {
-        Error::input(what)
-            .fact("file", path.display())
-            .fact("layers", names.join(", "))
+        Error::input(what).fact("file", path.display()).fact("layers", names.join(", "))
     };
     if let Some(name) = layer {
         return match dataset.layer_by_name(name) {
@@ -157,17 +125,12 @@ fn choose<'a>(
             )),
         };
     }
-    let mut able: Vec<Layer> = dataset
-        .layers()
-        .filter(|l| may_hold_points(l.defn()))
-        .collect();
+    let mut able: Vec<Layer> = dataset.layers().filter(|l| may_hold_points(l.defn())).collect();
     match (able.len(), names.len()) {
         (1, total) => {
             let layer = able.remove(0);
-            let note = format!(
-                "read layer `{}`, the only one of {total} with points",
-                layer.name()
-            );
+            let note =
+                format!("read layer `{}`, the only one of {total} with points", layer.name());
             Ok((layer, if total > 1 { vec![note] } else { Vec::new() }))
         }
         (0, _) => Err(refuse("the file has no layer of points".into())
@@ -178,9 +141,7 @@ fn choose<'a>(
 }
 
 fn may_hold_points(defn: &Defn) -> bool {
-    let mut kinds = defn
-        .geom_fields()
-        .map(|g| gdal::vector::geometry_type_flatten(g.field_type()));
+    let mut kinds = defn.geom_fields().map(|g| gdal::vector::geometry_type_flatten(g.field_type()));
     kinds.any(|k| [Kind::wkbPoint, Kind::wkbMultiPoint, Kind::wkbUnknown].contains(&k))
 }
 
@@ -206,11 +167,7 @@ fn one_system(dataset: &Dataset, layer: &Layer, path: &Path) -> Result<()> {
         .filter_map(|hex| {
             let flags = u8::from_str_radix(hex.get(..2)?, 16).ok()?;
             let code = u32::from_str_radix(hex.get(2..)?, 16).ok()?;
-            Some(if flags & 1 == 1 {
-                code.swap_bytes()
-            } else {
-                code
-            } as i32)
+            Some(if flags & 1 == 1 { code.swap_bytes() } else { code } as i32)
         })
         .collect();
     codes.sort_unstable();
@@ -241,10 +198,7 @@ fn point(geometry: &gdal::vector::Geometry) -> std::result::Result<Option<[f64; 
             let (x, y, _) = geometry.get_geometry(0).get_point(0);
             Ok(Some([x, y]))
         }
-        Kind::wkbMultiPoint => Err(format!(
-            "a multipoint of {} points",
-            geometry.geometry_count()
-        )),
+        Kind::wkbMultiPoint => Err(format!("a multipoint of {} points", geometry.geometry_count())),
         _ => Err(geometry.geometry_name().to_lowercase()),
     }
 }
