@@ -14,6 +14,7 @@ use super::{say, survey::SurveyArgs};
 use crate::{
     baseline::ExactGp,
     checkpoint::Checkpoint,
+    device,
     error::{Error, Result},
     geo::{
         crs::Crs,
@@ -99,7 +100,7 @@ pub fn run(args: &Args) -> Result<()> {
     let specs = specs(args)?;
     let resolution = args.resolution.as_deref().map(str::parse).transpose()?;
     let mut output = Output::prepare(&args.out, args.force)?;
-    let device = device(&args.device)?;
+    let device = device::open(&args.device)?;
 
     let survey = args.survey.read()?;
     let frame = Frame::fit(&survey)?;
@@ -173,17 +174,6 @@ fn specs(args: &Args) -> Result<Vec<Spec>> {
         }
     }
     Ok(specs)
-}
-
-fn device(name: &str) -> Result<Device> {
-    if name == "cpu" {
-        return Ok(Device::Cpu);
-    }
-    Device::new_cuda(0).map_err(|e| {
-        Error::input("there is no GPU that can be used")
-            .fact("reason", e)
-            .try_this("leave --device out, or build with `--features cuda` on a machine with one")
-    })
 }
 
 fn outcome(args: &Args, survey: &Survey) -> Outcome {

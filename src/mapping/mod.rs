@@ -23,7 +23,7 @@ pub mod record;
 pub const TILE: usize = 256;
 
 /// Targets that a posterior is asked about in one call, at most.
-pub const TARGETS: usize = 16_384;
+pub const TARGETS: usize = 8_192;
 
 /// Pixels farther than this from every site are counted as far: model units, where the sites span
 /// 2 along their longer side. A quarter of the survey's longer side.

@@ -60,8 +60,8 @@ impl Default for Design {
     fn default() -> Self {
         Design {
             context: vec![
-                Size { sites: [3, 2000], weight: 0.2 },
-                Size { sites: [15, 300], weight: 0.8 },
+                Size { sites: [3, 2000], uniform: false, weight: 0.2 },
+                Size { sites: [15, 300], uniform: false, weight: 0.8 },
             ],
             targets: 64,
             clustered: 0.5,
