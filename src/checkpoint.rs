@@ -73,7 +73,11 @@ pub struct Checkpoint {
 }
 
 /// Models that come inside the binary.
-const SHIPPED: &[Shipped] = &[];
+const SHIPPED: &[Shipped] = &[Shipped {
+    name: "prevalence",
+    about: "binomial counts: prevalence surface and new village, for surveys on the plane",
+    bytes: include_bytes!("../models/prevalence.safetensors"),
+}];
 
 struct Shipped {
     name: &'static str,
