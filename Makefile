@@ -18,9 +18,7 @@ test: setup
 # Formatting and lints.
 check:
 	@scripts/setup.sh --lint
-	cargo fmt --check
-	cargo clippy --release --locked --all-targets -- -D warnings
-	cargo clippy --release --locked --no-default-features -- -D warnings
+	@scripts/lint.sh
 
 setup:
 	@scripts/setup.sh
