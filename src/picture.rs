@@ -19,6 +19,8 @@ use crate::{
     geo::{crs::Crs, grid::Grid},
 };
 
+pub mod panels;
+
 /// Width and height of the map itself, pixels, at most.
 const LARGEST: [f64; 2] = [900.0, 780.0];
 /// Room around the map, pixels: left, top, right, bottom.
@@ -180,23 +182,7 @@ impl Picture {
             let expected = format!("{} × {}", self.rows, self.cols);
             return Err(Error::axis("values and shape of a picture", self.values.len(), expected));
         }
-        let canvas = self.draw()?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let partial = path.with_file_name(format!(".partial-{}-{name}", std::process::id()));
-        let size = (canvas.width as u32, canvas.height as u32);
-        let written = (|| {
-            let mut png = BitMapBackend::new(&partial, size);
-            png.blit_bitmap((0, 0), size, &canvas.pixels)?;
-            png.present()
-        })();
-        if let Err(error) = written {
-            let _ = std::fs::remove_file(&partial);
-            return Err(Error::input("a picture could not be written")
-                .fact("file", path.display())
-                .fact("reason", error)
-                .try_this("see whether that disk is full, or leave pictures out: --no-pictures"));
-        }
-        std::fs::rename(&partial, path).map_err(|e| Error::io("rename to", path, e))
+        self.draw()?.save(path)
     }
 
     fn draw(&self) -> Result<Canvas> {
@@ -461,6 +447,26 @@ struct Canvas {
 impl Canvas {
     fn new(width: usize, height: usize) -> Self {
         Canvas { width, height, pixels: vec![255; 3 * width * height] }
+    }
+
+    /// Writes the image as PNG, to a temporary name first.
+    fn save(&self, path: &Path) -> Result<()> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let partial = path.with_file_name(format!(".partial-{}-{name}", std::process::id()));
+        let size = (self.width as u32, self.height as u32);
+        let written = (|| {
+            let mut png = BitMapBackend::new(&partial, size);
+            png.blit_bitmap((0, 0), size, &self.pixels)?;
+            png.present()
+        })();
+        if let Err(error) = written {
+            let _ = std::fs::remove_file(&partial);
+            return Err(Error::input("a picture could not be written")
+                .fact("file", path.display())
+                .fact("reason", error)
+                .try_this("see whether the folder exists and that disk has room"));
+        }
+        std::fs::rename(&partial, path).map_err(|e| Error::io("rename to", path, e))
     }
 
     fn put(&mut self, x: usize, y: usize, colour: Rgb, alpha: f64) {

@@ -17,7 +17,7 @@ use crate::{
 
 pub mod design;
 
-use design::Design;
+use design::{Design, Layout};
 
 /// How counts come about: people tested per site.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -186,6 +186,11 @@ impl Tasks {
     /// Draws surveys that share sites and correlation, up to `count` of them.
     pub fn draws(&self, context: usize, count: usize, rng: &mut Stream) -> Result<Vec<Draw>> {
         let layout = self.design.layout(context, rng);
+        self.draws_at(&layout, count, rng)
+    }
+
+    /// Draws surveys of sites that are laid out already; otherwise as [`Tasks::draws`].
+    pub fn draws_at(&self, layout: &Layout, count: usize, rng: &mut Stream) -> Result<Vec<Draw>> {
         let surfaces = self.prior.surfaces(&layout.xy, count, rng)?;
         Ok(surfaces
             .into_iter()
