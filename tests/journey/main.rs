@@ -7,6 +7,8 @@ mod map;
 mod recipes;
 #[cfg(feature = "gdal")]
 mod refusals;
+#[cfg(feature = "gdal")]
+mod validate;
 mod words;
 
 /// The command, run where `data/` is, with no terminal to ask.
