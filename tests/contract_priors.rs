@@ -235,7 +235,7 @@ fn the_frame_moves_no_prediction() -> Result<()> {
         let (framed, raw) = (task("context").batch(2, 1, 2, 15)?, task("raw").batch(2, 1, 2, 15)?);
         for row in 0..2 {
             let ask = |batch: &Batch, of: Of| {
-                let one = batch.row(row)?.task;
+                let one = batch.rows(row, 1)?.task;
                 let gp = told(batch, row, likelihood)?;
                 gp.condition(&one.context)?.at(&one.target.sites)?.marginals(0, of)
             };
