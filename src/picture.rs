@@ -638,52 +638,32 @@ mod tests {
     #[test]
     fn values_no_data_and_sites_have_their_colours() {
         let mut picture = Picture::new("Title", 2, 2, vec![0.0, 1.0, f64::NAN, 0.5]);
-        picture.marks = vec![Mark {
-            x: 0.25,
-            y: 0.25,
-            value: Some(1.0),
-        }];
+        picture.marks = vec![Mark { x: 0.25, y: 0.25, value: Some(1.0) }];
         let canvas = picture.draw().unwrap();
-        let (width, height) = (
-            canvas.width - MARGIN[0] - MARGIN[2],
-            canvas.height - MARGIN[1] - MARGIN[3],
-        );
+        let (width, height) =
+            (canvas.width - MARGIN[0] - MARGIN[2], canvas.height - MARGIN[1] - MARGIN[3]);
         let at = |x: f64, y: f64| -> Rgb {
             let x = MARGIN[0] + (x * width as f64) as usize;
             let y = MARGIN[1] + (y * height as f64) as usize;
-            canvas.pixels[3 * (y * canvas.width + x)..][..3]
-                .try_into()
-                .unwrap()
+            canvas.pixels[3 * (y * canvas.width + x)..][..3].try_into().unwrap()
         };
         assert_eq!(at(0.1, 0.1), Palette::Level.colour(0.0));
         assert_eq!(at(0.75, 0.25), Palette::Level.colour(1.0));
         assert_eq!(at(0.25, 0.75), NO_DATA);
         assert_eq!(at(0.75, 0.75), Palette::Level.colour(0.5));
-        assert_eq!(
-            at(0.25, 0.25),
-            Palette::Level.colour(1.0),
-            "the site, not the map under it"
-        );
+        assert_eq!(at(0.25, 0.25), Palette::Level.colour(1.0), "the site, not the map under it");
         assert_eq!(at(0.1, 0.5005), COAST);
     }
 
     #[test]
     fn meridians_and_parallels_are_where_they_belong() {
         let local = Crs::from_user("local:km").unwrap();
-        let extent = crate::geo::grid::Extent {
-            west: 0.0,
-            south: 0.0,
-            east: 60.0,
-            north: 30.0,
-        };
+        let extent = crate::geo::grid::Extent { west: 0.0, south: 0.0, east: 60.0, north: 30.0 };
         let grid = Grid::cover(extent, &local, None).unwrap();
         let (across, down) = graticule(&grid);
         let at = |labels: &Labels, text: &str| labels.iter().find(|l| l.1 == text).unwrap().0;
         assert!((at(&across, "20 km") - 1.0 / 3.0).abs() < 1e-9);
-        assert!(
-            (at(&down, "10 km") - 2.0 / 3.0).abs() < 1e-9,
-            "down from the north"
-        );
+        assert!((at(&down, "10 km") - 2.0 / 3.0).abs() < 1e-9, "down from the north");
     }
 
     #[test]
