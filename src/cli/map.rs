@@ -152,7 +152,7 @@ pub fn run(args: &Args) -> Result<()> {
         frame: frame.clone(),
         grid: (&grid).into(),
         products: made,
-        warnings: warnings(&model, &survey, &grid, inside, &summary),
+        warnings: warnings(&model, &survey, &grid, &frame, inside, &summary),
         summary,
         seconds: 0.0,
     };
@@ -312,12 +312,24 @@ fn warnings(
     model: &Model,
     survey: &Survey,
     grid: &Grid,
+    frame: &Frame,
     inside: usize,
     summary: &mapping::Summary,
 ) -> Vec<String> {
     let sites = survey.x.len();
     let mut warnings = grid.notes.clone();
     warnings.extend(model.unlike_training(sites));
+    // On an equal-area plane the scale at angle c from the centre is off by up to 1/cos(c/2) − 1.
+    let angle = 0.5 * frame.extent_km() / 6371.0;
+    let off = 1.0 / (0.5 * angle.min(3.0)).cos() - 1.0;
+    if off > 0.01 && !survey.crs.is_local() {
+        warnings.push(format!(
+            "the survey spans {:.0} km, wider than the model was made for: on one plane its \
+             distances are off by up to {:.0} %; map regions on their own",
+            frame.extent_km(),
+            (100.0 * off).ceil(),
+        ));
+    }
     if inside < sites {
         warnings.push(format!(
             "{} of {sites} sites lie outside the grid; they inform the map all the same",

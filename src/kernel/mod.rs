@@ -24,6 +24,16 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
     fn sill(&self) -> f64;
 }
 
+/// A kernel that several owners hold.
+impl Kernel for std::sync::Arc<dyn Kernel> {
+    fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
+        (**self).covariance(a, b)
+    }
+    fn sill(&self) -> f64 {
+        (**self).sill()
+    }
+}
+
 /// Covariances between every site of `a` (rows) and every site of `b` (columns).
 ///
 /// # Shapes

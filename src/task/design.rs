@@ -184,7 +184,9 @@ impl Design {
             return Layout { xy, context, first_target: 0 };
         }
         let count = |share: f64| (share * self.targets as f64).round() as usize;
-        let (near, anywhere) = (count(self.near), count(self.anywhere));
+        let near = count(self.near);
+        // Rounded together: two halves of one target are one target.
+        let anywhere = count(self.near + self.anywhere).saturating_sub(near);
         let alike = self.targets.saturating_sub(near + anywhere);
         let pool = self.pool(context + alike, half, rng);
 

@@ -10,6 +10,8 @@ mod recipes;
 #[cfg(feature = "gdal")]
 mod refusals;
 mod sample;
+#[cfg(feature = "gdal")]
+mod validate;
 mod words;
 
 /// The command, run where `data/` is, with no terminal to ask.

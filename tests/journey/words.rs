@@ -114,3 +114,27 @@ fn a_full_disk_behind_a_redirect_is_an_error() {
     assert!(error.starts_with("error: could not write to standard output: "), "{error}");
     assert!(error.contains("help: the disk is full"), "{error}");
 }
+
+/// The commands of README, word for word: every subcommand and every flag in them is known.
+#[test]
+fn readme_names_only_what_there_is() {
+    let readme = include_str!("../../README.md");
+    let mut checked = 0;
+    let blocks = readme.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let inline =
+        readme.split('`').filter(|span| span.starts_with("isopleth ") && !span.contains('…'));
+    for line in blocks.flat_map(str::lines).chain(inline) {
+        let line = line.split('#').next().unwrap().trim();
+        let Some(words) =
+            line.strip_prefix("target/release/").unwrap_or(line).strip_prefix("isopleth ")
+        else {
+            continue;
+        };
+        let mut words: Vec<&str> = words.split_whitespace().collect();
+        // Help is printed, and nothing run, once all that stands before it is understood.
+        words.push("--help");
+        assert!(ok(&words).contains("Usage: isopleth"), "{line}");
+        checked += 1;
+    }
+    assert!(checked >= 6, "only {checked} commands found in README.md");
+}
