@@ -90,8 +90,9 @@ fn model(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Vec<(String, String
         named("reads", format!("{} ({})", likelihood.about(), likelihood.name())),
         named("parameters", thousands(checkpoint.card.parameters as u64)),
     ];
-    if !settings.is_empty() {
-        lines.push(named("settings", settings.join(", ")));
+    // Four to a line, or the terminal breaks them anywhere.
+    for (i, some) in settings.chunks(4).enumerate() {
+        lines.push(named(if i == 0 { "settings" } else { "" }, some.join(", ")));
     }
     Ok(lines)
 }
@@ -127,6 +128,10 @@ fn training(card: &Card) -> Vec<(String, String)> {
     lines
 }
 
+/// Settings of a prior that are shown first, in this order.
+const FIRST: [&str; 6] =
+    ["kernels", "length_scale", "sill_sd", "nugget_sd", "nugget_absent", "mean"];
+
 /// Ranges of the prior, the defaults included where it is the Gaussian process.
 fn prior(recipe: &Recipe) -> Result<Vec<(String, String)>> {
     let mut table = recipe.table("prior")?.clone();
@@ -137,7 +142,16 @@ fn prior(recipe: &Recipe) -> Result<Vec<(String, String)>> {
         _ => table,
     };
     let mut lines = vec![named("kind", kind)];
-    lines.extend(shown.iter().map(|(key, value)| (words(key), law(value))));
+    // What rules most of a surface first; a setting that is off says nothing.
+    let place = |key: &str| FIRST.iter().position(|f| *f == key).unwrap_or(FIRST.len());
+    let mut settings: Vec<_> =
+        shown.iter().filter(|(_, value)| **value != Value::Boolean(false)).collect();
+    settings.sort_by_key(|(key, _)| place(key));
+    lines.extend(settings.into_iter().map(|(key, value)| {
+        let name = words(key);
+        let share = value.as_float().filter(|_| name.starts_with("chance"));
+        (name, share.map_or_else(|| law(value), percent))
+    }));
     Ok(lines)
 }
 
@@ -148,8 +162,8 @@ fn surveys(recipe: &Recipe, counts: bool) -> Result<Vec<(String, String)>> {
         .context
         .iter()
         .map(|s| {
-            let share = round(100.0 * s.weight / chances);
-            format!("{} to {} in {share} % of them", s.sites[0], s.sites[1])
+            let share = percent(s.weight / chances);
+            format!("{} to {} in {share} of them", s.sites[0], s.sites[1])
         })
         .collect();
     let mut lines = vec![named("sites", sizes.join(", ")), named("targets", design.target_count())];
@@ -168,7 +182,7 @@ fn surveys(recipe: &Recipe, counts: bool) -> Result<Vec<(String, String)>> {
         ("gridded surveys", design.gridded),
         ("whole areas held out", design.held_block),
     ];
-    lines.extend(shares.map(|(name, share)| named(name, format!("{} %", round(100.0 * share)))));
+    lines.extend(shares.map(|(name, share)| named(name, percent(share))));
     Ok(lines)
 }
 
@@ -178,12 +192,16 @@ fn whole<T: serde::Serialize>(settings: &T) -> Result<toml::Table> {
         .map_err(|e| Error::input("the recipe in the card cannot be shown").fact("reason", e))
 }
 
+fn percent(share: f64) -> String {
+    format!("{} %", round(100.0 * share))
+}
+
 /// A setting's name as words.
 fn words(key: &str) -> String {
     let known = match key {
         "sill_sd" => "sd of the surface",
         "nugget_sd" => "nugget sd",
-        "nugget_relative" => "nugget sd counts in sds of the surface",
+        "nugget_relative" => "nugget sd is relative to the surface's",
         "nugget_absent" => "chance of no nugget",
         "sum" => "chance of two surfaces added",
         "product" => "chance of a periodic factor",
@@ -216,7 +234,7 @@ fn law(value: &Value) -> String {
                     let shares: Vec<String> = weights
                         .into_iter()
                         .filter(|(_, w)| *w > 0.0)
-                        .map(|(k, w)| format!("{k} {} %", round(100.0 * w / total)))
+                        .map(|(k, w)| format!("{k} {}", percent(w / total)))
                         .collect();
                     shares.join(", ")
                 }

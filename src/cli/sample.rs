@@ -50,7 +50,8 @@ const PANELS: usize = 48;
 /// # Errors
 /// [`Error::Input`] for a bad recipe, an unknown kind of file, or one that exists without --force.
 pub fn run(args: &Args) -> Result<()> {
-    let tasks = Recipe::read(&args.recipe)?.tasks()?;
+    let tasks =
+        Recipe::read(&args.recipe)?.tasks().map_err(|e| e.fact("recipe", args.recipe.display()))?;
     let picture = match args.out.extension().and_then(|e| e.to_str()) {
         Some("png") => true,
         Some("parquet" | "csv") => false,

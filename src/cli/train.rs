@@ -1,6 +1,9 @@
 //! `isopleth train`: train a recipe and write the best weights by validation.
 
-use std::path::PathBuf;
+use std::{
+    io::{IsTerminal, Write},
+    path::PathBuf,
+};
 
 use super::note;
 use crate::{
@@ -57,6 +60,13 @@ pub fn run(args: &Args) -> Result<()> {
             .fact("out", args.out.display())
             .try_this("--resume goes on training it, --force replaces it"));
     }
+    if args.stop_at == Some(0) || args.steps == Some(0) {
+        return Err(Error::input("a training of no steps writes no model")
+            .try_this("give --steps and --stop-at 1 or more"));
+    }
+    if std::io::stderr().is_terminal() {
+        note("drawing held-out surveys, and asking the exact GP about them");
+    }
     let options = Options {
         out: args.out.clone(),
         resume: args.resume,
@@ -92,10 +102,14 @@ fn show(p: &Progress) {
         left / 60 % 60,
         left % 60
     );
+    let watched = std::io::stderr().is_terminal();
+    let erase = if watched { "\r\x1b[K" } else { "" };
+    // Milestones stay; between them one line changes in place, and only where somebody watches.
     if let (Some(validation), Some(gap)) = (p.validation, p.gap) {
         line += &format!("  validation {validation:.4}, {gap:+.4} to the exact GP");
-    } else if !std::io::IsTerminal::is_terminal(&std::io::stderr()) {
-        return; // a log file wants the milestones, not every second
+        note(format!("{erase}{line}"));
+    } else if watched {
+        // News that nobody hears stops no work.
+        let _ = write!(std::io::stderr().lock(), "{erase}{line}");
     }
-    note(line);
 }

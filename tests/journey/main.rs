@@ -2,11 +2,14 @@
 
 use std::process::{Command, Stdio};
 
+mod inspect;
 #[cfg(feature = "gdal")]
 mod map;
+mod predict;
 mod recipes;
 #[cfg(feature = "gdal")]
 mod refusals;
+mod sample;
 #[cfg(feature = "gdal")]
 mod validate;
 mod words;

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use super::{assert_error, command, refused, text};
 
 /// A recipe that trains in a second.
-const TINY: &str = "\
+pub const TINY: &str = "\
 name = \"tiny\"
 predicts = \"logit prevalence\"
 [model]
@@ -33,13 +33,13 @@ validate_tasks = 4
 checkpoint_every = 3
 ";
 
-fn write(folder: &TempDir, name: &str, content: &str) -> String {
+pub fn write(folder: &TempDir, name: &str, content: &str) -> String {
     let path = folder.path().join(name);
     fs::write(&path, content).unwrap();
     path.to_str().unwrap().to_string()
 }
 
-fn train(recipe: &str, out: &Path, more: &[&str]) {
+pub fn train(recipe: &str, out: &Path, more: &[&str]) {
     let args = [&["train", recipe, "--out", out.to_str().unwrap()], more].concat();
     let output = command(&args).output().unwrap();
     assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
@@ -63,6 +63,51 @@ fn a_killed_training_goes_on_bit_for_bit() {
         };
         assert_eq!(bits(tensor), bits(&parts[name]), "{name}");
     }
+}
+
+#[test]
+fn the_journal_has_one_json_line_per_validation_also_after_a_resume() {
+    let folder = TempDir::new().unwrap();
+    let recipe = write(&folder, "tiny.toml", TINY);
+    let model = folder.path().join("tiny.safetensors");
+    train(&recipe, &model, &["--stop-at", "3"]);
+    train(&recipe, &model, &["--resume"]);
+    let journal = fs::read_to_string(folder.path().join("tiny.journal.jsonl")).unwrap();
+    let steps: Vec<u64> = journal
+        .lines()
+        .map(|line| {
+            let record: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert!(record["validation"].is_f64() && record["gap"].is_f64(), "{line}");
+            record["step"].as_u64().unwrap()
+        })
+        .collect();
+    // Every 6 steps, and where the training stopped.
+    assert_eq!(steps, [3, 6, 12]);
+}
+
+#[test]
+fn a_training_is_resumed_as_it_was_begun_or_not_at_all() {
+    let folder = TempDir::new().unwrap();
+    let recipe = write(&folder, "tiny.toml", TINY);
+    let model = folder.path().join("tiny.safetensors");
+    let out = model.to_str().unwrap();
+    let error =
+        text(&command(&["train", &recipe, "--out", out, "--resume"]).output().unwrap().stderr);
+    assert_error(&error, "nothing to resume?", &[], "check the path");
+    train(&recipe, &model, &["--stop-at", "3"]);
+    let before = fs::read(&model).unwrap();
+    let other = write(&folder, "other.toml", &TINY.replace("width = 8", "width = 9"));
+    for (recipe, more) in
+        [(&recipe, ["--seed", "2"]), (&recipe, ["--steps", "20"]), (&other, ["--seed", "1"])]
+    {
+        let args = [&["train", recipe, "--out", out, "--resume"], &more[..]].concat();
+        assert_error(&refused(&args), "another recipe, seed or length", &["tiny.state"], "resume");
+    }
+    let none = refused(&["train", &recipe, "--out", out, "--resume", "--stop-at", "0"]);
+    assert_error(&none, "no steps", &[], "--stop-at 1");
+    let name = refused(&["train", &recipe, "--out", "model.bin"]);
+    assert_error(&name, "must end in .safetensors", &["model.bin"], "--out");
+    assert_eq!(fs::read(&model).unwrap(), before);
 }
 
 #[test]

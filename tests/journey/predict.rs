@@ -1,0 +1,246 @@
+//! Tables in, tables out: the same engine as maps, at places of one's own.
+
+use std::fs;
+
+use isopleth::geo::table::Columns;
+use tempfile::TempDir;
+
+use super::{
+    assert_error, ok,
+    recipes::{TINY, train, write},
+    refused,
+};
+
+const SURVEY: &str = "\
+east,north,tested,positive
+0,0,40,2
+10,0,35,4
+20,5,50,9
+0,20,28,11
+10,20,44,20
+20,25,31,15
+30,10,60,18
+30,30,25,16
+5,12,40,7
+15,14,38,10
+25,18,52,21
+8,28,33,17
+";
+const TARGETS: &str = "\
+village,east,north
+Ao,5,5
+Bu,15,22
+
+Ce,,
+Di,28,28
+";
+
+/// A folder with a survey, targets, and a model trained for two steps.
+struct Desk {
+    folder: TempDir,
+    survey: String,
+    targets: String,
+    model: String,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        let recipe = write(&folder, "tiny.toml", TINY);
+        let model = folder.path().join("tiny.safetensors");
+        train(&recipe, &model, &["--steps", "2"]);
+        let survey = write(&folder, "survey.csv", SURVEY);
+        let targets = write(&folder, "targets.csv", TARGETS);
+        Desk { survey, targets, model: model.to_str().unwrap().into(), folder }
+    }
+
+    fn place(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().into()
+    }
+
+    /// The command line, `more` last: it may take the place of what came before.
+    fn args<'a>(&'a self, targets: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+        let mut args = vec!["predict", "--context", &self.survey, "--targets", targets];
+        args.extend(["--crs", "local:km", "--out", out]);
+        if !more.contains(&"--model") {
+            args.extend(["--model", &self.model]);
+        }
+        args.extend(more);
+        args
+    }
+}
+
+#[test]
+fn targets_come_back_with_surface_and_observation() {
+    let desk = Desk::new();
+    for (model, name) in [(desk.model.as_str(), "tiny.parquet"), ("gp", "gp.csv")] {
+        let out = desk.place(name);
+        let more = ["--model", model, "--quantiles", "0.05,0.95", "--threshold", "0.2,0.4"];
+        let said = ok(&desk.args(&desk.targets, &out, &more));
+        for part in ["12 sites used", "3 places", "1 row without a place", "prevalence"] {
+            assert!(said.contains(part), "no `{part}` in\n{said}");
+        }
+        let table = Columns::read(&out).unwrap();
+        let answers = ["mean", "sd", "quantile_0.05", "quantile_0.95", "exceedance_0.2"];
+        let answers = [&answers[..], &["exceedance_0.4"]].concat();
+        let mut expected: Vec<String> = ["village", "east", "north"].map(String::from).to_vec();
+        for kind in ["surface", "observation"] {
+            expected.extend(answers.iter().map(|a| format!("{kind}_{a}")));
+        }
+        assert_eq!(table.names(), expected);
+        assert_eq!(table.text("village").unwrap(), ["Ao", "Bu", "Ce", "Di"]);
+        assert_eq!(table.numbers("east").unwrap()[..2], [5.0, 15.0]);
+        for kind in ["surface", "observation"] {
+            let get = |what: &str| table.numbers(&format!("{kind}_{what}")).unwrap();
+            assert!(answers.iter().all(|a| get(a)[2].is_nan()), "no place, no answer");
+            for i in [0, 1, 3] {
+                assert!((0.0..=1.0).contains(&get("mean")[i]) && get("sd")[i] > 0.0);
+                assert!(0.0 < get("quantile_0.05")[i]);
+                assert!(get("quantile_0.05")[i] < get("quantile_0.95")[i]);
+                assert!(get("exceedance_0.2")[i] >= get("exceedance_0.4")[i]);
+            }
+        }
+    }
+    // The fitted Gaussian process sees that the south-west has less.
+    let table = Columns::read(desk.place("gp.csv")).unwrap();
+    let mean = table.numbers("surface_mean").unwrap();
+    assert!(mean[0] < mean[1] && mean[1] < mean[3], "{mean:?}");
+}
+
+/// A target's answer is its own: who else is asked does not matter.
+#[test]
+fn targets_do_not_see_each_other() {
+    let desk = Desk::new();
+    let (all, alone) = (desk.place("all.parquet"), desk.place("alone.parquet"));
+    ok(&desk.args(&desk.targets, &all, &[]));
+    let one = write(&desk.folder, "one.csv", "east,north\n28,28\n");
+    ok(&desk.args(&one, &alone, &[]));
+    let (all, alone) = (Columns::read(all).unwrap(), Columns::read(alone).unwrap());
+    for name in alone.names() {
+        let (a, b) = (all.numbers(name).unwrap()[3], alone.numbers(name).unwrap()[0]);
+        assert!((a - b).abs() < 1e-5, "{name}: {a} {b}");
+    }
+}
+
+#[test]
+fn a_continuous_outcome_comes_back_in_its_units() {
+    let desk = Desk::new();
+    let mut survey = String::from("east,north,iron\n");
+    for i in 0..20 {
+        let (x, y) = (i % 5, i / 5);
+        survey += &format!("{x},{y},{}\n", 900 + 40 * x + 7 * (i % 3));
+    }
+    fs::write(&desk.survey, survey).unwrap();
+    let targets = write(&desk.folder, "places.csv", "X,Y,crs\n2.5,1.5,plane\n");
+    let out = desk.place("iron.csv");
+    let said = ok(&desk.args(
+        &targets,
+        &out,
+        &[
+            "--model",
+            "gp",
+            "--value",
+            "iron",
+            "--threshold",
+            "-3",
+            "--lon",
+            "east",
+            "--lat",
+            "north",
+            "--target-lon",
+            "x",
+            "--target-lat",
+            "y",
+        ],
+    ));
+    assert!(said.contains("units of iron"), "{said}");
+    let table = Columns::read(&out).unwrap();
+    let mean = table.numbers("surface_mean").unwrap()[0];
+    assert!((mean - 1000.0).abs() < 40.0, "{mean}");
+    let sd = |kind: &str| table.numbers(&format!("{kind}_sd")).unwrap()[0];
+    assert!(sd("observation") >= sd("surface"));
+    assert!(table.numbers("surface_exceedance_-3").unwrap()[0] > 0.999);
+}
+
+#[test]
+fn what_cannot_be_predicted_is_refused_and_nothing_is_lost() {
+    let desk = Desk::new();
+    let out = desk.place("out.parquet");
+    let no_north = write(&desk.folder, "no-north.csv", "east,village\n1,Ao\n");
+    let nowhere = write(&desk.folder, "nowhere.csv", "east,north\n,\n");
+    let again = write(&desk.folder, "again.csv", "east,north,surface_mean\n1,1,0.2\n");
+    let not_a_model = write(&desk.folder, "not.safetensors", "a survey by mistake, and long");
+    let wrong = desk.place("out.xlsx");
+    type Case<'a> = (&'a str, &'a str, &'a [&'a str], &'a str, &'a str, &'a str);
+    let targets = desk.targets.as_str();
+    let cases: &[Case] = &[
+        (
+            &no_north,
+            &out,
+            &["--lon", "east", "--lat", "north"],
+            "no column `north`",
+            "no-north",
+            "",
+        ),
+        (&no_north, &out, &[], "no columns are recognised", "no-north", "--lat"),
+        (&nowhere, &out, &[], "no row has coordinates", "nowhere", "longitude"),
+        (&again, &out, &[], "two columns would be called `surface_mean`", "again", "rename"),
+        (targets, &out, &["--model", &not_a_model], "not a model", "not.safetensors", ""),
+        (targets, &out, &["--model", "no-such"], "no model named `no-such`", "", ""),
+        (targets, &wrong, &[], ".parquet or .csv", "out.xlsx", "--out"),
+        (targets, &out, &["--quantiles", "0.5,1.5"], "between 0 and 1", "1.5", "0.975"),
+        (targets, &out, &["--threshold", "nan"], "threshold", "NaN", "0.2"),
+        (targets, targets, &["--force"], "would replace an input", "targets.csv", "--out"),
+        (targets, &out, &["--value", "tested"], "different kinds", "counts", "--positive"),
+        (targets, &out, &["--positive", "cases"], "no column `cases`", "survey.csv", ""),
+        (&out, &out, &[], "could not read", "", "check the path"),
+    ];
+    let before = fs::read_dir(desk.folder.path()).unwrap().count();
+    for (targets, out, more, what, fact, help) in cases {
+        let error = refused(&desk.args(targets, out, more));
+        let facts = if fact.is_empty() { vec![] } else { vec![*fact] };
+        assert_error(&error, what, &facts, help);
+        assert_eq!(fs::read_dir(desk.folder.path()).unwrap().count(), before, "{what}");
+    }
+    fs::write(&out, "mine").unwrap();
+    assert_error(&refused(&desk.args(targets, &out, &[])), "exists", &["out.parquet"], "--force");
+    assert_eq!(fs::read(&out).unwrap(), b"mine");
+    ok(&desk.args(targets, &out, &["--force"]));
+    assert_eq!(Columns::read(&out).unwrap().len(), 4);
+}
+
+/// Points that a file holds as geometries need no columns, and come back as numbers.
+#[cfg(feature = "gdal")]
+#[test]
+fn geometries_are_places_too() {
+    let desk = Desk::new();
+    let survey: String = SURVEY
+        .lines()
+        .enumerate()
+        .map(|(i, line)| {
+            let mut cells: Vec<String> = line.split(',').map(String::from).collect();
+            if i > 0 {
+                let degrees = |cell: &String| (cell.parse::<f64>().unwrap() / 100.0).to_string();
+                (cells[0], cells[1]) = (degrees(&cells[0]), degrees(&cells[1]));
+            } else {
+                (cells[0], cells[1]) = ("lon".into(), "lat".into());
+            }
+            cells.join(",") + "\n"
+        })
+        .collect();
+    fs::write(&desk.survey, survey).unwrap();
+    let targets = write(
+        &desk.folder,
+        "places.geojson",
+        r#"{"type": "FeatureCollection", "features": [{"type": "Feature", "properties": {"name": "Ao"},
+        "geometry": {"type": "Point", "coordinates": [0.15, 0.22]}}]}"#,
+    );
+    let out = desk.place("out.parquet");
+    let args = desk.args(&targets, &out, &["--lon", "lon", "--lat", "lat"]);
+    let args: Vec<&str> =
+        args.into_iter().map(|a| if a == "local:km" { "EPSG:4326" } else { a }).collect();
+    ok(&args);
+    let table = Columns::read(&out).unwrap();
+    assert_eq!(table.names()[..3], ["lon", "lat", "name"]);
+    assert_eq!(table.numbers("lat").unwrap(), [0.22]);
+}
