@@ -7,6 +7,7 @@ use std::{
 
 use crate::error::{Error, Result};
 
+pub mod calibrate;
 pub mod list;
 pub mod map;
 pub mod survey;
@@ -33,6 +34,7 @@ enum Command {
     Map(Box<map::Args>),
     Validate(validate::Args),
     Train(train::Args),
+    Calibrate(calibrate::Args),
     List(list::Args),
 }
 
@@ -45,6 +47,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Map(args) => map::run(args),
         Command::Validate(args) => validate::run(args),
         Command::Train(args) => train::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::List(args) => list::run(args),
     }
 }
