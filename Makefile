@@ -9,7 +9,7 @@ export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 # Maps the bundled survey of an invented country (data/README.md) with the bundled model into out/.
 map: setup
 	cargo build --release --locked
-	target/release/isopleth map --surveys data/survey.csv --like data/grid.tif --out out --force
+	target/release/isopleth map --surveys data/survey.csv --like data/grid.tif --threshold 0.2 --out out --force
 
 # Every test, doc tests too; then the count.
 test: setup
@@ -18,9 +18,7 @@ test: setup
 # Formatting and lints.
 check:
 	@scripts/setup.sh --lint
-	cargo fmt --check
-	cargo clippy --release --locked --all-targets -- -D warnings
-	cargo clippy --release --locked --no-default-features -- -D warnings
+	@scripts/lint.sh
 
 setup:
 	@scripts/setup.sh

@@ -275,6 +275,7 @@ fn main() -> Result<()> {
             towns.push(Town { name: new_name(&mut taken, &mut names), at, people });
         }
     }
+    // A town of 9 km spreads over 2π 9² ≈ 500 km².
     let people = |p: Point| {
         let urban: f64 = towns
             .iter()

@@ -19,6 +19,8 @@ use crate::{
     geo::{crs::Crs, grid::Grid},
 };
 
+pub mod panels;
+
 /// Width and height of the map itself, pixels, at most.
 const LARGEST: [f64; 2] = [900.0, 780.0];
 /// Room around the map, pixels: left, top, right, bottom.
@@ -180,23 +182,7 @@ impl Picture {
             let expected = format!("{} × {}", self.rows, self.cols);
             return Err(Error::axis("values and shape of a picture", self.values.len(), expected));
         }
-        let canvas = self.draw()?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let partial = path.with_file_name(format!(".partial-{}-{name}", std::process::id()));
-        let size = (canvas.width as u32, canvas.height as u32);
-        let written = (|| {
-            let mut png = BitMapBackend::new(&partial, size);
-            png.blit_bitmap((0, 0), size, &canvas.pixels)?;
-            png.present()
-        })();
-        if let Err(error) = written {
-            let _ = std::fs::remove_file(&partial);
-            return Err(Error::input("a picture could not be written")
-                .fact("file", path.display())
-                .fact("reason", error)
-                .try_this("see whether that disk is full, or leave pictures out: --no-pictures"));
-        }
-        std::fs::rename(&partial, path).map_err(|e| Error::io("rename to", path, e))
+        self.draw()?.save(path)
     }
 
     fn draw(&self) -> Result<Canvas> {
@@ -463,6 +449,26 @@ impl Canvas {
         Canvas { width, height, pixels: vec![255; 3 * width * height] }
     }
 
+    /// Writes the image as PNG, to a temporary name first.
+    fn save(&self, path: &Path) -> Result<()> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let partial = path.with_file_name(format!(".partial-{}-{name}", std::process::id()));
+        let size = (self.width as u32, self.height as u32);
+        let written = (|| {
+            let mut png = BitMapBackend::new(&partial, size);
+            png.blit_bitmap((0, 0), size, &self.pixels)?;
+            png.present()
+        })();
+        if let Err(error) = written {
+            let _ = std::fs::remove_file(&partial);
+            return Err(Error::input("a picture could not be written")
+                .fact("file", path.display())
+                .fact("reason", error)
+                .try_this("see whether the folder exists and that disk has room"));
+        }
+        std::fs::rename(&partial, path).map_err(|e| Error::io("rename to", path, e))
+    }
+
     fn put(&mut self, x: usize, y: usize, colour: Rgb, alpha: f64) {
         if x >= self.width || y >= self.height {
             return;
@@ -632,52 +638,32 @@ mod tests {
     #[test]
     fn values_no_data_and_sites_have_their_colours() {
         let mut picture = Picture::new("Title", 2, 2, vec![0.0, 1.0, f64::NAN, 0.5]);
-        picture.marks = vec![Mark {
-            x: 0.25,
-            y: 0.25,
-            value: Some(1.0),
-        }];
+        picture.marks = vec![Mark { x: 0.25, y: 0.25, value: Some(1.0) }];
         let canvas = picture.draw().unwrap();
-        let (width, height) = (
-            canvas.width - MARGIN[0] - MARGIN[2],
-            canvas.height - MARGIN[1] - MARGIN[3],
-        );
+        let (width, height) =
+            (canvas.width - MARGIN[0] - MARGIN[2], canvas.height - MARGIN[1] - MARGIN[3]);
         let at = |x: f64, y: f64| -> Rgb {
             let x = MARGIN[0] + (x * width as f64) as usize;
             let y = MARGIN[1] + (y * height as f64) as usize;
-            canvas.pixels[3 * (y * canvas.width + x)..][..3]
-                .try_into()
-                .unwrap()
+            canvas.pixels[3 * (y * canvas.width + x)..][..3].try_into().unwrap()
         };
         assert_eq!(at(0.1, 0.1), Palette::Level.colour(0.0));
         assert_eq!(at(0.75, 0.25), Palette::Level.colour(1.0));
         assert_eq!(at(0.25, 0.75), NO_DATA);
         assert_eq!(at(0.75, 0.75), Palette::Level.colour(0.5));
-        assert_eq!(
-            at(0.25, 0.25),
-            Palette::Level.colour(1.0),
-            "the site, not the map under it"
-        );
+        assert_eq!(at(0.25, 0.25), Palette::Level.colour(1.0), "the site, not the map under it");
         assert_eq!(at(0.1, 0.5005), COAST);
     }
 
     #[test]
     fn meridians_and_parallels_are_where_they_belong() {
         let local = Crs::from_user("local:km").unwrap();
-        let extent = crate::geo::grid::Extent {
-            west: 0.0,
-            south: 0.0,
-            east: 60.0,
-            north: 30.0,
-        };
+        let extent = crate::geo::grid::Extent { west: 0.0, south: 0.0, east: 60.0, north: 30.0 };
         let grid = Grid::cover(extent, &local, None).unwrap();
         let (across, down) = graticule(&grid);
         let at = |labels: &Labels, text: &str| labels.iter().find(|l| l.1 == text).unwrap().0;
         assert!((at(&across, "20 km") - 1.0 / 3.0).abs() < 1e-9);
-        assert!(
-            (at(&down, "10 km") - 2.0 / 3.0).abs() < 1e-9,
-            "down from the north"
-        );
+        assert!((at(&down, "10 km") - 2.0 / 3.0).abs() < 1e-9, "down from the north");
     }
 
     #[test]

@@ -62,9 +62,9 @@ impl Sites {
         })
     }
 
-    /// Row `row` alone, as a batch of one.
-    pub fn row(&self, row: usize) -> Result<Self> {
-        let part = |x: &Tensor| x.narrow(0, row, 1)?.contiguous();
+    /// Rows `start … start + len` of the batch.
+    pub fn rows(&self, start: usize, len: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, start, len)?.contiguous();
         Ok(Sites {
             s: part(&self.s)?,
             t: self.t.as_ref().map(part).transpose()?,
@@ -128,11 +128,11 @@ impl Observations {
         })
     }
 
-    /// Row `row` alone, as a batch of one.
-    pub fn row(&self, row: usize) -> Result<Self> {
-        let part = |x: &Tensor| x.narrow(0, row, 1)?.contiguous();
+    /// Rows `start … start + len` of the batch.
+    pub fn rows(&self, start: usize, len: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, start, len)?.contiguous();
         Ok(Observations {
-            sites: self.sites.row(row)?,
+            sites: self.sites.rows(start, len)?,
             y: part(&self.y)?,
             mask: part(&self.mask)?,
             trials: self.trials.as_ref().map(part).transpose()?,

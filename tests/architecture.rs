@@ -190,7 +190,8 @@ fn every_registered_kind_is_on_its_list() {
         else {
             continue; // not built yet
         };
-        // `pub const KERNELS: &[Entry] = &[…];`
+        // `pub const KERNELS: &[Entry] = &[…];`, on however many lines.
+        let parent = parent.split_whitespace().collect::<Vec<_>>().join(" ");
         let list =
             parent.split("const ").find(|part| part.contains(": &[") && part.contains("= &["));
         let Some((declared, listed)) = list.and_then(|part| part.split_once("= &[")) else {
@@ -230,6 +231,34 @@ fn every_registered_kind_is_on_its_list() {
         }
     }
     assert_none(broken, "a kind is a file and its pair of lines in `mod.rs`");
+}
+
+/// A file of tests that nothing names compiles nowhere, and passes.
+#[test]
+fn every_file_of_tests_is_run() {
+    let tests = root().join("tests");
+    let all: Vec<(PathBuf, String)> = [tests.clone(), root().join("src")]
+        .iter()
+        .flat_map(|folder| files(folder))
+        .filter(|path| path.extension().is_some_and(|e| e == "rs"))
+        .map(|path| (path.clone(), fs::read_to_string(&path).unwrap()))
+        .collect();
+    let mut idle = Vec::new();
+    for (path, _) in all.iter().filter(|(path, _)| path.starts_with(&tests)) {
+        let folder = path.parent().unwrap();
+        let name = path.file_stem().unwrap().to_string_lossy();
+        if folder == tests || name == "main" {
+            continue; // cargo finds these
+        }
+        let beside = fs::read_to_string(folder.join("main.rs")).unwrap_or_default();
+        let by_path = format!("{}/{name}.rs\"", folder.file_name().unwrap().to_string_lossy());
+        if !code(&beside).contains(&format!("mod {name};"))
+            && !all.iter().any(|(_, source)| source.contains(&by_path))
+        {
+            idle.push(format!("{}:1", below_root(path)));
+        }
+    }
+    assert_none(idle, "no crate of tests declares these files");
 }
 
 #[test]

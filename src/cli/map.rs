@@ -152,7 +152,7 @@ pub fn run(args: &Args) -> Result<()> {
         frame: frame.clone(),
         grid: (&grid).into(),
         products: made,
-        warnings: warnings(&model, &survey, &grid, inside, &summary),
+        warnings: warnings(&model, &survey, &grid, &frame, inside, &summary),
         summary,
         seconds: 0.0,
     };
@@ -178,7 +178,7 @@ fn specs(args: &Args) -> Result<Vec<Spec>> {
 
 fn outcome(args: &Args, survey: &Survey) -> Outcome {
     let of = if args.of == "surface" { Of::Surface } else { Of::Observation };
-    match (&survey.outcome, &args.survey.value) {
+    match (&survey.outcome, &args.survey.columns.value) {
         (survey::Outcome::Counts { .. }, _) => {
             Outcome { name: "prevalence".into(), unit: "1".into(), link: Link::Logit, of }
         }
@@ -228,17 +228,30 @@ fn grid(
 }
 
 /// A process that is ready, with what is known about it.
-struct Model {
-    name: String,
-    process: Box<dyn Process>,
+pub(super) struct Model {
+    pub name: String,
+    pub process: Box<dyn Process>,
     /// For the run record.
-    card: Value,
+    pub card: Value,
     /// Context sizes it was trained on, where it was trained.
-    trained_sites: Option<[usize; 2]>,
+    pub trained_sites: Option<[usize; 2]>,
+}
+
+impl Model {
+    /// A warning if a survey is larger or smaller than any that the model was trained on.
+    pub fn unlike_training(&self, sites: usize) -> Option<String> {
+        let [least, most] = self.trained_sites?;
+        (!(least..=most).contains(&sites)).then(|| {
+            format!(
+                "the model was trained on {least} to {most} sites and the survey has {sites}: \
+                 compare with --model gp"
+            )
+        })
+    }
 }
 
 /// A trained model by name or file, or the exact Gaussian process fitted to the context.
-fn open_model(
+pub(super) fn open_model(
     name: Option<&str>,
     survey: &Survey,
     context: &Observations,
@@ -276,7 +289,13 @@ fn open_model(
             .fact("survey", if wanted.counts() { "counts" } else { "continuous values" })
             .try_this(help));
     }
-    let sizes = checkpoint.recipe()?.tasks()?.design().context.clone();
+    let tasks = checkpoint.recipe()?.tasks()?;
+    if tasks.dim() != 2 {
+        return Err(Error::input("the model was trained on sites along a line, not on a plane")
+            .fact("model", name)
+            .try_this("`isopleth list models` shows the models for maps"));
+    }
+    let sizes = tasks.design().context.clone();
     let least = sizes.iter().map(|s| s.sites[0]).min();
     let most = sizes.iter().map(|s| s.sites[1]).max();
     Ok(Model {
@@ -293,17 +312,22 @@ fn warnings(
     model: &Model,
     survey: &Survey,
     grid: &Grid,
+    frame: &Frame,
     inside: usize,
     summary: &mapping::Summary,
 ) -> Vec<String> {
     let sites = survey.x.len();
     let mut warnings = grid.notes.clone();
-    if let Some([least, most]) = model.trained_sites
-        && !(least..=most).contains(&sites)
-    {
+    warnings.extend(model.unlike_training(sites));
+    // On an equal-area plane the scale at angle c from the centre is off by up to 1/cos(c/2) − 1.
+    let angle = 0.5 * frame.extent_km() / 6371.0;
+    let off = 1.0 / (0.5 * angle.min(3.0)).cos() - 1.0;
+    if off > 0.01 && !survey.crs.is_local() {
         warnings.push(format!(
-            "the model was trained on {least} to {most} sites and the survey has {sites}: compare \
-             with --model gp"
+            "the survey spans {:.0} km, wider than the model was made for: on one plane its \
+             distances are off by up to {:.0} %; map regions on their own",
+            frame.extent_km(),
+            (100.0 * off).ceil(),
         ));
     }
     if inside < sites {
@@ -324,7 +348,7 @@ fn warnings(
 }
 
 /// Three significant digits.
-fn round(value: f64) -> String {
+pub(super) fn round(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return value.to_string();
     }
@@ -336,11 +360,12 @@ fn round(value: f64) -> String {
 }
 
 /// One line of the summary, its name in a column.
-fn line(name: &str, text: impl std::fmt::Display) -> Result<()> {
+pub(super) fn line(name: &str, text: impl std::fmt::Display) -> Result<()> {
     say(format!("{name:<11} {text}"))
 }
 
-fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {
+/// What of the survey is used, what is not and why, and what was guessed.
+pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
     let used = survey.x.len();
     line("survey", format!("{}: {used} sites used", survey.source.display()))?;
     if !survey.dropped.is_empty() {
@@ -355,7 +380,11 @@ fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Res
             line("dropped", format!("{} row{}, {text}", rows.len(), plural(rows.len())))?;
         }
     }
-    survey.notes.iter().try_for_each(|n| line("note", n))?;
+    survey.notes.iter().try_for_each(|n| line("note", n))
+}
+
+fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {
+    tell_survey(survey)?;
     let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
     survey.crs.transform(&frame.plane, &mut x, &mut y)?;
     if let Some(extent) = Extent::of(&x, &y) {
@@ -410,7 +439,7 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
     line("time", format!("{:.1} s", record.seconds))
 }
 
-fn plural(n: usize) -> &'static str {
+pub(super) fn plural(n: usize) -> &'static str {
     if n == 1 { "" } else { "s" }
 }
 

@@ -8,8 +8,11 @@ use std::{
 use crate::error::{Error, Result};
 
 pub mod calibrate;
+pub mod inspect;
 pub mod list;
 pub mod map;
+pub mod predict;
+pub mod sample;
 pub mod survey;
 pub mod train;
 pub mod validate;
@@ -32,9 +35,12 @@ First steps:
 #[derive(clap::Subcommand)]
 enum Command {
     Map(Box<map::Args>),
+    Predict(Box<predict::Args>),
     Validate(validate::Args),
+    Sample(sample::Args),
     Train(train::Args),
     Calibrate(calibrate::Args),
+    Inspect(inspect::Args),
     List(list::Args),
 }
 
@@ -45,9 +51,12 @@ enum Command {
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
         Command::Map(args) => map::run(args),
+        Command::Predict(args) => predict::run(args),
         Command::Validate(args) => validate::run(args),
+        Command::Sample(args) => sample::run(args),
         Command::Train(args) => train::run(args),
         Command::Calibrate(args) => calibrate::run(args),
+        Command::Inspect(args) => inspect::run(args),
         Command::List(args) => list::run(args),
     }
 }

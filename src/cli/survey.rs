@@ -13,6 +13,14 @@ pub struct SurveyArgs {
     /// Survey table: CSV, Parquet, GeoParquet, GeoPackage, GeoJSON or Shapefile, one row per site
     #[arg(long, value_name = "FILE")]
     pub surveys: PathBuf,
+    /// Its columns
+    #[command(flatten)]
+    pub columns: ColumnArgs,
+}
+
+/// Which columns of a table.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ColumnArgs {
     /// Column of longitude or easting; guessed when left out, like the next three
     #[arg(long, value_name = "COLUMN")]
     pub lon: Option<String>,
@@ -36,13 +44,10 @@ pub struct SurveyArgs {
     pub layer: Option<String>,
 }
 
-impl SurveyArgs {
-    /// Reads the survey.
-    ///
-    /// # Errors
-    /// As [`Survey::read`].
-    pub fn read(&self) -> Result<Survey> {
-        let options = SurveyOptions {
+impl ColumnArgs {
+    /// What was said of the columns.
+    pub fn options(&self) -> SurveyOptions {
+        SurveyOptions {
             lon: self.lon.clone(),
             lat: self.lat.clone(),
             positive: self.positive.clone(),
@@ -50,7 +55,16 @@ impl SurveyArgs {
             value: self.value.clone(),
             crs: self.crs.clone(),
             layer: self.layer.clone(),
-        };
-        Survey::read(&self.surveys, &options)
+        }
+    }
+}
+
+impl SurveyArgs {
+    /// Reads the survey.
+    ///
+    /// # Errors
+    /// As [`Survey::read`].
+    pub fn read(&self) -> Result<Survey> {
+        Survey::read(&self.surveys, &self.columns.options())
     }
 }

@@ -246,7 +246,8 @@ impl Folds {
         if !(2..=sites).contains(&n) {
             return Err(Error::input("there must be at least 2 folds and at most one per site")
                 .fact("folds", n)
-                .fact("sites", sites));
+                .fact("sites", sites)
+                .try_this("ten are usual: --folds 10"));
         }
         let mut of = vec![0; sites];
         let order = Stream::new(seed, "folds", 0).permutation(sites);

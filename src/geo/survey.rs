@@ -189,6 +189,77 @@ impl Survey {
     }
 }
 
+/// Places to ask about: a table without outcomes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Targets {
+    /// Every column of the file.
+    pub table: Columns,
+    /// What the coordinates mean.
+    pub crs: Crs,
+    /// Easting or longitude, `[row]`, CRS units; NaN where a row has no place.
+    pub x: Vec<f64>,
+    /// Northing or latitude, `[row]`, CRS units; NaN where a row has no place.
+    pub y: Vec<f64>,
+    /// The places are geometries, which no column of `table` holds.
+    pub geometries: bool,
+    /// What was guessed or noticed, to be printed: one sentence each.
+    pub notes: Vec<String>,
+}
+
+impl Targets {
+    /// Reads places from a table in any format. What `said` leaves open is taken from `otherwise`
+    /// if the table holds no geometries, and guessed after that.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for coordinates that are missing, out of range or swapped, for no CRS, and
+    /// if no row has a place. [`Error::Io`] if the file cannot be read.
+    pub fn read(
+        path: impl AsRef<Path>,
+        said: &SurveyOptions,
+        otherwise: &SurveyOptions,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let loaded = load(path, said.layer.as_deref())?;
+        let mut options = said.clone();
+        if loaded.points.is_none() {
+            if options.lon.is_none() && options.lat.is_none() {
+                (options.lon, options.lat) = (otherwise.lon.clone(), otherwise.lat.clone());
+            }
+            options.crs = options.crs.or_else(|| otherwise.crs.clone());
+        }
+        let notes = loaded.notes.clone();
+        let mut reading = Reading { path, options: &options, table: &loaded.columns, notes };
+        let places = reading.places(&loaded)?;
+        let (mut x, mut y) = reading.in_range(&places)?;
+        let notes = reading.notes;
+        let mut placed = false;
+        for (x, y) in x.iter_mut().zip(&mut y) {
+            match x.is_nan() || y.is_nan() {
+                true => (*x, *y) = (f64::NAN, f64::NAN),
+                false => placed = true,
+            }
+        }
+        if !placed {
+            return Err(Error::input("no row has coordinates")
+                .fact("file", path.display())
+                .fact("columns", loaded.columns.list())
+                .try_this("check the columns of longitude and latitude"));
+        }
+        let geometries = loaded.points.is_some() && options.lon.is_none();
+        Ok(Targets { crs: places.crs, x, y, geometries, notes, table: loaded.columns })
+    }
+
+    /// Rows.
+    pub fn len(&self) -> usize {
+        self.x.len()
+    }
+
+    /// No rows at all.
+    pub fn is_empty(&self) -> bool {
+        self.x.is_empty()
+    }
+}
+
 /// Which columns hold the coordinates, and what they mean.
 struct Places {
     x: Vec<f64>,

@@ -13,14 +13,14 @@ use std::{
 };
 
 use arrow::{
-    array::{Array, AsArray, Float64Array, RecordBatch, StructArray},
+    array::{Array, AsArray, Float64Array, RecordBatch, StringArray, StructArray},
     compute::{cast, concat_batches},
     datatypes::{DataType, Field, Float64Type, Schema},
 };
 use parquet::arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder};
 
 use super::crs::Crs;
-pub use super::survey::{Dropped, Outcome, Survey, SurveyOptions};
+pub use super::survey::{Dropped, Outcome, Survey, SurveyOptions, Targets};
 use crate::{
     error::{Error, Result},
     registry::nearest,
@@ -40,6 +40,32 @@ pub enum Column {
     Numbers(Vec<f64>),
     /// Text; empty where the file has none.
     Text(Vec<String>),
+}
+
+impl Column {
+    /// Cells.
+    pub fn len(&self) -> usize {
+        match self {
+            Column::Numbers(values) => values.len(),
+            Column::Text(cells) => cells.len(),
+        }
+    }
+
+    /// No cells at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Cells `start … end`.
+    ///
+    /// # Panics
+    /// If `end` is beyond [`Column::len`].
+    pub fn slice(&self, start: usize, end: usize) -> Self {
+        match self {
+            Column::Numbers(values) => Column::Numbers(values[start..end].to_vec()),
+            Column::Text(cells) => Column::Text(cells[start..end].to_vec()),
+        }
+    }
 }
 
 /// The named columns of a table, one row per site.
@@ -264,33 +290,119 @@ impl Columns {
     /// # Errors
     /// [`Error::Axis`] if two columns differ in length; [`Error::Io`] if the disk refuses.
     pub fn write_parquet(path: impl AsRef<Path>, columns: &[(&str, Vec<f64>)]) -> Result<()> {
+        let names: Vec<String> = columns.iter().map(|(name, _)| name.to_string()).collect();
+        let whole = columns.iter().map(|(_, values)| Column::Numbers(values.clone())).collect();
         let path = path.as_ref();
-        for (name, values) in columns {
-            if values.len() != columns[0].1.len() {
-                let what = format!("columns `{}` and `{name}`", columns[0].0);
-                return Err(Error::axis(what, columns[0].1.len(), values.len()));
-            }
+        check_chunk(&names, &whole)?;
+        write_whole(path, |file| write_as_parquet(file, &names, whole, std::iter::empty()))
+    }
+
+    /// Writes a table chunk by chunk, so that it is never held whole: Parquet (zstd), or CSV where
+    /// `path` ends in .csv. The first chunk settles which columns are numbers and which are text.
+    /// NaN and empty text are written as null. `path` holds the whole file or is untouched.
+    ///
+    /// # Errors
+    /// Whatever a chunk is; [`Error::Axis`] if columns differ in length; [`Error::Io`] if the disk
+    /// refuses; [`Error::Input`] for another extension, or no chunk at all.
+    pub fn write(
+        path: impl AsRef<Path>,
+        names: &[String],
+        chunks: impl IntoIterator<Item = Result<Vec<Column>>>,
+    ) -> Result<()> {
+        let path = path.as_ref();
+        let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
+        if extension != "parquet" && extension != "csv" {
+            return Err(Error::input("a table is written as .parquet or .csv")
+                .fact("out", path.display())
+                .try_this("for example --out table.parquet"));
         }
-        let fields: Vec<Field> =
-            columns.iter().map(|(name, _)| Field::new(*name, DataType::Float64, true)).collect();
-        let arrays = columns
-            .iter()
-            .map(|(_, values)| {
-                let cells = values.iter().map(|v| (!v.is_nan()).then_some(*v));
-                Arc::new(Float64Array::from_iter(cells)) as Arc<dyn Array>
-            })
-            .collect();
-        let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays)?;
-        let zstd = parquet::basic::Compression::ZSTD(Default::default());
-        let settings =
-            parquet::file::properties::WriterProperties::builder().set_compression(zstd).build();
-        write_whole(path, |file| {
-            let mut writer = ArrowWriter::try_new(file, batch.schema(), Some(settings))?;
-            writer.write(&batch)?;
-            writer.close()?;
-            Ok(())
+        let mut chunks = chunks.into_iter().map(|chunk| {
+            let chunk = chunk?;
+            check_chunk(names, &chunk)?;
+            Ok(chunk)
+        });
+        let first = chunks.next().ok_or_else(|| empty(path))??;
+        write_whole(path, |file| match extension == "csv" {
+            true => write_as_csv(file, path, names, first, chunks),
+            false => write_as_parquet(file, names, first, chunks),
         })
     }
+}
+
+fn check_chunk(names: &[String], chunk: &Vec<Column>) -> Result<()> {
+    if names.len() != chunk.len() {
+        return Err(Error::axis("names and columns", names.len(), chunk.len()));
+    }
+    for (name, column) in names.iter().zip(chunk) {
+        if column.len() != chunk[0].len() {
+            let what = format!("columns `{}` and `{name}`", names[0]);
+            return Err(Error::axis(what, chunk[0].len(), column.len()));
+        }
+    }
+    Ok(())
+}
+
+fn write_as_parquet(
+    file: &mut File,
+    names: &[String],
+    first: Vec<Column>,
+    rest: impl Iterator<Item = Result<Vec<Column>>>,
+) -> Result<()> {
+    let field = |(name, column): (&String, &Column)| {
+        let kind = match column {
+            Column::Numbers(_) => DataType::Float64,
+            Column::Text(_) => DataType::Utf8,
+        };
+        Field::new(name, kind, true)
+    };
+    let schema = Arc::new(Schema::new(names.iter().zip(&first).map(field).collect::<Vec<_>>()));
+    let zstd = parquet::basic::Compression::ZSTD(Default::default());
+    let settings =
+        parquet::file::properties::WriterProperties::builder().set_compression(zstd).build();
+    let mut writer = ArrowWriter::try_new(file, schema.clone(), Some(settings))?;
+    for chunk in std::iter::once(Ok(first)).chain(rest) {
+        let array = |column: Column| -> Arc<dyn Array> {
+            match column {
+                Column::Numbers(values) => Arc::new(Float64Array::from_iter(
+                    values.iter().map(|v| (!v.is_nan()).then_some(*v)),
+                )),
+                Column::Text(cells) => Arc::new(StringArray::from_iter(
+                    cells.iter().map(|c| (!c.is_empty()).then_some(c)),
+                )),
+            }
+        };
+        let arrays = chunk?.into_iter().map(array).collect();
+        writer.write(&RecordBatch::try_new(schema.clone(), arrays)?)?;
+    }
+    writer.close()?;
+    Ok(())
+}
+
+fn write_as_csv(
+    file: &mut File,
+    path: &Path,
+    names: &[String],
+    first: Vec<Column>,
+    rest: impl Iterator<Item = Result<Vec<Column>>>,
+) -> Result<()> {
+    let refused = |e: csv::Error| match e.into_kind() {
+        csv::ErrorKind::Io(source) => Error::io("write", path, source),
+        other => Error::input(format!("the table cannot be written as CSV: {other:?}")),
+    };
+    let mut writer = csv::Writer::from_writer(file);
+    writer.write_record(names).map_err(refused)?;
+    for chunk in std::iter::once(Ok(first)).chain(rest) {
+        let chunk = chunk?;
+        for row in 0..chunk[0].len() {
+            let cell = |column: &Column| match column {
+                Column::Numbers(values) if values[row].is_nan() => String::new(),
+                Column::Numbers(values) => values[row].to_string(),
+                Column::Text(cells) => cells[row].clone(),
+            };
+            writer.write_record(chunk.iter().map(cell)).map_err(refused)?;
+        }
+    }
+    writer.flush().map_err(|e| Error::io("write", path, e))
 }
 
 /// Writes `path` by way of a temporary name in the same folder: whole, or not at all.

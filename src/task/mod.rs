@@ -17,7 +17,7 @@ use crate::{
 
 pub mod design;
 
-use design::Design;
+use design::{Design, Layout};
 
 /// How counts come about: people tested per site.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -108,18 +108,18 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Row `row` alone, as a batch of one.
-    pub fn row(&self, row: usize) -> Result<Self> {
-        let part = |x: &Tensor| x.narrow(0, row, 1)?.contiguous();
+    /// Rows `start … start + len`.
+    pub fn rows(&self, start: usize, len: usize) -> Result<Self> {
+        let part = |x: &Tensor| x.narrow(0, start, len)?.contiguous();
         Ok(Batch {
             task: Task {
-                context: self.task.context.row(row)?,
-                target: self.task.target.row(row)?,
+                context: self.task.context.rows(start, len)?,
+                target: self.task.target.rows(start, len)?,
                 surface: part(&self.task.surface)?,
                 noisy: part(&self.task.noisy)?,
             },
-            rules: vec![self.rules[row].clone()],
-            frames: vec![self.frames[row]],
+            rules: self.rules[start..start + len].to_vec(),
+            frames: self.frames[start..start + len].to_vec(),
         })
     }
 }
@@ -186,6 +186,11 @@ impl Tasks {
     /// Draws surveys that share sites and correlation, up to `count` of them.
     pub fn draws(&self, context: usize, count: usize, rng: &mut Stream) -> Result<Vec<Draw>> {
         let layout = self.design.layout(context, rng);
+        self.draws_at(&layout, count, rng)
+    }
+
+    /// Draws surveys of sites that are laid out already; otherwise as [`Tasks::draws`].
+    pub fn draws_at(&self, layout: &Layout, count: usize, rng: &mut Stream) -> Result<Vec<Draw>> {
         let surfaces = self.prior.surfaces(&layout.xy, count, rng)?;
         Ok(surfaces
             .into_iter()

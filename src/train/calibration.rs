@@ -183,7 +183,7 @@ fn score(tasks: &Tasks, process: &dyn Process, batch: &Batch) -> Result<Vec<Row>
     let predictive = process.condition(context)?.at(targets)?;
     (0..batch.rules.len())
         .map(|row| {
-            let one = batch.row(row)?;
+            let one = batch.rows(row, 1)?;
             let sites = one.task.context.len();
             let truth = Truth {
                 sites,

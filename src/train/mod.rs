@@ -11,7 +11,7 @@ use std::{
     time::Instant,
 };
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, backprop::GradStore};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +71,8 @@ pub struct Settings {
     pub sites: usize,
     /// Pairs of sites per step: bounds the cost of attention.
     pub pairs: usize,
+    /// Parts that a batch is cut into, computed side by side on the CPU, gradients added in order.
+    pub parts: usize,
     /// Steps between validations.
     pub validate_every: u64,
     /// Held-out tasks.
@@ -94,6 +96,7 @@ impl Default for Settings {
             rows: 32,
             sites: 3072,
             pairs: 600_000,
+            parts: 2,
             validate_every: 1000,
             validate_tasks: 192,
             checkpoint_every: 500,
@@ -112,6 +115,7 @@ impl Settings {
             ("rows", self.rows as f64),
             ("sites", self.sites as f64),
             ("pairs", self.pairs as f64),
+            ("parts", self.parts as f64),
             ("validate_every", self.validate_every as f64),
             ("validate_tasks", self.validate_tasks as f64),
             ("checkpoint_every", self.checkpoint_every as f64),
@@ -195,6 +199,65 @@ pub fn loss(predictive: &Predictive, batch: &Batch, kind: Loss, device: &Device)
     Ok(density.mean_all()?.neg()?)
 }
 
+/// A batch cut into parts, each on a thread of its own with serial operations inside: at these
+/// sizes that keeps every core busy, where threads inside each operation mostly wait.
+struct Parts {
+    pools: Vec<rayon::ThreadPool>,
+}
+
+impl Parts {
+    fn new(count: usize, device: &Device) -> Result<Self> {
+        let count = if device.is_cpu() { count } else { 1 };
+        // With one part the operations may use all threads.
+        let threads = if count == 1 { 0 } else { 1 };
+        let pool = |_| {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .map_err(|e| Error::input(format!("no threads for training: {e}")))
+        };
+        Ok(Parts { pools: (0..count).map(pool).collect::<Result<_>>()? })
+    }
+
+    /// Loss of the whole batch, and each part's gradients of its share of it.
+    fn step(
+        &self,
+        process: &(dyn Process + Send + Sync),
+        batch: &Batch,
+        kind: Loss,
+        device: &Device,
+    ) -> Result<(f64, Vec<GradStore>)> {
+        let rows = batch.rules.len();
+        let count = self.pools.len().min(rows);
+        let part = |i: usize| -> Result<(f64, GradStore)> {
+            let (start, end) = (i * rows / count, (i + 1) * rows / count);
+            let part = batch.rows(start, end - start)?;
+            let context = part.task.context.to_device(device)?;
+            let targets = part.task.target.sites.to_device(device)?;
+            let predictive = process.condition(&context)?.at(&targets)?;
+            let share = (end - start) as f64 / rows as f64;
+            let value = (loss(&predictive, &part, kind, device)? * share)?;
+            Ok((f64::from(value.to_scalar::<f32>()?), value.backward()?))
+        };
+        let parts: Vec<Result<(f64, GradStore)>> = std::thread::scope(|scope| {
+            let part = &part;
+            let running: Vec<_> = self.pools[..count]
+                .iter()
+                .enumerate()
+                .map(|(i, pool)| scope.spawn(move || pool.install(|| part(i))))
+                .collect();
+            running.into_iter().map(|r| r.join().expect("a part of the batch")).collect()
+        });
+        let (mut total, mut grads) = (0.0, Vec::with_capacity(count));
+        for part in parts {
+            let (value, grad) = part?;
+            total += value;
+            grads.push(grad);
+        }
+        Ok((total, grads))
+    }
+}
+
 /// Held-out tasks, with the exact GP's loss on them.
 struct Validation {
     batches: Vec<Batch>,
@@ -242,7 +305,7 @@ fn exact_loss(tasks: &Tasks, batch: &Batch, kind: Loss) -> Result<f64> {
         .par_iter()
         .enumerate()
         .map(|(row, rule)| {
-            let one = batch.row(row)?;
+            let one = batch.rows(row, 1)?;
             let gp = ExactGp::new(
                 Box::new(rule.kernel.clone()),
                 rule.nugget,
@@ -316,6 +379,7 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
         write_line(&journal, None)?;
     }
 
+    let parts = Parts::new(settings.parts, &options.device)?;
     let validation = Validation::new(&tasks, &settings, options.seed)?;
     let last = options.stop_at.unwrap_or(settings.steps).min(settings.steps);
     let (sender, receiver) = mpsc::sync_channel::<Result<Batch>>(3);
@@ -344,17 +408,13 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
                 settings.rate,
                 settings.last,
             );
-            let context = batch.task.context.to_device(&options.device)?;
-            let targets = batch.task.target.sites.to_device(&options.device)?;
-            let predictive = process.condition(&context)?.at(&targets)?;
-            let value = loss(&predictive, &batch, settings.loss, &options.device)?;
-            let number = f64::from(value.to_scalar::<f32>()?);
+            let (number, grads) = parts.step(&*process, &batch, settings.loss, &options.device)?;
             if !number.is_finite() {
                 return Err(Error::input("the loss is not finite")
                     .fact("step", state.step)
                     .try_this("lower the learning rate, or resume from the last checkpoint"));
             }
-            let norm = optimiser.update(params.vars(), &value.backward()?, rate, settings.clip)?;
+            let norm = optimiser.update(params.vars(), &grads, rate, settings.clip)?;
             state.step += 1;
             state.tasks += batch.rules.len() as u64;
             blend(&mut average, &params, settings.average, state.step)?;

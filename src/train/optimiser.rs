@@ -45,7 +45,8 @@ impl Optimiser {
         Optimiser { rule, decay, step: 0, moments }
     }
 
-    /// One step at learning rate `rate`, gradients first clipped to a global norm of `clip`.
+    /// One step at learning rate `rate`. The gradients of the parts are added, then clipped to a
+    /// global norm of `clip`.
     /// Returns the norm before clipping.
     ///
     /// # Errors
@@ -53,18 +54,22 @@ impl Optimiser {
     pub fn update(
         &mut self,
         vars: &BTreeMap<String, Var>,
-        grads: &GradStore,
+        grads: &[GradStore],
         rate: f64,
         clip: f64,
     ) -> Result<f64> {
         let mut host: Vec<(&String, &Var, Vec<f32>)> = Vec::with_capacity(vars.len());
         let mut squares = 0.0f64;
         for (path, var) in vars {
-            let grad = grads.get(var.as_tensor()).ok_or_else(|| {
-                Error::input(format!("parameter `{path}` received no gradient"))
-                    .try_this("this is a bug in the model: please report it")
-            })?;
-            let grad = grad.flatten_all()?.to_vec1::<f32>()?;
+            let mut grad = vec![0.0f32; var.elem_count()];
+            for part in grads {
+                let part = part.get(var.as_tensor()).ok_or_else(|| {
+                    Error::input(format!("parameter `{path}` received no gradient"))
+                        .try_this("this is a bug in the model: please report it")
+                })?;
+                let part = part.flatten_all()?.to_vec1::<f32>()?;
+                grad.iter_mut().zip(part).for_each(|(g, p)| *g += p);
+            }
             squares += grad.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>();
             host.push((path, var, grad));
         }

@@ -182,7 +182,7 @@ fn a_row_does_not_see_its_neighbours() -> Result<()> {
         let (model, batch) = (tiny(entry, likelihood, &mut fresh(1)), batch(likelihood, 12)?);
         let whole = ask(&model, &batch.task.context, &batch.task.target.sites)?;
         for row in 0..3 {
-            let one = batch.row(row)?.task;
+            let one = batch.rows(row, 1)?.task;
             let alone = ask(&model, &one.context, &one.target.sites)?;
             let cut = |x: &Tensor| x.narrow(0, row, 1);
             let there = Predictive {

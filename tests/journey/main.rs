@@ -2,11 +2,14 @@
 
 use std::process::{Command, Stdio};
 
+mod calibrate;
 #[cfg(feature = "gdal")]
 mod map;
 mod recipes;
 #[cfg(feature = "gdal")]
 mod refusals;
+#[cfg(feature = "gdal")]
+mod validate;
 mod words;
 
 /// The command, run where `data/` is, with no terminal to ask.

@@ -1,6 +1,6 @@
 //! The main job: the bundled survey to a map, checked against the truth that made it.
 //!
-//! With the exact Gaussian process, which needs no weights, the bundled model is asked the same where it is there.
+//! The exact Gaussian process and every bundled model of counts are asked the same.
 
 use std::{collections::HashSet, fs, path::Path};
 
@@ -115,6 +115,16 @@ fn the_bundled_survey_is_mapped_by(model: &str) {
 #[test]
 fn the_bundled_survey_is_mapped_by_the_exact_gaussian_process() {
     the_bundled_survey_is_mapped_by("gp");
+}
+
+#[test]
+fn the_bundled_survey_is_mapped_by_every_bundled_model_of_counts() {
+    for (name, _) in isopleth::checkpoint::shipped() {
+        let model = isopleth::checkpoint::Checkpoint::resolve(name).unwrap();
+        if model.likelihood().unwrap().counts() {
+            the_bundled_survey_is_mapped_by(name);
+        }
+    }
 }
 
 #[test]

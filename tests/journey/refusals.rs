@@ -25,7 +25,7 @@ fn is_untouched(out: &Path) -> bool {
     let beside = out.parent().unwrap().read_dir().unwrap();
     beside
         .map(|file| file.unwrap().file_name().into_string().unwrap())
-        .all(|file| !file.contains(name))
+        .all(|file| !file.contains(name) && !file.starts_with('.'))
 }
 
 fn file(folder: &TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {

@@ -114,3 +114,39 @@ fn a_full_disk_behind_a_redirect_is_an_error() {
     assert!(error.starts_with("error: could not write to standard output: "), "{error}");
     assert!(error.contains("help: the disk is full"), "{error}");
 }
+
+/// Subcommands that README names and that are still to come; an entry goes when its file comes.
+const TO_COME: &[&str] = &["sample", "predict", "inspect"];
+
+/// The commands of README, word for word: every subcommand and every flag in them is known.
+#[test]
+fn readme_names_only_what_there_is() {
+    let readme = include_str!("../../README.md");
+    let there = subcommands();
+    let mut checked = 0;
+    let blocks = readme.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let inline =
+        readme.split('`').filter(|span| span.starts_with("isopleth ") && !span.contains('…'));
+    for line in blocks.flat_map(str::lines).chain(inline) {
+        let line = line.split('#').next().unwrap().trim();
+        let Some(words) =
+            line.strip_prefix("target/release/").unwrap_or(line).strip_prefix("isopleth ")
+        else {
+            continue;
+        };
+        let mut words: Vec<&str> = words.split_whitespace().collect();
+        if TO_COME.contains(&words[0]) {
+            assert!(
+                !there.contains(&words[0].to_string()),
+                "`{}` has come: strike it from TO_COME",
+                words[0]
+            );
+            continue;
+        }
+        // Help is printed, and nothing run, once all that stands before it is understood.
+        words.push("--help");
+        assert!(ok(&words).contains("Usage: isopleth"), "{line}");
+        checked += 1;
+    }
+    assert!(checked >= 6, "only {checked} commands found in README.md");
+}

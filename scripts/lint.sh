@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Formatting and lints, with GDAL and without.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Clippy learns new lints with every Rust: they are errors with the Rust this is developed on, and with
+# another they are shown and stop nobody.
+LINTED_WITH=1.95
+deny=(-D warnings)
+case "$(cargo --version)" in
+"cargo $LINTED_WITH."*) ;;
+*) deny=() && echo "lint: $(cargo --version) is not $LINTED_WITH: warnings are shown, and are no errors" ;;
+esac
+
+set -x
+cargo fmt --check
+cargo clippy --release --locked --all-targets -- "${deny[@]}"
+cargo clippy --release --locked --no-default-features -- "${deny[@]}"

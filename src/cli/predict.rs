@@ -1,0 +1,267 @@
+//! `isopleth predict`: condition a process on one table and answer at the rows of another.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use serde_json::Value;
+
+use super::{
+    map::{line, open_model, plural, round, tell_survey},
+    sample::refuse_existing,
+    say,
+    survey::ColumnArgs,
+};
+use crate::{
+    device,
+    error::{Error, Result},
+    geo::{
+        frame::Frame,
+        survey::{Outcome, Survey, SurveyOptions, Targets},
+        table::{Column, Columns},
+    },
+    mapping,
+    predictive::{Marginals, Of},
+    process::Posterior,
+    sites::Sites,
+};
+
+/// Predict at the rows of a table, from a table of survey sites
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Survey table: CSV, Parquet, GeoParquet, GeoPackage, GeoJSON or Shapefile, one row per site
+    #[arg(long, value_name = "FILE")]
+    context: PathBuf,
+    /// Table of places to predict at, of the same kinds; all its columns are kept
+    #[arg(long, value_name = "FILE")]
+    targets: PathBuf,
+    /// Table to write (.parquet or .csv): the targets with columns surface_… and observation_…, in
+    /// outcome units. The surface is what a map shows; an observation is what a survey at that
+    /// place would find, were it large (a new village), or one more noisy value
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Model by name or file; `gp` fits an exact Gaussian process. `prevalence` for counts and
+    /// `continuous` for values when left out
+    #[arg(long, value_name = "NAME|FILE")]
+    model: Option<String>,
+    #[command(flatten)]
+    columns: ColumnArgs,
+    /// Column of longitude or easting of the targets; --lon when left out, and then guessed
+    #[arg(long, value_name = "COLUMN", requires = "target_lat")]
+    target_lon: Option<String>,
+    /// Column of latitude or northing of the targets; --lat when left out, and then guessed
+    #[arg(long, value_name = "COLUMN", requires = "target_lon")]
+    target_lat: Option<String>,
+    /// Coordinate reference system of the targets; --crs when left out
+    #[arg(long, value_name = "CRS")]
+    target_crs: Option<String>,
+    /// Quantiles to give, each between 0 and 1
+    #[arg(long, value_name = "LEVEL", value_delimiter = ',', default_value = "0.025,0.5,0.975")]
+    quantiles: Vec<f64>,
+    /// Also give the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
+    #[arg(long, value_name = "VALUE", value_delimiter = ',', allow_negative_numbers = true)]
+    threshold: Vec<f64>,
+    /// Where the model computes: cpu or cuda
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Replace a file that exists
+    #[arg(long)]
+    force: bool,
+}
+
+/// What is asked of each of surface and observation, beside mean and sd.
+struct Asked<'a> {
+    quantiles: &'a [f64],
+    thresholds: &'a [f64],
+}
+
+/// Both kinds of prediction, with the start of their columns' names.
+const KINDS: [(&str, Of); 2] = [("surface", Of::Surface), ("observation", Of::Observation)];
+
+/// Predicts, from the tables to the table.
+///
+/// # Errors
+/// Anything that is wrong with the input; nothing is written then.
+pub fn run(args: &Args) -> Result<()> {
+    let start = Instant::now();
+    check(args)?;
+    let device = device::open(&args.device)?;
+    let said = args.columns.options();
+    let survey = Survey::read(&args.context, &said)?;
+    let own = SurveyOptions {
+        lon: args.target_lon.clone(),
+        lat: args.target_lat.clone(),
+        crs: args.target_crs.clone(),
+        ..Default::default()
+    };
+    let targets = Targets::read(&args.targets, &own, &said)?;
+    let asked = Asked { quantiles: &args.quantiles, thresholds: &args.threshold };
+    let names = asked.names(&targets)?;
+
+    let frame = Frame::fit(&survey)?;
+    let context = frame.observations(&survey, &device)?;
+    let model = open_model(args.model.as_deref(), &survey, &context, &device)?;
+    tell_survey(&survey)?;
+    let placed = targets.x.iter().filter(|x| !x.is_nan()).count();
+    line("targets", format!("{}: {placed} places", args.targets.display()))?;
+    targets.notes.iter().try_for_each(|n| line("note", n))?;
+    if placed < targets.len() {
+        let without = targets.len() - placed;
+        let text = format!("{without} row{} without a place, nothing to predict", plural(without));
+        line("note", text)?;
+    }
+    let about = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
+    line("model", format!("{}: {about}", model.name))?;
+
+    let posterior = model.process.condition(&context)?;
+    let mut beyond = 0;
+    let chunks = (0..targets.len()).step_by(mapping::TARGETS).map(|from| {
+        let to = targets.len().min(from + mapping::TARGETS);
+        let mut columns = kept(&targets, from, to)?;
+        let rows: Vec<usize> = (from..to).filter(|i| !targets.x[*i].is_nan()).collect();
+        let mut answers = vec![vec![f64::NAN; to - from]; names.len() - columns.len()];
+        if !rows.is_empty() {
+            let at = |values: &[f64]| rows.iter().map(|i| values[*i]).collect::<Vec<f64>>();
+            let sites = frame.sites(&targets.crs, &at(&targets.x), &at(&targets.y), &device)?;
+            let far = |p: &&Vec<f64>| p.iter().any(|v| v.abs() > 1.0 + mapping::REACH);
+            beyond += sites.host()?[0].iter().filter(far).count();
+            for (row, given) in rows.iter().zip(asked.answers(&*posterior, &frame, &sites)?) {
+                answers.iter_mut().zip(given).for_each(|(cells, v)| cells[row - from] = v);
+            }
+        }
+        columns.extend(answers.into_iter().map(Column::Numbers));
+        Ok(columns)
+    });
+    Columns::write(&args.out, &names, chunks)?;
+
+    let mut warnings: Vec<String> = model.unlike_training(survey.len()).into_iter().collect();
+    if beyond > 0 {
+        warnings.push(format!(
+            "{beyond} target{} more than {} km outside the box of the sites: there a prediction \
+             shows little but the model's prior",
+            if beyond == 1 { " lies" } else { "s lie" },
+            round(frame.km(mapping::REACH))
+        ));
+    }
+    warnings.iter().try_for_each(|w| line("warning", w))?;
+    let unit = match survey.outcome {
+        Outcome::Counts { .. } => "prevalence".to_string(),
+        Outcome::Values(_) => format!("units of {}", said.value.as_deref().unwrap_or("the value")),
+    };
+    line("written", format!("{}: {} rows, {unit}", args.out.display(), targets.len()))?;
+    say(format!("{:<11} {:.1} s", "time", start.elapsed().as_secs_f64()))
+}
+
+/// What can be checked before anything is read.
+fn check(args: &Args) -> Result<()> {
+    if !args.out.extension().is_some_and(|e| e == "parquet" || e == "csv") {
+        return Err(Error::input("predictions are written as .parquet or .csv")
+            .fact("out", args.out.display())
+            .try_this("for example --out predictions.parquet"));
+    }
+    refuse_existing(&args.out, args.force)?;
+    let real = |path: &Path| path.canonicalize().ok();
+    for input in [&args.context, &args.targets] {
+        if real(&args.out).is_some_and(|out| Some(out) == real(input)) {
+            return Err(Error::input("the output would replace an input")
+                .fact("out", args.out.display())
+                .try_this("choose another --out"));
+        }
+    }
+    if let Some(level) = args.quantiles.iter().find(|q| !(**q > 0.0 && **q < 1.0)) {
+        return Err(Error::input("a quantile lies between 0 and 1")
+            .fact("quantile", level)
+            .try_this("write 0.975 for the 97.5 % quantile"));
+    }
+    if let Some(threshold) = args.threshold.iter().find(|t| !t.is_finite()) {
+        return Err(Error::input("a threshold must be a number")
+            .fact("threshold", threshold)
+            .try_this("write it in outcome units: 0.2 for a prevalence of 20 %"));
+    }
+    Ok(())
+}
+
+/// Names for the coordinates, where only geometries hold them.
+fn coordinates(targets: &Targets) -> Option<[&'static str; 2]> {
+    let names = if targets.crs.is_geographic() { ["lon", "lat"] } else { ["x", "y"] };
+    let held = |name: &String| names.iter().any(|n| name.eq_ignore_ascii_case(n));
+    (targets.geometries && !targets.table.names().iter().any(held)).then_some(names)
+}
+
+/// The targets' own columns in a chunk, coordinates first where no column holds them.
+fn kept(targets: &Targets, from: usize, to: usize) -> Result<Vec<Column>> {
+    let mut columns = Vec::new();
+    if coordinates(targets).is_some() {
+        columns.push(Column::Numbers(targets.x[from..to].to_vec()));
+        columns.push(Column::Numbers(targets.y[from..to].to_vec()));
+    }
+    for name in targets.table.names() {
+        columns.push(targets.table.column(name)?.slice(from, to));
+    }
+    Ok(columns)
+}
+
+impl Asked<'_> {
+    /// Names of the columns of one kind.
+    fn labels(&self, kind: &str) -> Vec<String> {
+        let mut names = vec![format!("{kind}_mean"), format!("{kind}_sd")];
+        names.extend(self.quantiles.iter().map(|q| format!("{kind}_quantile_{q}")));
+        names.extend(self.thresholds.iter().map(|t| format!("{kind}_exceedance_{t}")));
+        names
+    }
+
+    /// Names of every column to write.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if two would have the same name.
+    fn names(&self, targets: &Targets) -> Result<Vec<String>> {
+        let mut names: Vec<String> = Vec::new();
+        names.extend(coordinates(targets).into_iter().flatten().map(String::from));
+        names.extend(targets.table.names().iter().cloned());
+        names.extend(KINDS.iter().flat_map(|(kind, _)| self.labels(kind)));
+        for (i, name) in names.iter().enumerate() {
+            if names[..i].contains(name) {
+                return Err(Error::input(format!("two columns would be called `{name}`"))
+                    .fact("targets", targets.table.source().display())
+                    .try_this(
+                        "rename the column in the table of targets, or ask for each quantile and \
+                         threshold once",
+                    ));
+            }
+        }
+        Ok(names)
+    }
+
+    /// What the posterior says at each of `sites`, in the order of the names.
+    fn answers(
+        &self,
+        posterior: &dyn Posterior,
+        frame: &Frame,
+        sites: &Sites,
+    ) -> Result<Vec<Vec<f64>>> {
+        let predictive = posterior.at(sites)?;
+        let mut answers = vec![Vec::new(); sites.len()];
+        for (_, of) in KINDS {
+            let marginals = frame.outcome(predictive.marginals(0, of)?);
+            if marginals.len() != sites.len() {
+                return Err(Error::axis(
+                    "targets asked and answered",
+                    sites.len(),
+                    marginals.len(),
+                ));
+            }
+            let rows = marginals.map(|m, i| self.row(m, i));
+            answers.iter_mut().zip(rows).for_each(|(answer, row)| answer.extend(row));
+        }
+        Ok(answers)
+    }
+
+    fn row(&self, marginals: &Marginals, i: usize) -> Vec<f64> {
+        let (mean, sd) = marginals.mean_sd(i);
+        let mut row = vec![mean, sd];
+        row.extend(self.quantiles.iter().map(|q| marginals.quantile(i, *q)));
+        row.extend(self.thresholds.iter().map(|t| marginals.exceedance(i, *t)));
+        row
+    }
+}
