@@ -32,6 +32,21 @@ impl Link {
         }
     }
 
+    /// How fast the outcome grows with the link, at `link` on the link scale.
+    ///
+    /// ```
+    /// use isopleth::Link;
+    /// let numeric = (Link::Logit.outcome(1.3 + 1e-6) - Link::Logit.outcome(1.3 - 1e-6)) / 2e-6;
+    /// assert!((Link::Logit.slope(1.3) - numeric).abs() < 1e-9);
+    /// ```
+    pub fn slope(self, link: f64) -> f64 {
+        match self {
+            Link::Identity => 1.0,
+            Link::Logit => self.outcome(link) * self.outcome(-link),
+            Link::Log => link.exp(),
+        }
+    }
+
     /// Outcome → link scale; ±∞ at and beyond the ends of the outcome's range.
     pub fn link(self, outcome: f64) -> f64 {
         match self {

@@ -321,6 +321,35 @@ fn layouts_hold_what_was_asked_for() {
     }
 }
 
+/// The benchmarks' design: a pool of which the context is a part, asked again as a whole, and a grid.
+#[test]
+fn a_pool_is_asked_whole_and_then_a_grid() -> Result<()> {
+    for (line, grid, asked) in [(true, 7, 7), (false, 4, 16), (true, 0, 0)] {
+        let text = format!(
+            "design = {{ line = {line}, pool = 20, grid = {grid}, half_side = 2.0, \
+             context = [{{ sites = [3, 19], uniform = true, weight = 1 }}] }}\n\
+             task = {{ likelihood = 'gaussian', frame = 'raw' }}"
+        );
+        let tasks = tasks(&text);
+        let layout = tasks.design().layout(6, &mut Stream::new(1, "pool", 0));
+        assert_eq!((layout.context, layout.first_target, layout.xy.len()), (6, 0, 20 + asked));
+        assert!(layout.xy.iter().flatten().all(|v| v.abs() <= 2.0), "outside half_side");
+        assert!(!line || layout.xy.iter().all(|s| s[1] == 0.0), "off the line");
+        if grid > 0 {
+            assert_eq!(layout.xy[20][0], -2.0, "the grid starts at the edge");
+            assert!((layout.xy[20 + asked - 1][0] - 2.0).abs() < 1e-12, "and ends at the other");
+        }
+        let task = tasks.batch(1, 1, 2, 6)?.task;
+        assert_eq!(task.target.sites.len(), 20 + asked);
+        let again = task.target.sites.narrow(0, 6)?;
+        assert_eq!(task.context.sites.host()?, again.host()?, "the context is asked too");
+        assert_eq!(values(&task.context.y), values(&task.noisy.narrow(1, 0, 6)?));
+    }
+    let small = table("prior = { kind = 'gp' }\ndesign = { pool = 20 }");
+    assert!(Tasks::new(&small).is_err(), "a context larger than its pool");
+    Ok(())
+}
+
 #[test]
 fn the_same_seed_lays_the_same_sites() {
     let design = Design::default();

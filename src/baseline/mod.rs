@@ -2,5 +2,6 @@
 
 pub mod exact_gp;
 mod nelder_mead;
+pub mod rules;
 
 pub use exact_gp::ExactGp;

@@ -7,6 +7,7 @@ use std::{
 
 use crate::error::{Error, Result};
 
+pub mod calibrate;
 pub mod inspect;
 pub mod list;
 pub mod map;
@@ -38,6 +39,7 @@ enum Command {
     Validate(validate::Args),
     Sample(sample::Args),
     Train(train::Args),
+    Calibrate(calibrate::Args),
     Inspect(inspect::Args),
     List(list::Args),
 }
@@ -53,6 +55,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Validate(args) => validate::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Train(args) => train::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::List(args) => list::run(args),
     }

@@ -10,7 +10,10 @@ use serde_json::{Value, json};
 
 use super::{note, say};
 use crate::{
-    baseline::ExactGp,
+    baseline::{
+        ExactGp,
+        rules::{RULES, Seen},
+    },
     checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
@@ -19,11 +22,11 @@ use crate::{
         table::Columns,
     },
     likelihood::{self, Likelihood},
-    predictive::{Link, Marginals, Of, Predictive},
+    predictive::{Of, Predictive},
     process::Process,
     rng::Stream,
     score::{Forecast, Summary, Truth, forecasts},
-    sites::{Observations, Sites, mean_sd},
+    sites::{Observations, Sites},
 };
 
 /// The model name of the exact Gaussian process.
@@ -95,14 +98,6 @@ pub struct Fold {
     /// Time to condition and predict, seconds.
     pub seconds: f64,
 }
-
-/// A rule that anyone could apply: forecasts of sites `held` from a survey `seen`, given the planar
-/// places of both.
-type Rule = fn(&Survey, &[Vec<f64>], &[Vec<f64>]) -> Marginals;
-
-/// The rules that stand beside a model.
-const RULES: &[(&str, Rule)] =
-    &[("intercept-only", intercept_only), ("nearest-site", nearest_site)];
 
 /// Validates and prints.
 ///
@@ -187,7 +182,8 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
         let seconds = started.elapsed().as_secs_f64();
         let met = forecasts(&frame.outcome(marginals), &truths)?;
         let (here, there) = (context.sites.host()?.swap_remove(0), targets.host()?.swap_remove(0));
-        let rules = RULES.iter().map(|(_, rule)| forecasts(&rule(&seen, &here, &there), &truths));
+        let seen = seen_by_rules(&seen, here);
+        let rules = RULES.iter().map(|(_, rule)| forecasts(&rule(&seen, &there), &truths));
         Ok(Fold { label: label.clone(), met, rules: rules.collect::<Result<_>>()?, seconds })
     };
     folds.labels.iter().enumerate().map(fold).collect()
@@ -288,43 +284,12 @@ fn counted(row: f64, file: &str) -> Result<usize> {
         .fact("row", row))
 }
 
-/// What was seen, link scale: values, or empirical logits ln((k + ½)/(n − k + ½)).
-fn link_scale(outcome: &Outcome) -> (Link, Vec<f64>) {
-    match outcome {
-        Outcome::Values(values) => (Link::Identity, values.clone()),
-        Outcome::Counts { positive, tested } => {
-            let logit = |(k, n): (&f64, &f64)| ((k + 0.5) / (n - k + 0.5)).ln();
-            (Link::Logit, positive.iter().zip(tested).map(logit).collect())
-        }
+/// The context as the rules read it, at planar `sites`.
+fn seen_by_rules(survey: &Survey, sites: Vec<Vec<f64>>) -> Seen {
+    match &survey.outcome {
+        Outcome::Values(values) => Seen::values(sites, values.clone()),
+        Outcome::Counts { positive, tested } => Seen::counts(sites, positive, tested),
     }
-}
-
-fn marginals(link: Link, mean: Vec<f64>, sd: f64) -> Marginals {
-    let n = mean.len();
-    let of = Of::Observation;
-    Marginals { link, of, components: 1, weight: vec![1.0; n], mean, sd: vec![sd; n] }
-}
-
-/// Every site is one draw from the law of all sites: no map at all.
-fn intercept_only(seen: &Survey, _: &[Vec<f64>], held: &[Vec<f64>]) -> Marginals {
-    let (link, values) = link_scale(&seen.outcome);
-    let (mean, sd) = mean_sd(&values);
-    marginals(link, vec![mean; held.len()], sd)
-}
-
-/// Every site is like its nearest neighbour, as nearly as the neighbours seen are alike.
-fn nearest_site(seen: &Survey, here: &[Vec<f64>], held: &[Vec<f64>]) -> Marginals {
-    let (link, values) = link_scale(&seen.outcome);
-    let square = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
-    let nearest = |to: &[f64], but: Option<usize>| {
-        let others = (0..here.len()).filter(|i| Some(*i) != but);
-        others.min_by(|a, b| square(&here[*a], to).total_cmp(&square(&here[*b], to))).unwrap_or(0)
-    };
-    let apart = (0..here.len()).map(|i| values[nearest(&here[i], Some(i))] - values[i]);
-    let sd = (apart.map(|d| d * d).sum::<f64>() / here.len() as f64).sqrt();
-    // Identical values everywhere: any small sd will do, but none at all is no law.
-    let sd = if sd > 0.0 { sd } else { mean_sd(&values).1 };
-    marginals(link, held.iter().map(|to| values[nearest(to, None)]).collect(), sd)
 }
 
 /// Every site of every fold: the model's forecasts, then each rule's.

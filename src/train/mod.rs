@@ -19,7 +19,6 @@ use crate::{
     baseline::ExactGp,
     checkpoint::{self, Card, Checkpoint},
     error::{Error, Result},
-    kernel::Kernel,
     model::{self, Problem, params::Params},
     predictive::{Of, Predictive},
     process::Process,
@@ -28,6 +27,7 @@ use crate::{
     task::{Batch, Tasks},
 };
 
+pub mod calibration;
 pub mod optimiser;
 pub mod schedule;
 
@@ -307,7 +307,7 @@ fn exact_loss(tasks: &Tasks, batch: &Batch, kind: Loss) -> Result<f64> {
         .map(|(row, rule)| {
             let one = batch.rows(row, 1)?;
             let gp = ExactGp::new(
-                Box::new(Shared(rule.kernel.clone())),
+                Box::new(rule.kernel.clone()),
                 rule.nugget,
                 rule.mean,
                 tasks.likelihood(),
@@ -318,19 +318,6 @@ fn exact_loss(tasks: &Tasks, batch: &Batch, kind: Loss) -> Result<f64> {
         })
         .collect::<Result<_>>()?;
     Ok(losses.iter().sum::<f64>() / losses.len() as f64)
-}
-
-/// A kernel that several owners hold.
-#[derive(Debug)]
-struct Shared(std::sync::Arc<dyn Kernel>);
-
-impl Kernel for Shared {
-    fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
-        self.0.covariance(a, b)
-    }
-    fn sill(&self) -> f64 {
-        self.0.sill()
-    }
 }
 
 /// Where a training stands: everything that a resumed one needs.

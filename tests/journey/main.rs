@@ -2,6 +2,7 @@
 
 use std::process::{Command, Stdio};
 
+mod calibrate;
 mod inspect;
 #[cfg(feature = "gdal")]
 mod map;

@@ -1,0 +1,124 @@
+//! `isopleth calibrate`: does a model keep, on fresh surveys of its own prior, what it promises?
+
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Instant,
+};
+
+use serde_json::{Map, Value, json};
+
+use super::{note, say};
+use crate::{
+    checkpoint::Checkpoint,
+    error::Result,
+    train::calibration::{self, Figures, Group, Options, Report},
+};
+
+/// Measure a model's intervals and scores on fresh simulated surveys, where the truth is known
+#[derive(clap::Args)]
+pub struct Args {
+    /// Model by name or file
+    model: String,
+    /// Surveys to simulate from the model's own recipe
+    #[arg(long, default_value_t = 2000, value_name = "N")]
+    tasks: usize,
+    /// Most sites in a survey: drawing one costs the cube of this
+    #[arg(long, default_value_t = 1000, value_name = "N")]
+    most_sites: usize,
+    /// Seed of the surveys; none of them was met in training, whatever the seed
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Measures and prints.
+///
+/// # Errors
+/// A model that cannot be opened, or too few tasks.
+pub fn run(args: &Args) -> Result<()> {
+    let checkpoint = Checkpoint::resolve(&args.model)?;
+    let options = Options { tasks: args.tasks, most_sites: args.most_sites, seed: args.seed };
+    let (started, finished) = (Instant::now(), AtomicUsize::new(0));
+    let report = calibration::measure(&checkpoint, &options, |tasks| {
+        let now = finished.fetch_add(tasks, Ordering::Relaxed) + tasks;
+        let tenth = |n: usize| 10 * n / args.tasks;
+        if tenth(now) > tenth(now - tasks) && now < args.tasks {
+            note(format!("{now} of {} tasks", args.tasks));
+        }
+    })?;
+    let seconds = started.elapsed().as_secs_f64();
+    if args.json { say(object(args, &report, seconds)) } else { table(args, &report, seconds) }
+}
+
+fn object(args: &Args, report: &Report, seconds: f64) -> Value {
+    let mut object = json!(report.all);
+    object["model"] = json!(args.model);
+    object["seed"] = json!(args.seed);
+    object["targets"] = json!(report.targets);
+    object["thirds"] = json!(report.thirds);
+    let rivals = report.rivals.iter().map(|rival| {
+        let mut its = json!(rival.its);
+        its["model_on_the_same_tasks"] = json!(rival.model);
+        (rival.name.to_string(), its)
+    });
+    object["baselines"] = Value::Object(rivals.collect::<Map<_, _>>());
+    object["seconds"] = json!(seconds);
+    object
+}
+
+fn table(args: &Args, report: &Report, seconds: f64) -> Result<()> {
+    say(format!(
+        "{}: {} fresh tasks of its recipe, {} targets each, seed {}, {seconds:.0} s\n",
+        args.model, report.all.tasks, report.targets, args.seed
+    ))?;
+    let columns = ["tasks", "log density", "50 %", "80 %", "95 %"];
+    let [a, b, c, d, e] = columns;
+    let head = |name: &str| say(format!("{name:<28}{a:>7}{b:>13}{c:>8}{d:>8}{e:>8}"));
+    let line = |name: &str, tasks: usize, f: &Figures| {
+        let [x, y, z] = [f.coverage.at_50, f.coverage.at_80, f.coverage.at_95];
+        say(format!("{name:<28}{tasks:7}{:13.3}{x:8.3}{y:8.3}{z:8.3}", f.log_density))
+    };
+    let parts: [(&str, fn(&Group) -> Option<Figures>); 2] =
+        [("surface", |g| g.surface), ("new observation", |g| Some(g.observation))];
+    for (name, figures) in parts {
+        head(name)?;
+        for (i, group) in [&report.all].into_iter().chain(&report.thirds).enumerate() {
+            let [least, most] = group.context;
+            let name = match i {
+                0 => "  all".to_string(),
+                _ => format!("  {least} to {most} sites"),
+            };
+            if let Some(figures) = figures(group) {
+                line(&name, group.tasks, &figures)?;
+            }
+        }
+        say("")?;
+    }
+    say(format!(
+        "{:<28}{:>7}{:>13}{:>8}{:>17}{:>8}",
+        "beside it, on the same tasks", "tasks", "its crps", "model", "its log density", "model"
+    ))?;
+    for rival in &report.rivals {
+        let (its, model) = (&rival.its, &rival.model);
+        say(format!(
+            "  {:<26}{:7}{:13.4}{:8.4}{:17.3}{:8.3}",
+            rival.name,
+            its.tasks,
+            its.crps,
+            model.crps,
+            its.observation.log_density,
+            model.observation.log_density
+        ))?;
+        if let (Some(its), Some(model)) = (its.surface, model.surface) {
+            let name = format!("  {}, surface", rival.name);
+            say(format!("{name:<28}{:45.3}{:8.3}", its.log_density, model.log_density))?;
+        }
+    }
+    say(format!(
+        "\nlog density: nats per target, link scale, higher is better; crps: of a new observation, \
+         outcome\nunits, lower is better; exact-gp: told the true hyperparameters, {} sites at most",
+        calibration::EXACT_SITES
+    ))
+}

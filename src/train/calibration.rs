@@ -1,0 +1,290 @@
+//! Calibration: what a trained model promises on fresh tasks of its own recipe, and what it keeps.
+//!
+//! Here the truth is known, surface and noise apart, so both of a model's laws can be held to it:
+//! something that no real survey allows. Beside the model stand the rules of [`crate::baseline`]
+//! and the exact Gaussian process that is told the true hyperparameters of every task.
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::{
+    baseline::{
+        ExactGp,
+        rules::{RULES, Seen},
+    },
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    likelihood::Likelihood,
+    predictive::{Marginals, Of, Predictive},
+    process::Process,
+    rng::Stream,
+    score::{Coverage, crps},
+    task::{Batch, Tasks},
+};
+
+/// Sites up to which a task is also given to the exact Gaussian process.
+pub const EXACT_SITES: usize = 300;
+
+/// Tasks drawn together: they share their number of sites.
+const ROWS: usize = 4;
+
+/// Keeps these tasks apart from those of a training or validation under the same seed.
+const APART: u64 = 0xca11_b8a7_e5ee_d000;
+
+/// What to measure on.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Tasks, at least 3.
+    pub tasks: usize,
+    /// Most sites in a context; the recipe's larger ones are cut to it.
+    pub most_sites: usize,
+    /// Seed of the tasks.
+    pub seed: u64,
+}
+
+/// Agreement of a law with the truths it met.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Figures {
+    /// Mean log density of the truth, nats per target, on the link scale.
+    pub log_density: f64,
+    /// Share of truths inside the central intervals.
+    pub coverage: Coverage,
+}
+
+/// What a forecaster scored on some tasks.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Group {
+    /// Fewest and most sites in a context.
+    pub context: [usize; 2],
+    /// Tasks in the group.
+    pub tasks: usize,
+    /// Of the surface, by forecasters that tell it from an observation.
+    pub surface: Option<Figures>,
+    /// Of a new observation: a new village's prevalence, or a new noisy value.
+    pub observation: Figures,
+    /// Mean CRPS of a new observation: of a village's prevalence, or a value, outcome units.
+    pub crps: f64,
+}
+
+/// Another forecaster beside the model.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Rival {
+    /// Its name.
+    pub name: &'static str,
+    /// What it scored.
+    pub its: Group,
+    /// What the model scored on the same tasks.
+    pub model: Group,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Targets in each task.
+    pub targets: usize,
+    /// The model over all tasks.
+    pub all: Group,
+    /// The model over each third of the tasks, by context size.
+    pub thirds: Vec<Group>,
+    /// The simple rules, then the exact Gaussian process where any task was small enough.
+    pub rivals: Vec<Rival>,
+}
+
+/// How one law met the truths of one task, averaged over its targets.
+#[derive(Debug, Clone, Copy)]
+struct Met {
+    log_density: f64,
+    inside: [f64; 3],
+}
+
+/// One forecaster on one task.
+#[derive(Debug, Clone, Copy)]
+struct Scored {
+    sites: usize,
+    surface: Option<Met>,
+    observation: Met,
+    crps: f64,
+}
+
+/// One task: the model, then each rival that took part.
+struct Row {
+    model: Scored,
+    rivals: Vec<Option<Scored>>,
+}
+
+/// The true link-scale values at the targets of one task, and the sd that outcomes were divided by.
+struct Truth {
+    sites: usize,
+    surface: Vec<f64>,
+    noisy: Vec<f64>,
+    /// Targets that are context sites again: a new observation there is not new.
+    seen: usize,
+    outcome_sd: f64,
+}
+
+/// Measures a model on fresh tasks of its recipe. `done` hears of finished tasks, from any thread.
+///
+/// # Errors
+/// [`Error::Input`] for fewer than 3 tasks, or a model whose recipe cannot be drawn from.
+pub fn measure(
+    checkpoint: &Checkpoint,
+    options: &Options,
+    done: impl Fn(usize) + Sync,
+) -> Result<Report> {
+    if options.tasks < 3 || options.most_sites < 2 {
+        return Err(Error::input("calibration needs 3 tasks and contexts of 2 sites at least")
+            .fact("tasks", options.tasks)
+            .fact("most sites", options.most_sites)
+            .try_this("some 2000 tasks give coverage to about a point"));
+    }
+    let tasks = checkpoint.recipe()?.tasks()?;
+    let process = checkpoint.process(&Device::Cpu)?;
+    let mut rng = Stream::new(options.seed ^ APART, "calibration size", 0);
+    let sizes: Vec<usize> = (0..options.tasks.div_ceil(ROWS))
+        .map(|_| tasks.design().size(&mut rng).min(options.most_sites))
+        .collect();
+    let rows: Vec<Vec<Row>> = sizes
+        .par_iter()
+        .enumerate()
+        .map(|(i, sites)| {
+            let count = ROWS.min(options.tasks - i * ROWS);
+            let batch = tasks.batch(options.seed ^ APART, i as u64, count, *sites)?;
+            let rows = score(&tasks, &*process, &batch)?;
+            done(count);
+            Ok(rows)
+        })
+        .collect::<Result<_>>()?;
+    let mut rows: Vec<Row> = rows.into_iter().flatten().collect();
+    rows.sort_by_key(|row| row.model.sites);
+    let of = |part: &[Row]| Group::of(&part.iter().map(|r| r.model).collect::<Vec<_>>());
+    let n = rows.len();
+    let rival = |(at, name): (usize, &'static str)| {
+        let pairs = rows.iter().filter_map(|r| Some((r.rivals[at]?, r.model)));
+        let (its, model): (Vec<Scored>, Vec<Scored>) = pairs.unzip();
+        (!its.is_empty()).then(|| Rival { name, its: Group::of(&its), model: Group::of(&model) })
+    };
+    let names = RULES.iter().map(|(name, _)| *name).chain(["exact-gp"]);
+    Ok(Report {
+        targets: tasks.batch(options.seed ^ APART, 0, 1, sizes[0])?.task.target.len(),
+        all: of(&rows),
+        thirds: (0..3).map(|k| of(&rows[k * n / 3..(k + 1) * n / 3])).collect(),
+        rivals: names.enumerate().filter_map(rival).collect(),
+    })
+}
+
+fn host(x: &Tensor) -> Result<Vec<f64>> {
+    Ok(x.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?)
+}
+
+/// Scores every forecaster on every task of a batch.
+fn score(tasks: &Tasks, process: &dyn Process, batch: &Batch) -> Result<Vec<Row>> {
+    let (context, targets) = (&batch.task.context, &batch.task.target.sites);
+    let predictive = process.condition(context)?.at(targets)?;
+    (0..batch.rules.len())
+        .map(|row| {
+            let one = batch.rows(row, 1)?;
+            let sites = one.task.context.len();
+            let truth = Truth {
+                sites,
+                surface: host(&one.task.surface)?,
+                noisy: host(&one.task.noisy)?,
+                seen: if tasks.design().pool > 0 { sites } else { 0 },
+                outcome_sd: batch.frames[row].3,
+            };
+            let asked = one.task.target.sites.host()?.swap_remove(0);
+            let seen = seen(&one, tasks.likelihood())?;
+            let mut rivals: Vec<Option<Scored>> = RULES
+                .iter()
+                .map(|(_, rule)| Some(truth.meet(None, &rule(&seen, &asked))))
+                .collect();
+            rivals.push(match sites <= EXACT_SITES {
+                true => Some(truth.meet_both(&exact(&one, tasks.likelihood())?, 0)?),
+                false => None,
+            });
+            Ok(Row { model: truth.meet_both(&predictive, row)?, rivals })
+        })
+        .collect()
+}
+
+/// What the rules read of a task.
+fn seen(one: &Batch, likelihood: &dyn Likelihood) -> Result<Seen> {
+    let context = &one.task.context;
+    let (sites, y) = (context.sites.host()?.swap_remove(0), host(&context.y)?);
+    Ok(match (&context.trials, likelihood.counts()) {
+        (Some(trials), true) => Seen::counts(sites, &y, &host(trials)?),
+        _ => Seen::values(sites, y),
+    })
+}
+
+/// The predictive of the Gaussian process that ruled the task.
+fn exact(one: &Batch, likelihood: &'static dyn Likelihood) -> Result<Predictive> {
+    let rule = &one.rules[0];
+    let gp = ExactGp::new(Box::new(rule.kernel.clone()), rule.nugget, rule.mean, likelihood)?;
+    gp.condition(&one.task.context)?.at(&one.task.target.sites)
+}
+
+impl Truth {
+    fn meet_both(&self, predictive: &Predictive, row: usize) -> Result<Scored> {
+        let surface = predictive.marginals(row, Of::Surface)?;
+        Ok(self.meet(Some(&surface), &predictive.marginals(row, Of::Observation)?))
+    }
+
+    fn meet(&self, surface: Option<&Marginals>, observation: &Marginals) -> Scored {
+        let new = self.seen..self.noisy.len();
+        let count = new.len().max(1) as f64;
+        let crps = new.clone().map(|i| crps::marginal(observation, i, self.noisy[i])).sum::<f64>();
+        // Rules for counts are on the link scale, where nothing was divided: their sd is 1.
+        Scored {
+            sites: self.sites,
+            surface: surface.map(|m| Met::of(m, &self.surface, 0)),
+            observation: Met::of(observation, &self.noisy, self.seen),
+            crps: self.outcome_sd * crps / count,
+        }
+    }
+}
+
+impl Met {
+    /// Targets from `first` on.
+    fn of(m: &Marginals, truth: &[f64], first: usize) -> Self {
+        let mut met = Met { log_density: 0.0, inside: [0.0; 3] };
+        for (i, y) in truth.iter().enumerate().skip(first) {
+            met.log_density += m.link_log_density(i, *y);
+            // Inside the central interval of a level: no farther from the median than half of it.
+            let off = (2.0 * m.link_cdf(i, *y) - 1.0).abs();
+            for (inside, level) in met.inside.iter_mut().zip([0.5, 0.8, 0.95]) {
+                *inside += f64::from(off <= level);
+            }
+        }
+        let n = truth.len().saturating_sub(first).max(1) as f64;
+        Met { log_density: met.log_density / n, inside: met.inside.map(|v| v / n) }
+    }
+}
+
+impl Figures {
+    fn of(met: &[Met]) -> Self {
+        let mean = |f: &dyn Fn(&Met) -> f64| met.iter().map(f).sum::<f64>() / met.len() as f64;
+        Figures {
+            log_density: mean(&|m| m.log_density),
+            coverage: Coverage {
+                at_50: mean(&|m| m.inside[0]),
+                at_80: mean(&|m| m.inside[1]),
+                at_95: mean(&|m| m.inside[2]),
+            },
+        }
+    }
+}
+
+impl Group {
+    /// Tasks in the order of their context sizes, at least one.
+    fn of(scored: &[Scored]) -> Self {
+        let surface: Vec<Met> = scored.iter().filter_map(|s| s.surface).collect();
+        Group {
+            context: [scored[0].sites, scored[scored.len() - 1].sites],
+            tasks: scored.len(),
+            surface: (!surface.is_empty()).then(|| Figures::of(&surface)),
+            observation: Figures::of(&scored.iter().map(|s| s.observation).collect::<Vec<_>>()),
+            crps: scored.iter().map(|s| s.crps).sum::<f64>() / scored.len() as f64,
+        }
+    }
+}
