@@ -485,8 +485,9 @@ impl candle_core::CustomOp3 for Scan {
         let grad = grad.contiguous()?;
         let (qs, kvs, ps) = (Host::of(q)?, Host::of(kv)?, Host::of(params)?);
         let (os, gs) = (Host::of(out)?, Host::of(&grad)?);
-        let (qs, kvs, ps, os, gs): (&[f32], &[f32], &[f32], &[f32], &[f32]) =
-            (&qs, &kvs, &ps, &os, &gs);
+        // Plain slices cross threads; the guards behind them stay here.
+        let (qs, kvs, ps): (&[f32], &[f32], &[f32]) = (&qs, &kvs, &ps);
+        let (os, gs): (&[f32], &[f32]) = (&os, &gs);
         let (nq, nkv, no) =
             (targets * heads * d, context * heads * (d + width), targets * heads * (width + 1));
         let (mut dq, mut dkv) = (vec![0.0; qs.len()], vec![0.0; kvs.len()]);
@@ -496,17 +497,14 @@ impl candle_core::CustomOp3 for Scan {
             .enumerate()
             .map(|(row, (dq, dkv))| {
                 let mut dparams = vec![0.0; ps.len()];
-                let part = |x: &'_ [f32], n: usize| -> std::ops::Range<usize> {
-                    debug_assert!(x.len() >= (row + 1) * n);
-                    row * n..(row + 1) * n
-                };
+                let part = |n: usize| row * n..(row + 1) * n;
                 self.row_gradient(
                     row,
-                    &qs[part(qs, nq)],
-                    &kvs[part(kvs, nkv)],
+                    &qs[part(nq)],
+                    &kvs[part(nkv)],
                     ps,
-                    &os[part(os, no)],
-                    &gs[part(gs, no)],
+                    &os[part(no)],
+                    &gs[part(no)],
                     dq,
                     dkv,
                     &mut dparams,

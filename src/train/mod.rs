@@ -421,7 +421,7 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
             sum += number;
             count += 1;
 
-            let validate = state.step % settings.validate_every == 0 || state.step == last;
+            let validate = state.step.is_multiple_of(settings.validate_every) || state.step == last;
             let elapsed = shown.elapsed().as_secs_f64();
             if validate || elapsed > 1.0 {
                 let mut measured = None;
@@ -455,7 +455,7 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
                 }
                 (sum, count, shown) = (0.0, 0, Instant::now());
             }
-            if state.step % settings.checkpoint_every == 0 || state.step == last {
+            if state.step.is_multiple_of(settings.checkpoint_every) || state.step == last {
                 state.seconds = before + began.elapsed().as_secs_f64();
                 save(&state_file, &state, &params, &optimiser, &average, &best)?;
                 finish(recipe, options, &state, &params, &best, &validation)?
