@@ -14,7 +14,8 @@ pub use matern::{Matern, Smoothness};
 pub use metric::Metric;
 pub use periodic::Periodic;
 
-/// A stationary covariance: symmetric, positive semi-definite, largest at zero lag.
+/// A covariance: symmetric, positive semi-definite, largest at zero lag. Registered ones are
+/// stationary too.
 pub trait Kernel: Send + Sync + std::fmt::Debug {
     /// Covariance between the surface at `a` and at `b`, outcome².
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Entry, Prior, Rule, Surface,
     hyper::{Law, Named, check_share},
+    zones::Zones,
 };
 use crate::{
     error::{Error, Result},
@@ -53,6 +54,18 @@ pub struct Gp {
     pub sum: f64,
     /// Chance of a periodic factor.
     pub product: f64,
+    /// Chance of a slow trend across the region: one more squared exponential surface.
+    pub trend: f64,
+    /// Length scale of the trend, region units.
+    pub trend_length: Law,
+    /// Sd of the trend relative to the surface's.
+    pub trend_sd: Law,
+    /// Chance that the region falls into zones, each with a level of its own.
+    pub zones: f64,
+    /// Number of zones.
+    pub zone_count: Law,
+    /// Sd of the zones' levels relative to the surface's.
+    pub zone_sd: Law,
     /// Chance of a preferred direction.
     pub anisotropic: f64,
     /// Ratio of the longer to the shorter length scale.
@@ -78,6 +91,12 @@ impl Default for Gp {
             mean: Law::Law(Named::Normal([-1.3, 1.7])),
             sum: 0.25,
             product: 0.02,
+            trend: 0.0,
+            trend_length: Law::log_uniform(2.0, 6.0),
+            trend_sd: Law::log_uniform(0.5, 3.0),
+            zones: 0.0,
+            zone_count: Law::uniform(2.0, 8.0),
+            zone_sd: Law::log_uniform(0.3, 2.0),
             anisotropic: 0.3,
             anisotropy: Law::log_uniform(1.0, 4.0),
         }
@@ -94,10 +113,16 @@ fn build(table: &toml::Table) -> Result<Box<dyn Prior>> {
     }
     gp.mean.check("mean", false)?;
     gp.anisotropy.check("anisotropy", true)?;
+    gp.trend_length.check("trend_length", true)?;
+    gp.trend_sd.check("trend_sd", true)?;
+    gp.zone_count.check("zone_count", true)?;
+    gp.zone_sd.check("zone_sd", true)?;
     for (name, share) in [
         ("nugget_absent", gp.nugget_absent),
         ("sum", gp.sum),
         ("product", gp.product),
+        ("trend", gp.trend),
+        ("zones", gp.zones),
         ("anisotropic", gp.anisotropic),
     ] {
         check_share(name, share)?;
@@ -159,8 +184,31 @@ impl Gp {
         Box::new(Matern { smoothness, length_scale, sill, metric })
     }
 
-    /// A kernel of sill 1.
+    /// A kernel whose stationary part has sill 1; trend and zones come on top.
     fn shape(&self, rng: &mut Stream) -> Box<dyn Kernel> {
+        let mut parts = vec![self.texture(rng)];
+        // No draw where there is no chance, so that older recipes keep their streams.
+        if self.trend > 0.0 && rng.unit() < self.trend {
+            parts.push(Box::new(Matern {
+                smoothness: Smoothness::Infinite,
+                length_scale: self.trend_length.draw(rng),
+                sill: self.trend_sd.draw(rng).powi(2),
+                metric: Metric::Euclidean,
+            }));
+        }
+        if self.zones > 0.0 && rng.unit() < self.zones {
+            let count = self.zone_count.draw(rng).round() as usize;
+            let sill = self.zone_sd.draw(rng).powi(2);
+            parts.push(Box::new(Zones::draw(count, sill, rng)));
+        }
+        match parts.len() {
+            1 => parts.remove(0),
+            _ => Box::new(Sum(parts)),
+        }
+    }
+
+    /// The stationary part, sill 1.
+    fn texture(&self, rng: &mut Stream) -> Box<dyn Kernel> {
         if rng.unit() < self.sum {
             let share = rng.uniform(0.1, 0.9);
             return Box::new(Sum(vec![self.base(share, rng), self.base(1.0 - share, rng)]));

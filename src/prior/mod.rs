@@ -11,6 +11,7 @@ use crate::{
 
 pub mod gp;
 pub mod hyper;
+pub mod zones;
 
 /// What rules one drawn surface.
 #[derive(Debug, Clone)]

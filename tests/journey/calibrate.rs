@@ -18,6 +18,7 @@ kind = \"gp\"
 length_scale = { log-uniform = [0.2, 1.0] }
 sill_sd = { uniform = [0.5, 1.5] }
 nugget_sd = { uniform = [0.1, 0.5] }
+nugget_absent = 0.0
 [design]
 context = [{ sites = [5, 40], weight = 1.0 }]
 targets = 16
