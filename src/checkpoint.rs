@@ -48,6 +48,9 @@ pub struct Card {
     pub best_step: u64,
     /// Tasks seen.
     pub tasks: u64,
+    /// What the weights started from, where not from a random draw.
+    #[serde(default)]
+    pub started_from: Option<String>,
     /// Validation loss of these weights, nats per target.
     pub validation: Option<f64>,
     /// The exact GP's loss on the same tasks, given the true hyperparameters.

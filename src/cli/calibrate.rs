@@ -1,6 +1,7 @@
 //! `isopleth calibrate`: does a model keep, on fresh surveys of its own prior, what it promises?
 
 use std::{
+    path::Path,
     sync::atomic::{AtomicUsize, Ordering},
     time::Instant,
 };
@@ -10,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::{note, say};
 use crate::{
     checkpoint::Checkpoint,
-    error::Result,
+    error::{Error, Result},
     train::calibration::{self, Figures, Group, Options, Report},
 };
 
@@ -31,6 +32,9 @@ pub struct Args {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Write the report into the card of the model file
+    #[arg(long)]
+    record: bool,
 }
 
 /// Measures and prints.
@@ -38,7 +42,13 @@ pub struct Args {
 /// # Errors
 /// A model that cannot be opened, or too few tasks.
 pub fn run(args: &Args) -> Result<()> {
-    let checkpoint = Checkpoint::resolve(&args.model)?;
+    let file = Path::new(&args.model);
+    let mut checkpoint = Checkpoint::resolve(&args.model)?;
+    if args.record && !file.is_file() {
+        return Err(Error::input("only a model file can keep its report")
+            .fact("model", &args.model)
+            .try_this("give the .safetensors file instead of the name of a shipped model"));
+    }
     let options = Options { tasks: args.tasks, most_sites: args.most_sites, seed: args.seed };
     let (started, finished) = (Instant::now(), AtomicUsize::new(0));
     let report = calibration::measure(&checkpoint, &options, |tasks| {
@@ -49,6 +59,10 @@ pub fn run(args: &Args) -> Result<()> {
         }
     })?;
     let seconds = started.elapsed().as_secs_f64();
+    if args.record {
+        checkpoint.card.scores.insert("calibration".into(), object(args, &report, seconds));
+        checkpoint.write(file)?;
+    }
     if args.json { say(object(args, &report, seconds)) } else { table(args, &report, seconds) }
 }
 

@@ -109,6 +109,9 @@ fn training(card: &Card) -> Vec<(String, String)> {
         ),
         named("surveys seen", format!("{}, all simulated", thousands(card.tasks))),
     ];
+    if let Some(start) = &card.started_from {
+        lines.push(named("started from", start.clone()));
+    }
     if let Some(loss) = card.validation {
         lines
             .push(named("validation loss", format!("{loss:.4} nats per target (lower is better)")));

@@ -330,6 +330,8 @@ struct State {
     best: Option<f64>,
     best_step: u64,
     tasks: u64,
+    #[serde(default)]
+    started_from: Option<String>,
     seconds: f64,
 }
 
@@ -363,10 +365,11 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
         best: None,
         best_step: 0,
         tasks: 0,
+        started_from: None,
         seconds: 0.0,
     };
     if let Some(start) = &options.start {
-        warm_start(&params, start)?;
+        state.started_from = Some(warm_start(&params, start)?);
     }
     let mut average = host(&params)?;
     let mut best = average.clone();
@@ -498,17 +501,32 @@ fn blend(average: &mut Weights, params: &Params, decay: f64, step: u64) -> Resul
     Ok(())
 }
 
-/// Copies every parameter of the same name and shape from a checkpoint.
-fn warm_start(params: &Params, file: &Path) -> Result<()> {
-    let tensors = Checkpoint::open(file)?.tensors;
+/// Copies every parameter of the same name and shape from a checkpoint; says what it was.
+fn warm_start(params: &Params, file: &Path) -> Result<String> {
+    let Checkpoint { card, tensors } = Checkpoint::open(file)?;
+    let mut taken = 0;
     for (path, var) in params.vars() {
         if let Some(tensor) = tensors.get(path)
             && tensor.dims() == var.dims()
         {
             var.set(&tensor.to_device(var.device())?)?;
+            taken += 1;
         }
     }
-    Ok(())
+    if taken == 0 {
+        return Err(Error::input("the model to start from shares no parameter with the recipe's")
+            .fact("start", file.display())
+            .try_this("start from a model of the same kind and sizes, or leave --start out"));
+    }
+    let before = card.started_from.map_or(String::new(), |s| format!(" (itself from {s})"));
+    Ok(format!(
+        "{taken} of {} parameters of `{}`: {} steps on {} tasks, seed {}{before}",
+        params.vars().len(),
+        card.name,
+        card.steps,
+        card.tasks,
+        card.seed
+    ))
 }
 
 /// Appends a line to the journal; `None` starts an empty one.
@@ -643,6 +661,7 @@ fn finish(
         steps: state.step,
         best_step: state.best_step,
         tasks: state.tasks,
+        started_from: state.started_from.clone(),
         validation: state.best,
         exact_gp: Some(validation.exact_gp),
         seconds: state.seconds,
