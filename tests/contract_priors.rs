@@ -326,7 +326,7 @@ fn layouts_hold_what_was_asked_for() {
 fn a_pool_is_asked_whole_and_then_a_grid() -> Result<()> {
     for (line, grid, asked) in [(true, 7, 7), (false, 4, 16), (true, 0, 0)] {
         let text = format!(
-            "design = {{ line = {line}, pool = 20, grid = {grid}, half_side = 2.0, \
+            "design = {{ line = {line}, pool = 20, grid = {grid}, half_side = 2.0, aspect = 1.0, \
              context = [{{ sites = [3, 19], uniform = true, weight = 1 }}] }}\n\
              task = {{ likelihood = 'gaussian', frame = 'raw' }}"
         );

@@ -26,6 +26,11 @@ use crate::{
 /// Sites up to which a task is also given to the exact Gaussian process.
 pub const EXACT_SITES: usize = 300;
 
+/// Nothing is scored more finely than this, link scale: surfaces are drawn with the jitter that their
+/// Cholesky factor needed and kept in f32, so that a law narrower than this (of a smooth surface
+/// without a nugget) would be judged by rounding. Every forecaster's sd is widened by it.
+pub const RESOLUTION: f64 = 1e-3;
+
 /// Tasks drawn together: they share their number of sites.
 const ROWS: usize = 4;
 
@@ -113,13 +118,14 @@ struct Row {
     rivals: Vec<Option<Scored>>,
 }
 
-/// The true link-scale values at the targets of one task, and the sd that outcomes were divided by.
+/// The true link-scale values at the targets of one task.
 struct Truth {
     sites: usize,
     surface: Vec<f64>,
     noisy: Vec<f64>,
     /// Targets that are context sites again: a new observation there is not new.
     seen: usize,
+    /// What outcomes were divided by: 1 for counts.
     outcome_sd: f64,
 }
 
@@ -231,17 +237,21 @@ impl Truth {
     }
 
     fn meet(&self, surface: Option<&Marginals>, observation: &Marginals) -> Scored {
+        let (surface, observation) = (surface.map(resolved), &resolved(observation));
         let new = self.seen..self.noisy.len();
         let count = new.len().max(1) as f64;
         let crps = new.clone().map(|i| crps::marginal(observation, i, self.noisy[i])).sum::<f64>();
-        // Rules for counts are on the link scale, where nothing was divided: their sd is 1.
         Scored {
             sites: self.sites,
-            surface: surface.map(|m| Met::of(m, &self.surface, 0)),
+            surface: surface.map(|m| Met::of(&m, &self.surface, 0)),
             observation: Met::of(observation, &self.noisy, self.seen),
             crps: self.outcome_sd * crps / count,
         }
     }
+}
+
+fn resolved(m: &Marginals) -> Marginals {
+    Marginals { sd: m.sd.iter().map(|sd| sd.hypot(RESOLUTION)).collect(), ..m.clone() }
 }
 
 impl Met {
