@@ -94,7 +94,8 @@ fn table(args: &Args, report: &Report, seconds: f64) -> Result<()> {
         let [x, y, z] = [f.coverage.at_50, f.coverage.at_80, f.coverage.at_95];
         say(format!("{name:<28}{tasks:7}{:13.3}{x:8.3}{y:8.3}{z:8.3}", f.log_density))
     };
-    let parts: [(&str, fn(&Group) -> Option<Figures>); 2] =
+    type Part = fn(&Group) -> Option<Figures>;
+    let parts: [(&str, Part); 2] =
         [("surface", |g| g.surface), ("new observation", |g| Some(g.observation))];
     for (name, figures) in parts {
         head(name)?;

@@ -17,6 +17,7 @@ use crate::{
     error::{Error, Result},
     likelihood::Likelihood,
     predictive::{Marginals, Of, Predictive},
+    prior::Rule,
     process::Process,
     rng::Stream,
     score::{Coverage, crps},
@@ -25,6 +26,12 @@ use crate::{
 
 /// Sites up to which a task is also given to the exact Gaussian process.
 pub const EXACT_SITES: usize = 300;
+
+/// Nothing is scored more finely than this part of the surface's sd: surfaces are drawn with the
+/// jitter that their Cholesky factor needed and kept in f32, so that a law narrower than this (of a
+/// smooth surface without a nugget) would be judged by rounding. Every forecaster's sd is widened by
+/// it, and the exact Gaussian process does not believe its observations beyond it.
+pub const RESOLUTION: f64 = 1e-3;
 
 /// Tasks drawn together: they share their number of sites.
 const ROWS: usize = 4;
@@ -113,13 +120,15 @@ struct Row {
     rivals: Vec<Option<Scored>>,
 }
 
-/// The true link-scale values at the targets of one task, and the sd that outcomes were divided by.
+/// The true link-scale values at the targets of one task.
 struct Truth {
     sites: usize,
     surface: Vec<f64>,
     noisy: Vec<f64>,
     /// Targets that are context sites again: a new observation there is not new.
     seen: usize,
+    resolution: f64,
+    /// What outcomes were divided by: 1 for counts.
     outcome_sd: f64,
 }
 
@@ -190,6 +199,7 @@ fn score(tasks: &Tasks, process: &dyn Process, batch: &Batch) -> Result<Vec<Row>
                 surface: host(&one.task.surface)?,
                 noisy: host(&one.task.noisy)?,
                 seen: if tasks.design().pool > 0 { sites } else { 0 },
+                resolution: resolution(&one.rules[0]),
                 outcome_sd: batch.frames[row].3,
             };
             let asked = one.task.target.sites.host()?.swap_remove(0);
@@ -220,7 +230,8 @@ fn seen(one: &Batch, likelihood: &dyn Likelihood) -> Result<Seen> {
 /// The predictive of the Gaussian process that ruled the task.
 fn exact(one: &Batch, likelihood: &'static dyn Likelihood) -> Result<Predictive> {
     let rule = &one.rules[0];
-    let gp = ExactGp::new(Box::new(rule.kernel.clone()), rule.nugget, rule.mean, likelihood)?;
+    let nugget = rule.nugget.max(resolution(rule).powi(2));
+    let gp = ExactGp::new(Box::new(rule.kernel.clone()), nugget, rule.mean, likelihood)?;
     gp.condition(&one.task.context)?.at(&one.task.target.sites)
 }
 
@@ -231,17 +242,26 @@ impl Truth {
     }
 
     fn meet(&self, surface: Option<&Marginals>, observation: &Marginals) -> Scored {
+        let widened = |m: &Marginals| Marginals {
+            sd: m.sd.iter().map(|sd| sd.hypot(self.resolution)).collect(),
+            ..m.clone()
+        };
+        let (surface, observation) = (surface.map(widened), &widened(observation));
         let new = self.seen..self.noisy.len();
         let count = new.len().max(1) as f64;
         let crps = new.clone().map(|i| crps::marginal(observation, i, self.noisy[i])).sum::<f64>();
-        // Rules for counts are on the link scale, where nothing was divided: their sd is 1.
         Scored {
             sites: self.sites,
-            surface: surface.map(|m| Met::of(m, &self.surface, 0)),
+            surface: surface.map(|m| Met::of(&m, &self.surface, 0)),
             observation: Met::of(observation, &self.noisy, self.seen),
             crps: self.outcome_sd * crps / count,
         }
     }
+}
+
+/// [`RESOLUTION`] of one task, link scale in model units.
+fn resolution(rule: &Rule) -> f64 {
+    RESOLUTION * rule.kernel.sill().sqrt()
 }
 
 impl Met {
