@@ -363,6 +363,7 @@ fn a_checkpoint_reopens_to_equal_output() -> Result<()> {
             steps: 0,
             best_step: 0,
             tasks: 0,
+            started_from: None,
             validation: None,
             exact_gp: None,
             seconds: 0.0,
