@@ -165,7 +165,8 @@ fn inputs_need_not_be_contiguous() -> Result<()> {
     let mut rng = Stream::new(4, "strides", 0);
     let wide = normal(&mut rng, &[2, 11, 9], 1.0);
     let (w, b) = (normal(&mut rng, &[5, 6], 1.0), normal(&mut rng, &[6], 1.0));
-    let layers: [(&str, &dyn Fn(&Tensor, DType) -> Result<Tensor>); 3] = [
+    type Layer<'a> = (&'a str, &'a dyn Fn(&Tensor, DType) -> Result<Tensor>);
+    let layers: [Layer; 3] = [
         ("linear", &|x, d| linear(x, &w.to_dtype(d)?, &b.to_dtype(d)?)),
         ("layer norm", &|x, d| {
             layer_norm(x, &b.narrow(0, 0, 5)?.to_dtype(d)?, &b.narrow(0, 1, 5)?.to_dtype(d)?)
