@@ -27,7 +27,7 @@ fn priors() -> Vec<(String, Box<dyn Prior>)> {
         let text = format!("kind = 'gp'\nkernels = {{ '{kernel}' = 1 }}\nsum = 0\nproduct = 0");
         all.push((kernel.into(), prior::build(&table(&text)).unwrap()));
     }
-    for part in ["sum", "product", "anisotropic"] {
+    for part in ["sum", "product", "anisotropic", "trend", "zones"] {
         let text = format!("kind = 'gp'\nnugget_relative = true\n{part} = 1.0");
         all.push((part.into(), prior::build(&table(&text)).unwrap()));
     }
@@ -224,29 +224,43 @@ fn told(batch: &Batch, row: usize, likelihood: &str) -> Result<ExactGp> {
 }
 
 /// A batch carries its rules in model units. The process they describe must predict what the process
-/// in region units and raw values predicts, to f32 and after undoing the frame.
+/// in region units and raw values predicts, to f32 and after undoing the frame. Zones have a place of
+/// their own: for them the frame's centre matters too.
 #[test]
 fn the_frame_moves_no_prediction() -> Result<()> {
-    for (likelihood, line) in [("gaussian", false), ("binomial", false), ("gaussian", true)] {
-        let design = format!("design = {{ targets = 12, line = {line} }}");
+    for (likelihood, line, zones) in [
+        ("gaussian", false, 0.0),
+        ("binomial", false, 0.0),
+        ("gaussian", true, 0.0),
+        ("gaussian", false, 1.0),
+        ("gaussian", true, 1.0),
+    ] {
         let task = |frame: &str| {
-            tasks(&format!("{design}\ntask = {{ likelihood = '{likelihood}', frame = '{frame}' }}"))
+            tasks(&format!(
+                "design = {{ targets = 12, line = {line} }}\n\
+                 task = {{ likelihood = '{likelihood}', frame = '{frame}' }}\n\
+                 prior = {{ kind = 'gp', nugget_sd = 0.4, nugget_absent = 0.0, zones = {zones} }}"
+            ))
         };
-        let (framed, raw) = (task("context").batch(2, 1, 2, 15)?, task("raw").batch(2, 1, 2, 15)?);
-        for row in 0..2 {
-            let ask = |batch: &Batch, of: Of| {
-                let one = batch.rows(row, 1)?.task;
-                let gp = told(batch, row, likelihood)?;
-                gp.condition(&one.context)?.at(&one.target.sites)?.marginals(0, of)
-            };
-            let (_, _, mean, sd) = framed.frames[row];
-            for of in [Of::Surface, Of::Observation] {
-                let (a, b) = (ask(&framed, of)?.rescale(mean, sd), ask(&raw, of)?);
-                for (x, y) in a.mean.iter().chain(&a.sd).zip(b.mean.iter().chain(&b.sd)) {
-                    assert!(
-                        (x - y).abs() < 1e-4 * (1.0 + y.abs()),
-                        "{likelihood}: {x} and not {y}"
-                    );
+        for index in 0..5 {
+            let (framed, raw) =
+                (task("context").batch(2, index, 2, 15)?, task("raw").batch(2, index, 2, 15)?);
+            for row in 0..2 {
+                let ask = |batch: &Batch, of: Of| {
+                    let one = batch.rows(row, 1)?.task;
+                    let gp = told(batch, row, likelihood)?;
+                    gp.condition(&one.context)?.at(&one.target.sites)?.marginals(0, of)
+                };
+                let (_, _, mean, sd) = framed.frames[row];
+                for of in [Of::Surface, Of::Observation] {
+                    let (a, b) = (ask(&framed, of)?.rescale(mean, sd), ask(&raw, of)?);
+                    for (x, y) in a.mean.iter().chain(&a.sd).zip(b.mean.iter().chain(&b.sd)) {
+                        let off = (x - y).abs();
+                        assert!(
+                            off < 1e-4 * (1.0 + y.abs()),
+                            "{likelihood}, zones {zones}: {x} and not {y}"
+                        );
+                    }
                 }
             }
         }
@@ -326,7 +340,7 @@ fn layouts_hold_what_was_asked_for() {
 fn a_pool_is_asked_whole_and_then_a_grid() -> Result<()> {
     for (line, grid, asked) in [(true, 7, 7), (false, 4, 16), (true, 0, 0)] {
         let text = format!(
-            "design = {{ line = {line}, pool = 20, grid = {grid}, half_side = 2.0, aspect = 1.0, \
+            "design = {{ line = {line}, pool = 20, grid = {grid}, half_side = 2.0, aspect = 1.0, clustered = 0.0, \
              context = [{{ sites = [3, 19], uniform = true, weight = 1 }}] }}\n\
              task = {{ likelihood = 'gaussian', frame = 'raw' }}"
         );

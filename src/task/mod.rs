@@ -128,13 +128,17 @@ impl Batch {
 #[derive(Debug)]
 struct Reframed {
     kernel: Arc<dyn Kernel>,
+    /// Not every kernel is stationary: zones stand somewhere.
+    centre: [f64; 2],
     unit: f64,
     scale: f64,
 }
 
 impl Kernel for Reframed {
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
-        let wide = |p: &[f64]| [p[0] * self.unit, p.get(1).map_or(0.0, |y| y * self.unit)];
+        let wide = |p: &[f64]| {
+            [0, 1].map(|d| self.centre[d] + self.unit * p.get(d).copied().unwrap_or(0.0))
+        };
         self.scale * self.kernel.covariance(&wide(a), &wide(b))
     }
     fn sill(&self) -> f64 {
@@ -272,6 +276,7 @@ impl Tasks {
             rules.push(Rule {
                 kernel: Arc::new(Reframed {
                     kernel: draw.rule.kernel,
+                    centre,
                     unit,
                     scale: 1.0 / (sd * sd),
                 }),
