@@ -76,11 +76,18 @@ pub struct Checkpoint {
 }
 
 /// Models that come inside the binary.
-const SHIPPED: &[Shipped] = &[Shipped {
-    name: "prevalence",
-    about: "binomial counts: prevalence surface and new village, for surveys on the plane",
-    bytes: include_bytes!("../models/prevalence.safetensors"),
-}];
+const SHIPPED: &[Shipped] = &[
+    Shipped {
+        name: "prevalence",
+        about: "binomial counts: prevalence surface and new village, for surveys on the plane",
+        bytes: include_bytes!("../models/prevalence.safetensors"),
+    },
+    Shipped {
+        name: "continuous",
+        about: "continuous values: surface and new noisy value, for surveys on the plane",
+        bytes: include_bytes!("../models/continuous.safetensors"),
+    },
+];
 
 struct Shipped {
     name: &'static str,
