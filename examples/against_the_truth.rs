@@ -30,7 +30,7 @@ fn main() -> Result<()> {
     let map = read(&directory.join("mean.tif"))?;
     let low = read(&directory.join("quantile_0.025.tif"))?;
     let high = read(&directory.join("quantile_0.975.tif"))?;
-    let error: Vec<f64> = map.iter().zip(&truth).map(|(m, t)| m - t).collect();
+    let error = &map - &truth;
 
     // One scale for truth and prediction, or the eye compares nothing; the error's is symmetric.
     let top = truth.iter().chain(&map).copied().fold(0.0, f64::max);
@@ -40,9 +40,8 @@ fn main() -> Result<()> {
         ("prediction", "Predicted prevalence", &map, Palette::Level, [0.0, top]),
         ("error", "Predicted minus true prevalence", &error, Palette::Diverging, [-most, most]),
     ] {
-        let mut picture = Picture::new(title, grid.rows, grid.cols, values.clone())
-            .on(&grid)
-            .with_sites(&grid, &x, &y, None);
+        let mut picture =
+            Picture::new(title, values.clone()).on(&grid).with_sites(&grid, &x, &y, None);
         picture.subtitle = "an invented country".into();
         picture.legend = "survey site".into();
         (picture.palette, picture.range) = (palette, Some(range));
@@ -51,9 +50,12 @@ fn main() -> Result<()> {
         println!("{}", path.display());
     }
 
-    let land: Vec<usize> = (0..truth.len()).filter(|&i| error[i].is_finite()).collect();
-    let mean =
-        |f: &dyn Fn(usize) -> f64| land.iter().map(|&i| f(i)).sum::<f64>() / land.len() as f64;
+    // Land is where the error is a number.
+    let mean = |f: &dyn Fn([usize; 2]) -> f64| {
+        let land = error.indexed_iter().filter(|(_, e)| e.is_finite()).map(|((r, c), _)| f([r, c]));
+        let (sum, count) = land.fold((0.0, 0.0), |(sum, count), v| (sum + v, count + 1.0));
+        sum / count
+    };
     let (mean_truth, mean_map) = (mean(&|i| truth[i]), mean(&|i| map[i]));
     let covariance = mean(&|i| (truth[i] - mean_truth) * (map[i] - mean_map));
     let variances =

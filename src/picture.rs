@@ -5,6 +5,7 @@
 
 use std::{path::Path, sync::Once};
 
+use ndarray::{Array2, Axis};
 use plotters::{
     backend::BitMapBackend,
     prelude::{DrawingBackend, FontStyle, IntoFont, RGBColor, TextStyle},
@@ -96,12 +97,8 @@ pub struct Picture {
     pub title: String,
     /// Second line, small.
     pub subtitle: String,
-    /// Rows of `values`.
-    pub rows: usize,
-    /// Columns of `values`.
-    pub cols: usize,
-    /// Row-major from the top left; NaN without data.
-    pub values: Vec<f64>,
+    /// `[row, column]` from the top left; NaN without data.
+    pub values: Array2<f64>,
     /// Height over width of the whole raster, on the ground.
     pub aspect: f64,
     /// Colours.
@@ -122,12 +119,11 @@ pub struct Picture {
 
 impl Picture {
     /// A picture of values on their own: no coordinates, scale or sites.
-    pub fn new(title: impl Into<String>, rows: usize, cols: usize, values: Vec<f64>) -> Self {
+    pub fn new(title: impl Into<String>, values: Array2<f64>) -> Self {
+        let (rows, cols) = values.dim();
         Picture {
             title: title.into(),
             subtitle: String::new(),
-            rows,
-            cols,
             values,
             aspect: rows as f64 / cols.max(1) as f64,
             palette: Palette::Level,
@@ -144,8 +140,7 @@ impl Picture {
     /// first one.
     pub fn on(mut self, grid: &Grid) -> Self {
         if grid.pixel[1] > 0.0 {
-            let rows = self.values.chunks(self.cols.max(1)).rev(); // south first on file
-            self.values = rows.flatten().copied().collect();
+            self.values.invert_axis(Axis(0)); // south first on file
         }
         let [width, height] = grid.pixel_metres();
         self.metres_across = Some(width * grid.cols as f64);
@@ -175,12 +170,11 @@ impl Picture {
     /// Draws the picture and writes it as PNG, to a temporary name first.
     ///
     /// # Errors
-    /// [`Error::Axis`] if `values` are not rows × cols; [`Error::Input`] or [`Error::Io`] if the
-    /// disk refuses.
+    /// [`Error::Axis`] if there are no values; [`Error::Input`] or [`Error::Io`] if the disk
+    /// refuses.
     pub fn save(&self, path: &Path) -> Result<()> {
-        if self.values.len() != self.rows * self.cols || self.values.is_empty() {
-            let expected = format!("{} × {}", self.rows, self.cols);
-            return Err(Error::axis("values and shape of a picture", self.values.len(), expected));
+        if self.values.is_empty() {
+            return Err(Error::axis("values of a picture", 0, "at least one"));
         }
         self.draw()?.save(path)
     }
@@ -191,7 +185,7 @@ impl Picture {
         let wide = LARGEST[0].min(LARGEST[1] / aspect);
         let (width, height) = ((wide as usize).max(360), ((wide * aspect) as usize).max(90));
         let mut canvas = Canvas::new(left + width + right, top + height + bottom);
-        let range = self.range.unwrap_or_else(|| range(&self.values));
+        let range = self.range.unwrap_or_else(|| range(self.values.iter().copied()));
         let colour = |v: f64| self.palette.colour((v - range[0]) / (range[1] - range[0]));
 
         let at = |i: usize, size: usize| (i as f64 + 0.5) / size as f64;
@@ -253,9 +247,10 @@ impl Picture {
 
     /// The value at a place in [0, 1]², nearest pixel.
     fn sample(&self, x: f64, y: f64) -> f64 {
-        let col = ((x * self.cols as f64) as usize).min(self.cols - 1);
-        let row = ((y * self.rows as f64) as usize).min(self.rows - 1);
-        self.values[row * self.cols + col]
+        let (rows, cols) = self.values.dim();
+        let col = ((x * cols as f64) as usize).min(cols - 1);
+        let row = ((y * rows as f64) as usize).min(rows - 1);
+        self.values[[row, col]]
     }
 
     fn draw_marks(&self, canvas: &mut Canvas, size: (usize, usize), colour: &dyn Fn(f64) -> Rgb) {
@@ -339,10 +334,10 @@ fn draw_scale(canvas: &mut Canvas, at: (usize, usize), width: usize, metres: f64
 
 /// Ends of a colour bar: the values rounded outwards to tenths of their range, zero kept as an end
 /// where it is near, so that maps of positive things start at zero.
-fn range(values: &[f64]) -> [f64; 2] {
-    let seen = values.iter().filter(|v| v.is_finite());
+fn range(values: impl Iterator<Item = f64>) -> [f64; 2] {
+    let seen = values.filter(|v| v.is_finite());
     let (low, high) =
-        seen.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &v| (a.min(v), b.max(v)));
+        seen.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
     if low > high {
         return [0.0, 1.0];
     }
@@ -637,7 +632,7 @@ mod tests {
 
     #[test]
     fn values_no_data_and_sites_have_their_colours() {
-        let mut picture = Picture::new("Title", 2, 2, vec![0.0, 1.0, f64::NAN, 0.5]);
+        let mut picture = Picture::new("Title", ndarray::array![[0.0, 1.0], [f64::NAN, 0.5]]);
         picture.marks = vec![Mark { x: 0.25, y: 0.25, value: Some(1.0) }];
         let canvas = picture.draw().unwrap();
         let (width, height) =
@@ -671,10 +666,10 @@ mod tests {
         for values in
             [vec![0.02, 0.41], vec![-3.0, 8.0], vec![5.0, 5.0], vec![0.0], vec![1e6, 1.2e6]]
         {
-            let [low, high] = range(&values);
+            let [low, high] = range(values.iter().copied());
             assert!(values.iter().all(|v| (low..=high).contains(v)) && low < high, "{values:?}");
         }
-        assert_eq!(range(&[0.02, 0.41])[0], 0.0);
-        assert_eq!(range(&[f64::NAN]), [0.0, 1.0]);
+        assert_eq!(range([0.02, 0.41].into_iter())[0], 0.0);
+        assert_eq!(range([f64::NAN].into_iter()), [0.0, 1.0]);
     }
 }

@@ -475,12 +475,8 @@ fn picture(
     let seen = observed(survey);
     // Only a map of levels has the colours of what was observed.
     let coloured = spec.entry.name == "mean";
-    let mut picture = Picture::new(title, rows, cols, values).on(grid).with_sites(
-        grid,
-        &x,
-        &y,
-        coloured.then_some(&seen),
-    );
+    let mut picture =
+        Picture::new(title, values).on(grid).with_sites(grid, &x, &y, coloured.then_some(&seen));
     picture.subtitle =
         format!("{} sites · pixels of {} · model {model}", survey.x.len(), grid.resolution());
     picture.legend = if coloured {

@@ -1,14 +1,14 @@
 //! How far apart two sites are: on the plane, on the globe, or with a preferred direction.
 
-/// Mean radius of the Earth, km (IUGG, GRS 80: Moritz 2000, R₁).
-pub const EARTH_KM: f64 = 6371.0088;
+use geo::{Distance, Haversine, Point};
 
 /// A distance between two sites.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Metric {
     /// Straight line in any number of dimensions.
     Euclidean,
-    /// Great circle between (longitude, latitude) in degrees; returns km.
+    /// Great circle between (longitude, latitude) in degrees; returns km, on a sphere of the Earth's
+    /// mean radius, 6371.0088 km (Moritz 2000, R₁).
     ///
     /// Of the Matérn family only ν = 1/2 is positive definite for this distance on a sphere
     /// (Gneiting 2013, doi:10.3150/12-BEJSP06): project first, or keep to the exponential.
@@ -49,10 +49,7 @@ impl Metric {
             }
             Metric::GreatCircle => {
                 // Haversine: accurate for near sites, where the arc cosine is not.
-                let half = |x: f64, y: f64| (0.5 * (x - y).to_radians()).sin().powi(2);
-                let cosines = a[1].to_radians().cos() * b[1].to_radians().cos();
-                let h = half(a[1], b[1]) + cosines * half(a[0], b[0]);
-                2.0 * EARTH_KM * h.min(1.0).sqrt().asin()
+                Haversine.distance(Point::new(a[0], a[1]), Point::new(b[0], b[1])) / 1000.0
             }
             Metric::Anisotropic { angle, ratio } => {
                 let (sin, cos) = angle.sin_cos();

@@ -111,7 +111,7 @@ impl Panel {
         let extent = [self.high[0] - self.low[0], self.high[1] - self.low[1]];
         let unit = SIDE as f64 / extent[0].max(extent[1]);
         let [width, height] = extent.map(|v| (v * unit).round().max(8.0) as usize);
-        let ends = range(&self.values);
+        let ends = range(self.values.iter().copied());
         let colour = |v: f64| Palette::Level.colour((v - ends[0]) / (ends[1] - ends[0]));
         let share = |i: usize, n: usize| (i as f64 + 0.5) / n as f64;
         for row in 0..height {
@@ -142,7 +142,7 @@ impl Panel {
     fn draw_curve(&self, canvas: &mut Canvas, [left, top]: [usize; 2]) -> Result<()> {
         let seen: Vec<f64> =
             self.values.iter().copied().chain(self.dots.iter().map(|d| d.value)).collect();
-        let ends = range(&seen);
+        let ends = range(seen.iter().copied());
         let height = |v: f64| {
             top as f64 + SIDE as f64 * (1.0 - (v - ends[0]) / (ends[1] - ends[0])).clamp(0.0, 1.0)
         };

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use ndarray::Array2;
+
 use super::{Band, Data, Header};
 use crate::{
     error::{Error, Result},
@@ -35,7 +37,7 @@ impl Raster {
         Err(refuse(&self.path))
     }
     /// Refuses.
-    pub fn thumbnail(&self, _rows: usize, _cols: usize) -> Result<Vec<f64>> {
+    pub fn thumbnail(&self, _rows: usize, _cols: usize) -> Result<Array2<f64>> {
         Err(refuse(&self.path))
     }
 }

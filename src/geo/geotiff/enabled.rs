@@ -14,6 +14,8 @@ use gdal::{
     vector::{Geometry, LayerAccess, OGRwkbGeometryType as Kind, geometry_type_flatten},
 };
 
+use ndarray::Array2;
+
 use super::{Band, Data, Header};
 use crate::{
     error::{Error, Result},
@@ -123,19 +125,19 @@ impl Raster {
         Ok(Data { values, valid, sentinels })
     }
 
-    /// The first band averaged down to `rows` × `cols` pixels, row-major, NaN without data.
+    /// The first band averaged down to `[rows, cols]` pixels, NaN without data.
     ///
     /// # Errors
     /// [`Error::Input`] if the file is damaged.
-    pub fn thumbnail(&self, rows: usize, cols: usize) -> Result<Vec<f64>> {
+    pub fn thumbnail(&self, rows: usize, cols: usize) -> Result<Array2<f64>> {
         let band = self.data.rasterband(1)?;
         let whole = (self.header.cols, self.header.rows);
         let read = band
             .read_as::<f64>((0, 0), whole, (cols, rows), Some(ResampleAlg::Average))
             .map_err(|e| self.unreadable(e))?;
         let nodata = band.no_data_value().unwrap_or(f64::NAN);
-        let values = read.into_shape_and_vec().1;
-        Ok(values.into_iter().map(|v| if v == nodata { f64::NAN } else { v }).collect())
+        let values = read.to_array().map_err(|e| self.unreadable(e))?;
+        Ok(values.mapv_into(|v| if v == nodata { f64::NAN } else { v }))
     }
 }
 
