@@ -26,12 +26,22 @@ pub fn find<'a, T: Named>(kind: &'static str, entries: &'a [T], name: &str) -> R
 /// ```
 /// let known = ["mean".to_string(), "quantile".to_string()];
 /// assert_eq!(isopleth::registry::nearest("quantle", &known), Some("quantile".to_string()));
+/// assert_eq!(isopleth::registry::nearest("maen", &known), Some("mean".to_string()));
 /// assert_eq!(isopleth::registry::nearest("xyz", &known), None);
 /// ```
 pub fn nearest(name: &str, known: &[String]) -> Option<String> {
+    let likeness = |k: &str| {
+        let (a, b) = (name.to_lowercase(), k.to_lowercase());
+        // One slip of the finger (a swap, a missing or doubled letter) is always close.
+        if a.len() > 2 && strsim::damerau_levenshtein(&a, &b) <= 1 {
+            1.0
+        } else {
+            strsim::jaro_winkler(&a, &b)
+        }
+    };
     known
         .iter()
-        .map(|k| (strsim::jaro_winkler(&name.to_lowercase(), &k.to_lowercase()), k))
+        .map(|k| (likeness(k), k))
         .filter(|(similarity, _)| *similarity > 0.75)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, k)| k.clone())
