@@ -5,7 +5,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::Write,
     path::Path,
 };
 
@@ -19,7 +18,7 @@ use crate::{
     model::{self, Problem, params::Params},
     process::Process,
     recipe::Recipe,
-    registry,
+    registry, whole,
 };
 
 /// Version of the file format; another version is refused.
@@ -237,26 +236,7 @@ pub(crate) fn write_tensors(
     }
     let bytes = safetensors::serialize(views, Some(metadata))
         .map_err(|e| Error::input(format!("the model cannot be written: {e:?}")))?;
-    write_whole(path, &bytes)
-}
-
-/// Writes a file under a temporary name beside `path`, syncs it, and renames it.
-///
-/// # Errors
-/// [`Error::Io`]; the temporary file is removed.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let temporary = std::path::PathBuf::from(temporary);
-    let written = (|| {
-        let mut file = std::fs::File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    })();
-    written.and_then(|()| std::fs::rename(&temporary, path)).map_err(|e| {
-        let _ = std::fs::remove_file(&temporary);
-        Error::io("write", path, e)
-    })
+    whole::write_bytes(path, &bytes)
 }
 
 /// Today's date, UTC, as year-month-day. The civil calendar from days since 1970 is Hinnant's.

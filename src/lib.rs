@@ -30,6 +30,7 @@ pub mod settings;
 pub mod sites;
 pub mod task;
 pub mod train;
+mod whole;
 
 pub use error::{Error, Result};
 pub use predictive::{Draws, Link, Marginals, Of, Predictive};

@@ -3,12 +3,12 @@
 //! Nothing is retrained: a model sees the other folds as its context. Beside it stand two rules
 //! that anyone could apply, since a score means nothing alone.
 
-use std::{path::PathBuf, time::Instant};
+use std::time::Instant;
 
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{note, say};
+use super::{note, say, survey::SurveyArgs};
 use crate::{
     baseline::{
         ExactGp,
@@ -18,7 +18,7 @@ use crate::{
     error::{Error, Result},
     geo::{
         frame::Frame,
-        survey::{Outcome, Survey, SurveyOptions},
+        survey::{Outcome, Survey},
         table::Columns,
     },
     likelihood::{self, Likelihood},
@@ -35,9 +35,9 @@ const GP: &str = "gp";
 /// Hold sites out fold by fold, predict them from the others, and score the predictions
 #[derive(clap::Args)]
 pub struct Args {
-    /// Survey table: CSV, Parquet, GeoParquet, GeoPackage, GeoJSON or Shapefile, one row per site
-    #[arg(long, value_name = "FILE")]
-    surveys: PathBuf,
+    /// The survey
+    #[command(flatten)]
+    survey: SurveyArgs,
     /// A number of random folds, or a table with a column of fold labels: FILE:COLUMN. Its rows are
     /// those of the survey file, in order or named by a column `row` that counts from 0
     #[arg(long, value_name = "N|FILE:COLUMN")]
@@ -46,27 +46,6 @@ pub struct Args {
     /// fits an exact Gaussian process to every fold's context
     #[arg(long, value_name = "NAME|FILE")]
     model: Option<String>,
-    /// Column of longitude or easting
-    #[arg(long, value_name = "COLUMN")]
-    lon: Option<String>,
-    /// Column of latitude or northing
-    #[arg(long, value_name = "COLUMN")]
-    lat: Option<String>,
-    /// Column of the number positive
-    #[arg(long, value_name = "COLUMN")]
-    positive: Option<String>,
-    /// Column of the number tested
-    #[arg(long, value_name = "COLUMN")]
-    tested: Option<String>,
-    /// Column of a continuous outcome, in place of --positive and --tested
-    #[arg(long, value_name = "COLUMN", conflicts_with_all = ["positive", "tested"])]
-    value: Option<String>,
-    /// Coordinate reference system of the columns: EPSG:4326, WKT, a PROJ string, local:m, local:km
-    #[arg(long)]
-    crs: Option<String>,
-    /// Layer of a GeoPackage
-    #[arg(long)]
-    layer: Option<String>,
     /// Seed of the random folds
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -104,18 +83,7 @@ pub struct Fold {
 /// # Errors
 /// What is wrong with the survey, the folds, or the model.
 pub fn run(args: &Args) -> Result<()> {
-    let survey = Survey::read(
-        &args.surveys,
-        &SurveyOptions {
-            lon: args.lon.clone(),
-            lat: args.lat.clone(),
-            positive: args.positive.clone(),
-            tested: args.tested.clone(),
-            value: args.value.clone(),
-            crs: args.crs.clone(),
-            layer: args.layer.clone(),
-        },
-    )?;
+    let survey = args.survey.read()?;
     survey.notes.iter().for_each(note);
     for dropped in &survey.dropped {
         note(format!("row {} left out: {}", dropped.row, dropped.reason));

@@ -6,7 +6,6 @@
 use std::{
     cell::Cell,
     fs::File,
-    io::Write,
     panic,
     path::{Path, PathBuf},
     sync::{Arc, Once},
@@ -24,6 +23,7 @@ pub use super::survey::{Dropped, Outcome, Survey, SurveyOptions, Targets};
 use crate::{
     error::{Error, Result},
     registry::nearest,
+    whole,
 };
 
 #[cfg(not(feature = "gdal"))]
@@ -405,14 +405,10 @@ fn write_as_csv(
     writer.flush().map_err(|e| Error::io("write", path, e))
 }
 
-/// Writes `path` by way of a temporary name in the same folder: whole, or not at all.
+/// Writes a table whole, or not at all, with the disk's own words where it refuses.
 pub(super) fn write_whole(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary = path.with_file_name(name);
-    let whole = || -> Result<()> {
-        let mut file = File::create(&temporary).map_err(|e| Error::io("write", path, e))?;
-        write(&mut file).map_err(|e| match e {
+    whole::write(path, |file| {
+        write(file).map_err(|e| match e {
             // The writer hides the disk's reason; ask the disk again, in its own words.
             Error::Parquet(parquet::errors::ParquetError::External(source)) => {
                 match source.downcast::<std::io::Error>() {
@@ -421,13 +417,7 @@ pub(super) fn write_whole(path: &Path, write: impl FnOnce(&mut File) -> Result<(
                 }
             }
             other => other,
-        })?;
-        file.flush().and_then(|()| file.sync_all()).map_err(|e| Error::io("write", path, e))?;
-        std::fs::rename(&temporary, path).map_err(|e| Error::io("rename to", path, e))
-    };
-    whole().inspect_err(|_| {
-        // Best effort: the error to tell is the first one.
-        let _ = std::fs::remove_file(&temporary);
+        })
     })
 }
 

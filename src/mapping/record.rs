@@ -15,6 +15,7 @@ use crate::{
         survey::{Dropped, Outcome, Survey},
     },
     predictive::Of,
+    whole,
 };
 
 /// Name of the record in an output directory.
@@ -131,16 +132,10 @@ impl Record {
     /// # Errors
     /// [`Error::Io`] if the disk refuses.
     pub fn write(&self, directory: &Path) -> Result<()> {
-        let (path, partial) = (directory.join(FILE), directory.join(".run.json.partial"));
+        let path = directory.join(FILE);
         let text = serde_json::to_string_pretty(self)
             .map_err(|e| Error::io("write", &path, std::io::Error::other(e)))?;
-        let result = std::fs::write(&partial, text + "\n")
-            .and_then(|()| std::fs::File::open(&partial)?.sync_all())
-            .and_then(|()| std::fs::rename(&partial, &path));
-        result.map_err(|e| {
-            let _ = std::fs::remove_file(&partial);
-            Error::io("write", &path, e)
-        })
+        whole::write_bytes(&path, (text + "\n").as_bytes())
     }
 
     /// Every file that the run wrote, the record last.

@@ -25,6 +25,7 @@ use crate::{
     recipe::Recipe,
     rng::Stream,
     task::{Batch, Tasks},
+    whole,
 };
 
 pub mod calibration;
@@ -199,6 +200,12 @@ pub fn loss(predictive: &Predictive, batch: &Batch, kind: Loss, device: &Device)
     Ok(density.mean_all()?.neg()?)
 }
 
+/// What a process on `device` answers to a batch, which is drawn on the host.
+fn answer(process: &dyn Process, batch: &Batch, device: &Device) -> Result<Predictive> {
+    let context = batch.task.context.to_device(device)?;
+    process.condition(&context)?.at(&batch.task.target.sites.to_device(device)?)
+}
+
 /// A batch cut into parts, each on a thread of its own with serial operations inside: at these
 /// sizes that keeps every core busy, where threads inside each operation mostly wait.
 struct Parts {
@@ -232,9 +239,7 @@ impl Parts {
         let part = |i: usize| -> Result<(f64, GradStore)> {
             let (start, end) = (i * rows / count, (i + 1) * rows / count);
             let part = batch.rows(start, end - start)?;
-            let context = part.task.context.to_device(device)?;
-            let targets = part.task.target.sites.to_device(device)?;
-            let predictive = process.condition(&context)?.at(&targets)?;
+            let predictive = answer(process, &part, device)?;
             let share = (end - start) as f64 / rows as f64;
             let value = (loss(&predictive, &part, kind, device)? * share)?;
             Ok((f64::from(value.to_scalar::<f32>()?), value.backward()?))
@@ -289,9 +294,7 @@ impl Validation {
     fn loss(&self, process: &dyn Process, kind: Loss, device: &Device) -> Result<f64> {
         let mut total = 0.0;
         for batch in &self.batches {
-            let predictive =
-                process.condition(&batch.task.context)?.at(&batch.task.target.sites)?;
-            let value = loss(&predictive, batch, kind, device)?;
+            let value = loss(&answer(process, batch, device)?, batch, kind, device)?;
             total += f64::from(value.to_dtype(DType::F32)?.to_scalar::<f32>()?);
         }
         Ok(total / self.batches.len() as f64)
@@ -312,8 +315,7 @@ fn exact_loss(tasks: &Tasks, batch: &Batch, kind: Loss) -> Result<f64> {
                 rule.mean,
                 tasks.likelihood(),
             )?;
-            let predictive = gp.condition(&one.task.context)?.at(&one.task.target.sites)?;
-            let value = loss(&predictive, &one, kind, &Device::Cpu)?;
+            let value = loss(&answer(&gp, &one, &Device::Cpu)?, &one, kind, &Device::Cpu)?;
             Ok(value.to_dtype(DType::F64)?.to_scalar::<f64>()?)
         })
         .collect::<Result<_>>()?;
@@ -628,7 +630,7 @@ fn restore(
                 .is_some_and(|s| s <= state.step)
         };
         let kept: String = text.lines().filter(known).map(|l| format!("{l}\n")).collect();
-        checkpoint::write_whole(journal, kept.as_bytes())?;
+        whole::write_bytes(journal, kept.as_bytes())?;
     }
     Ok((state, best))
 }
