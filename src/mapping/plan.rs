@@ -17,8 +17,9 @@ use crate::{
 pub const TILE: usize = 256;
 
 /// Targets that a posterior is asked about in one call, unless memory is short. The intermediate
-/// results of more leave a core's cache; of fewer, what every call does once is felt.
-pub const TARGETS: usize = 1_024;
+/// results of many more leave a core's cache, and above 65,536 numbers candle's element-wise
+/// operations queue for one pool of threads: 448 tokens of 128 are below that.
+pub const TARGETS: usize = 448;
 
 /// Targets in one call, at least: fewer are slow and save nothing.
 pub const LEAST_TARGETS: usize = 64;
@@ -59,7 +60,7 @@ impl Plan {
     /// Maps of the surface, on `device`: a call for every thread of the pool, or one for a GPU.
     pub fn new(device: Device) -> Self {
         let workers = if device.is_cpu() { rayon::current_num_threads() } else { 1 };
-        let targets = if device.is_cpu() { TARGETS } else { 16 * TARGETS };
+        let targets = if device.is_cpu() { TARGETS } else { 32 * TARGETS };
         Plan { of: Of::Surface, tile: TILE, targets, workers, device }
     }
 

@@ -528,12 +528,12 @@ impl Process for TnpKr {
         let c = &self.config;
         let dka = matches!(self.blocks[0].attention, Attention::Dka { .. });
         let whole = matches!(self.blocks[0].attention, Attention::Softmax { whole: true, .. });
-        let kernel = if dka { 6 * c.features } else { 0 };
+        let kernel = if dka { 4 * c.features } else { 0 };
         let widest = self.embed.widest().max(self.decode.widest()).max(c.feed_forward);
         let (keys, values) = (c.heads * c.key_width, c.heads * c.value_width);
         // f32s of one token on its way through a block: the stream before and after, normed, and
         // read; a layer's input, output and activation; queries, and values as read and as cut.
-        let scores = if whole { 4 * c.heads * sites } else { 0 };
+        let scores = if whole { 5 * c.heads * sites } else { 0 };
         let token = 6 * c.width + 3 * widest + 2 * keys + 3 * values + kernel + scores + 16;
         // What a block keeps of a site, and what it takes on the way there. Hidden values of an
         // MLP are twice a token wide.
