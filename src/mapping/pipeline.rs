@@ -17,9 +17,9 @@ use std::{
     thread,
 };
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::ThreadPool;
 
-use super::{Plan, near::Near};
+use super::{Plan, near::Near, plan};
 use crate::{
     error::{Error, Result},
     geo::{
@@ -120,11 +120,7 @@ pub(super) fn run(
             let (news, questions) = (tell.clone(), questions.clone());
             scope.spawn(move || {
                 reported(&news, || {
-                    // Its own pool: inside it, the parallel steps of the network are plain loops,
-                    // and no thread waits for a step by starting on another question.
-                    let pool = ThreadPoolBuilder::new().num_threads(threads).build();
-                    let pool = pool.map_err(|e| Error::input(format!("no more threads: {e}")))?;
-                    stage.answer(&questions, &news, &pool)
+                    stage.answer(&questions, &news, &plan::pool(threads)?)
                 })
             });
         }

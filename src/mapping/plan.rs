@@ -3,6 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use candle_core::Device;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::pipeline::WINDOWS;
@@ -10,7 +11,8 @@ use crate::{
     error::{Error, Result},
     geo::geotiff,
     predictive::Of,
-    process::Memory,
+    process::{Memory, Posterior, Process},
+    sites::Observations,
 };
 
 /// Pixels along the side of a tile, unless asked otherwise.
@@ -27,11 +29,13 @@ pub const LEAST_TARGETS: usize = 64;
 /// Tiles to choose from where memory is short.
 const TILES: [usize; 5] = [256, 128, 64, 32, 16];
 
-/// What a thread takes beside its targets: packed matrices, score tiles, its allocator's slack.
-const WORKER: usize = 8 << 20;
+/// What a worker takes beside its targets: packed matrices, score tiles, and the huge pages (2 MiB
+/// on Linux) of which its threads' allocators touch a dozen. Measured, rounded up.
+const WORKER: usize = 24 << 20;
 
-/// What finishing a raster takes at the end, and what no account shows.
-const SLACK: usize = 24 << 20;
+/// What no account shows: libraries being paged in, the other stages, and GDAL while it finishes a
+/// raster, which took 48 MiB.
+const SLACK: usize = 64 << 20;
 
 /// What a programme that has read a small survey holds, where the system does not say, bytes.
 pub const RESIDENT: usize = 96 << 20;
@@ -62,6 +66,21 @@ impl Plan {
         let workers = if device.is_cpu() { rayon::current_num_threads() } else { 1 };
         let targets = if device.is_cpu() { TARGETS } else { 32 * TARGETS };
         Plan { of: Of::Surface, tile: TILE, targets, workers, device }
+    }
+
+    /// Conditions a process on as many threads as the plan has workers: each takes memory.
+    ///
+    /// # Errors
+    /// Those of [`Process::condition`], and [`Error::Input`] if no thread can be had.
+    pub fn condition<'a>(
+        &self,
+        process: &'a (dyn Process + Send + Sync),
+        context: &Observations,
+    ) -> Result<Box<dyn Posterior + 'a>> {
+        if !self.device.is_cpu() || self.workers >= rayon::current_num_threads() {
+            return process.condition(context);
+        }
+        pool(self.workers)?.install(|| process.condition(context))
     }
 
     /// The same plan within `budget`: smaller questions first, then smaller tiles unless `tile`
@@ -96,6 +115,16 @@ impl Plan {
     }
 }
 
+/// A pool of its own. Inside one of a single thread, the parallel steps of a network are plain
+/// loops, and no thread waits for a step by starting on another question.
+pub(super) fn pool(threads: usize) -> Result<ThreadPool> {
+    ThreadPoolBuilder::new().num_threads(threads.max(1)).build().map_err(|e| {
+        Error::input("no more threads can be had")
+            .fact("reason", e)
+            .try_this("ask for fewer with RAYON_NUM_THREADS=1")
+    })
+}
+
 /// What a map takes that no plan can change.
 #[derive(Debug, Clone)]
 pub struct Needs {
@@ -117,7 +146,7 @@ impl Needs {
     }
 
     fn conditioning(&self) -> usize {
-        self.resident + self.process.conditioning + WORKER
+        self.resident + self.process.conditioning + WORKER + SLACK / 2
     }
 
     /// One window: places in f64, f32 and on the way between; per product what the gatherer and
