@@ -12,6 +12,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
         mpsc::{self, Receiver, Sender},
     },
     thread,
@@ -119,9 +120,7 @@ pub(super) fn run(
         for _ in 0..workers {
             let (news, questions) = (tell.clone(), questions.clone());
             scope.spawn(move || {
-                reported(&news, || {
-                    stage.answer(&questions, &news, &plan::pool(threads)?)
-                })
+                reported(&news, || stage.answer(&questions, &news, &plan::pool(threads)?))
             });
         }
         drop((tell, questions));
@@ -132,6 +131,43 @@ pub(super) fn run(
         let tally = gathered?;
         written.map(|()| tally)
     })
+}
+
+/// `ask` about parts of `sites`, at most [`Plan::targets`] each, on [`Plan::workers`] threads; the
+/// answers in order.
+///
+/// # Errors
+/// The first of `ask`'s, in order of place.
+pub fn in_parts<T: Send>(
+    plan: &Plan,
+    sites: &Sites,
+    ask: impl Fn(&Sites) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let each = plan.targets.max(1);
+    let parts = sites.len().div_ceil(each);
+    let workers = plan.workers.clamp(1, parts.max(1));
+    let threads = rayon::current_num_threads() / workers;
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<Vec<(usize, Result<T>)>> {
+        let pool = plan::pool(threads)?;
+        let mut answers = Vec::new();
+        loop {
+            let part = next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
+                return Ok(answers);
+            }
+            let len = each.min(sites.len() - part * each);
+            let sites = sites.narrow(part * each, len)?;
+            answers.push((part, pool.install(|| ask(&sites))));
+        }
+    };
+    let mut answers = thread::scope(|scope| -> Result<Vec<_>> {
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        let done = workers.into_iter().map(|w| w.join().unwrap_or_else(|p| resume_unwind(p)));
+        Ok(done.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    })?;
+    answers.sort_by_key(|(part, _)| *part);
+    answers.into_iter().map(|(_, answer)| answer).collect()
 }
 
 /// Runs a stage; what goes wrong is news.
