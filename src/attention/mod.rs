@@ -9,7 +9,7 @@ pub mod bias;
 mod full;
 mod scan;
 
-pub use bias::{Bias, Term};
+pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;
 pub use scan::{CHUNK, Start, resoften, scan, soften, softmax_gradient};
 

@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 mod gelu;
 mod layer_norm;
 mod linear;
+pub mod log;
 pub mod matrix;
 pub mod simd;
 

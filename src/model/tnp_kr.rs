@@ -17,7 +17,7 @@ use super::{
     settings,
 };
 use crate::{
-    attention::{Bias, CHUNK, Keys, Start, Term, full, scan},
+    attention::{Bias, CHUNK, Keys, Metric, Start, Term, full, scan},
     error::{Error, Result},
     likelihood::Likelihood,
     predictive::Predictive,
@@ -119,6 +119,9 @@ pub struct Config {
     pub embed_location: bool,
     /// Terms of the distance bias; none for plain attention.
     pub bias: Vec<Term>,
+    /// How the bias measures distance. `great-circle` takes sites as (longitude, latitude) in
+    /// degrees.
+    pub metric: Metric,
     /// Where the bias starts.
     pub bias_start: Widths,
     /// How widths are kept positive.
@@ -147,6 +150,7 @@ impl Default for Config {
             head_widths: vec![256, 64],
             embed_location: false,
             bias: vec![Term::Rbf],
+            metric: Metric::Euclidean,
             bias_start: Widths::Spread,
             bias_constraint: Constraint::Positive,
             weights: Weights::Orthogonal,
@@ -337,6 +341,7 @@ enum Attention {
 
 struct RawBias {
     terms: Vec<Term>,
+    metric: Metric,
     raw: Tensor,
     /// 1 where the parameter is `sign · exp(raw)`, `[1, term, 3]`.
     logged: Tensor,
@@ -354,30 +359,40 @@ impl RawBias {
             for (j, term) in c.bias.iter().enumerate() {
                 // Position of this head and term on the ladder of scales, 0 = widest.
                 let rank = (head * terms + j) as f64 / (heads * terms).max(2) as f64;
-                let scale = 1.5 * (0.05f64 / 1.5).powf(rank);
+                let ladder = |widest: f64, finest: f64| widest * (finest / widest).powf(rank);
+                let scale = ladder(1.5, 0.05);
                 let [mut a, mut b, shift] = match (c.bias_start, term) {
                     (_, Term::Sink) => [0.0, 0.0, 0.0],
                     (Widths::Equal, Term::Scalar) => [-1.0, 0.0, 0.0],
                     (Widths::Equal, _) => [1.0, 1.0, 0.0],
                     (Widths::Spread, Term::Scalar) => [-0.5 / scale, 0.0, 0.0],
+                    // A head that sees no site learns nothing: a support is wider than a length scale.
+                    (Widths::Spread, Term::Wendland) => [1.0, 1.0 / ladder(3.0, 0.3), 0.0],
                     (Widths::Spread, Term::Exponential) => [1.0, 1.0 / scale, 0.0],
+                    (Widths::Spread, t) if t.is_log_kernel() => [1.0, 1.0 / scale, 0.0],
                     (Widths::Spread, _) => [1.0, 1.0 / (scale * scale), 0.0],
                 };
                 let positive = c.bias_constraint == Constraint::Positive;
                 let slope = positive && *term == Term::Scalar;
+                let sharpness = positive && term.is_log_kernel();
                 let width = positive && !matches!(term, Term::Scalar | Term::Sink);
                 if slope {
                     a = (-a).ln();
+                }
+                if sharpness {
+                    a = a.ln();
                 }
                 if width {
                     b = b.ln();
                 }
                 values.extend([a, b, shift]);
                 if head == 0 {
-                    logged.extend([f64::from(slope), f64::from(width), 0.0]);
-                    sign.extend([if slope { -1.0 } else { 0.0 }, f64::from(width), 0.0]);
-                    let fold = c.bias_constraint == Constraint::Abs && *term != Term::Scalar;
-                    folded.extend([0.0, f64::from(fold && *term != Term::Sink), 0.0]);
+                    logged.extend([f64::from(slope || sharpness), f64::from(width), 0.0]);
+                    let direction = f64::from(sharpness) - f64::from(slope);
+                    sign.extend([direction, f64::from(width), 0.0]);
+                    let fold = c.bias_constraint == Constraint::Abs;
+                    let (a, b) = (term.is_log_kernel(), !matches!(term, Term::Scalar | Term::Sink));
+                    folded.extend([f64::from(fold && a), f64::from(fold && b), 0.0]);
                 }
             }
         }
@@ -386,7 +401,7 @@ impl RawBias {
             Ok(Tensor::from_vec(v, (1, terms, 3), raw.device())?.to_dtype(raw.dtype())?)
         };
         let (logged, sign, folded) = (constant(logged)?, constant(sign)?, constant(folded)?);
-        Ok(RawBias { terms: c.bias.clone(), raw, logged, sign, folded })
+        Ok(RawBias { terms: c.bias.clone(), metric: c.metric, raw, logged, sign, folded })
     }
 
     fn bias(&self) -> Result<Bias> {
@@ -394,7 +409,7 @@ impl RawBias {
         let absolute = self.raw.abs()?.broadcast_mul(&self.folded)?;
         let plain = ((&self.logged + &self.folded)?.neg()? + 1.0)?;
         let params = ((self.raw.broadcast_mul(&plain)? + exponential)? + absolute)?;
-        Ok(Bias { terms: self.terms.clone(), params })
+        Ok(Bias { terms: self.terms.clone(), params, metric: self.metric })
     }
 }
 

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use isopleth::{
     Stream,
-    attention::{Bias, Keys, Start, Term, full, scan},
+    attention::{Bias, Keys, Metric, Start, Term, full, scan},
 };
 
 const CPU: Device = Device::Cpu;
@@ -43,8 +43,13 @@ fn case(
         (0..b * context).map(|i| if context > 1 && i % 5 == 1 { 0.0 } else { 1.0 }).collect();
     let terms: Vec<Term> = Term::ALL.into_iter().filter(|t| sink || *t != Term::Sink).collect();
     let mut params = rng.normals(h * terms.len() * 3);
-    for p in params.chunks_mut(3) {
+    for (i, p) in params.chunks_mut(3).enumerate() {
         p[1] = p[1].abs();
+        // A negative sharpness would pull towards the edge of a support; one below ¼ has a gradient
+        // without bound there.
+        if terms[i % terms.len()].is_log_kernel() {
+            p[0] = 0.5 + p[0].abs();
+        }
     }
     Case {
         q: normal(rng, &[b, targets, h, d], size),
@@ -82,12 +87,17 @@ fn scan_equals_full_for_any_chunk_far_keys_and_extreme_scores() {
     ] {
         for sink in [false, true] {
             let c = case(&mut rng, targets, context, size, spread, sink);
-            let bias = Bias { terms: c.terms.clone(), params: c.params.clone() };
+            let bias = Bias {
+                terms: c.terms.clone(),
+                params: c.params.clone(),
+                metric: Metric::Euclidean,
+            };
             let keys = Keys::pack(&c.k, &c.v, &c.sk, &c.mask).unwrap();
             let truth = full(&c.q, &c.sq, &keys, Some(&bias)).unwrap();
             let keys32 =
                 Keys::pack(&cast(&c.k), &cast(&c.v), &cast(&c.sk), &cast(&c.mask)).unwrap();
-            let bias32 = Bias { terms: c.terms.clone(), params: cast(&c.params) };
+            let bias32 =
+                Bias { terms: c.terms.clone(), params: cast(&c.params), metric: Metric::Euclidean };
             for chunk in [1, 7, 64, 512, 4096] {
                 let exact = scan(&c.q, &c.sq, &keys, Some(&bias), chunk, Start::Exact).unwrap();
                 assert!(relative(&exact, &truth) < 1e-12, "composed scan, chunk {chunk}");
@@ -114,7 +124,7 @@ fn hidden_and_absent_keys_give_zero_and_no_nan() {
     c.mask = c.mask.zeros_like().unwrap();
     let keys = Keys::pack(&cast(&c.k), &cast(&c.v), &cast(&c.sk), &cast(&c.mask)).unwrap();
     let q = Var::from_tensor(&cast(&c.q)).unwrap();
-    let bias = Bias { terms: c.terms.clone(), params: cast(&c.params) };
+    let bias = Bias { terms: c.terms.clone(), params: cast(&c.params), metric: Metric::Euclidean };
     let out = scan(q.as_tensor(), &cast(&c.sq), &keys, Some(&bias), 4, Start::Exact).unwrap();
     let total = out.abs().unwrap().sum_all().unwrap();
     assert_eq!(total.to_scalar::<f32>().unwrap(), 0.0);
@@ -137,7 +147,11 @@ fn gradients_equal_autograd_of_the_reference() {
                 .map(|x| Var::from_tensor(&move_to(x)).unwrap())
                 .collect();
             let keys = Keys::pack(&vars[1], &vars[2], &move_to(&c.sk), &move_to(&c.mask)).unwrap();
-            let bias = Bias { terms: c.terms.clone(), params: vars[3].as_tensor().clone() };
+            let bias = Bias {
+                terms: c.terms.clone(),
+                params: vars[3].as_tensor().clone(),
+                metric: Metric::Euclidean,
+            };
             let sq = move_to(&c.sq);
             let out = if fast {
                 scan(&vars[0], &sq, &keys, Some(&bias), chunk, Start::Exact).unwrap()
@@ -160,7 +174,8 @@ fn reference_gradient_agrees_with_finite_differences() {
     let c = case(&mut rng, 4, 6, 1.0, 0.7, true);
     let loss = |params: &Tensor| -> Tensor {
         let keys = Keys::pack(&c.k, &c.v, &c.sk, &c.mask).unwrap();
-        let bias = Bias { terms: c.terms.clone(), params: params.clone() };
+        let bias =
+            Bias { terms: c.terms.clone(), params: params.clone(), metric: Metric::Euclidean };
         full(&c.q, &c.sq, &keys, Some(&bias)).unwrap().sqr().unwrap().sum_all().unwrap()
     };
     let var = Var::from_tensor(&c.params).unwrap();
@@ -203,7 +218,7 @@ fn biased_attention_golden_values() {
         &CPU,
     )
     .unwrap();
-    let bias = Bias { terms: vec![Term::Rbf, Term::Rbf], params };
+    let bias = Bias { terms: vec![Term::Rbf, Term::Rbf], params, metric: Metric::Euclidean };
     let keys = Keys::pack(&k, &v, &sk, &mask).unwrap();
     let golden = [
         [
