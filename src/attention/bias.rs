@@ -294,6 +294,42 @@ impl Bias {
         })
     }
 
+    /// The same bias with equal terms made one: those of one family whose `b` and `c` agree in
+    /// every head. Their amplitudes add up, so that the equal terms of published networks, which
+    /// training never tells apart, cost no more than one. To be asked, not trained: its parameters
+    /// are constants.
+    pub fn collapse(&self) -> Result<Bias> {
+        let heads = self.host()?.heads;
+        let one = |i: usize, j: usize| {
+            self.terms[i] == self.terms[j]
+                && heads.iter().all(|head| match head[i].0 {
+                    Term::Scalar | Term::Sink => true,
+                    Term::Tisa => head[i].1[1..] == head[j].1[1..],
+                    _ => head[i].1[1] == head[j].1[1],
+                })
+        };
+        // The first of its kind stands for each term.
+        let first: Vec<usize> =
+            (0..self.terms.len()).map(|j| (0..j).find(|i| one(*i, j)).unwrap_or(j)).collect();
+        let kept: Vec<usize> = (0..first.len()).filter(|j| first[*j] == *j).collect();
+        let mut params = Vec::with_capacity(heads.len() * kept.len() * 3);
+        for head in &heads {
+            for &i in &kept {
+                let [a, b, c] = head[i].1;
+                let alike = head.iter().zip(&first).filter(|(_, to)| **to == i);
+                // Only the first sink counts.
+                let sum = alike.map(|(term, _)| term.1[0]).sum();
+                params.extend([if self.terms[i] == Term::Sink { a } else { sum }, b, c]);
+            }
+        }
+        let params = Tensor::from_vec(params, (heads.len(), kept.len(), 3), self.params.device())?;
+        Ok(Bias {
+            terms: kept.iter().map(|i| self.terms[*i]).collect(),
+            params: params.to_dtype(self.params.dtype())?,
+            metric: self.metric,
+        })
+    }
+
     /// Parameter `i` of term `j`, `[1, head, 1, 1]`.
     fn param(&self, j: usize, i: usize) -> Result<Tensor> {
         let heads = self.params.dims()[0];

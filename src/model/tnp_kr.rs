@@ -48,17 +48,18 @@ pub const FULL: Entry = Entry {
 };
 
 const TINY: &str = "width = 8\nblocks = 2\nheads = 2\nkey_width = 4\nvalue_width = 3\nembed = [8]\n\
-    feed_forward = 8\nhead_widths = [8]\nbias = [\"rbf\", \"scalar\", \"sink\"]\nhead = { components = 2 }";
+    feed_forward = 8\nhead_widths = [8]\nbias = [\"rbf\", \"scalar\", \"matern-3/2\", \"sink\"]\nhead = { components = 2 }";
 
-/// How bias parameters `b` (and slopes of scalar terms) are kept in range.
+/// How bias parameters `b` (and slopes of scalar terms, and sharpness) are kept in range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Constraint {
     /// Not at all, as published in 2026: a negative width grows without bound with distance.
     Free,
-    /// Absolute value, as published in 2025.
+    /// Absolute value, as published in 2025; the sharpness of log-kernel terms too.
     Abs,
-    /// Learned on the log scale; scalar slopes are negative, so attention decays.
+    /// Learned on the log scale, with the sharpness `a` of log-kernel terms; scalar slopes are
+    /// negative, so attention decays.
     Positive,
 }
 
@@ -68,8 +69,8 @@ pub enum Constraint {
 pub enum Widths {
     /// All equal, as published: a = 1 (scalar −1), b = 1, c = 0. Equal terms then stay equal.
     Equal,
-    /// Spread over the scales that matter, 1/1.5 to 1/0.05 per model unit, a different one for
-    /// every head and term.
+    /// Spread over the scales that matter, a different one for every head and term: length scales
+    /// from 1.5 to 0.05 units of distance, supports of compact terms from 3 to 0.3.
     Spread,
 }
 
@@ -119,8 +120,8 @@ pub struct Config {
     pub embed_location: bool,
     /// Terms of the distance bias; none for plain attention.
     pub bias: Vec<Term>,
-    /// How the bias measures distance. `great-circle` takes sites as (longitude, latitude) in
-    /// degrees.
+    /// How the bias measures distance. With `great-circle` sites are (longitude, latitude) in
+    /// degrees, and the model must not be told them any other way: longitude has a seam.
     pub metric: Metric,
     /// Where the bias starts.
     pub bias_start: Widths,
@@ -220,6 +221,9 @@ impl TnpKr {
                 "width, blocks, heads, key_width, value_width and features must be ≥ 1",
             ));
         }
+        if config.metric == Metric::GreatCircle {
+            on_the_globe(&config, kind, problem.dim)?;
+        }
         let init = match config.weights {
             Weights::Orthogonal => Init::Orthogonal,
             Weights::Lecun => Init::LeCun,
@@ -273,6 +277,25 @@ impl TnpKr {
         parts.push(features.cloned().unwrap_or(blank));
         self.embed_norm.forward(&self.embed.forward(&Tensor::cat(&parts, 2)?)?)
     }
+}
+
+/// Refuses a model that would measure great circles and yet not be at home on the globe.
+fn on_the_globe(config: &Config, kind: Kind, dim: usize) -> Result<()> {
+    let refused = |why: &str| Error::input(why).fact("metric", "great-circle");
+    if dim != 2 {
+        return Err(refused("great circles join sites of two coordinates, longitude and latitude")
+            .fact("coordinates of a site", dim)
+            .try_this("leave `metric` out, or ask for tasks in two dimensions"));
+    }
+    if kind == Kind::Dka {
+        return Err(refused("deep kernel attention reads coordinates and measures no distance")
+            .try_this("use kind = \"tnp-kr\", or leave `metric` out"));
+    }
+    if config.embed_location {
+        return Err(refused("tokens that hold a longitude have a seam where it jumps by 360")
+            .try_this("set embed_location = false: the distance bias tells where sites are"));
+    }
+    Ok(())
 }
 
 /// One kernel regression block: the same weights serve targets and context.
