@@ -305,8 +305,11 @@ fn log_kernels_golden_values() {
                 let mut fast = [0.25f32];
                 add_term(term, [a as f32, b as f32, 9.0], &[(d * d) as f32], &mut fast);
                 let gap = f64::from(fast[0]) - 0.25 - want;
+                // At the edge of a support the rounding of the distance counts 4a / (1 − u)-fold.
+                let edge =
+                    if term == Term::Wendland && u < 1.0 { 4.0 * a * u / (1.0 - u) } else { 0.0 };
                 assert!(
-                    f64::from(fast[0]) == want || gap.abs() < 4e-7 * (1.0 + u + want.abs()),
+                    f64::from(fast[0]) == want || gap.abs() < 4e-7 * (1.0 + u + want.abs() + edge),
                     "{name}: {fast:?} against {want}"
                 );
                 let params = Tensor::new(&[[[a, b, 9.0]]], &CPU).unwrap();
@@ -392,9 +395,10 @@ fn scan_equals_full_for_any_chunk_far_keys_and_extreme_scores() {
     cases.push(Case::new(&mut rng, &far, [9, 40], Scores::Plain(1.0), 2000.0));
     for c in cases {
         let (truth, single) = (c.full(), c.single());
-        // Four products, the bias and the log-sum are rounded: a handful of roundings of the score,
-        // each of which moves a weight by as much as the score. 2e-6 is for exp and the sums.
-        let allowed = 2e-6 + 4.0 * c.size() * ROUNDING;
+        // f32 rounds a score of size S by S · 2⁻²⁴ at each step (products, bias, log-sum), and each
+        // moves the weight by as much, whatever is done afterwards: near 10⁴ three digits are left.
+        // The steps' errors differ in sign; two of them are allowed. 2e-6 is for exp and the sums.
+        let allowed = 2e-6 + 2.0 * c.size() * ROUNDING;
         for chunk in [1, 7, 64, 4096] {
             let name = format!(
                 "{}, {:?} × {:?}, chunk {chunk}",
@@ -405,9 +409,6 @@ fn scan_equals_full_for_any_chunk_far_keys_and_extreme_scores() {
             let gap = relative(&c.scan(chunk), &truth);
             assert!(gap < 1e-9, "{name}: the composed scan is off by {gap:e}");
             let gap = relative(&single.scan(chunk), &truth);
-            if std::env::var("SHOW").is_ok() {
-                eprintln!("RATIO {:.3} {allowed:.1e} {name}", gap / allowed);
-            }
             assert!(gap < allowed, "{name}: off by {gap:e}, allowed {allowed:e}");
         }
     }
@@ -510,7 +511,7 @@ fn gradients_equal_autograd_of_the_reference() {
                 let weigh = normal(&mut rng, &[2, targets, 3, 3], 1.0);
                 let truth = c.gradients(&weigh, 0);
                 // As for values, with the sums over targets on top.
-                let allowed = 1e-5 + 8.0 * c.size() * ROUNDING;
+                let allowed = 1e-5 + 4.0 * c.size() * ROUNDING;
                 let composed = c.gradients(&weigh, chunk);
                 let fused = c.single().gradients(&weigh, chunk);
                 for (i, name) in ["value", "dq", "dk", "dv", "dbias"].iter().enumerate() {
@@ -518,14 +519,11 @@ fn gradients_equal_autograd_of_the_reference() {
                     let gap = relative(&composed[i], &truth[i]);
                     assert!(gap < 1e-9, "{name}, {scores:?} composed: {gap:e}");
                     let gap = relative(&fused[i], &truth[i]);
-                    if std::env::var("SHOW").is_ok() {
-                        eprintln!(
-                            "GRAD {:.3} {allowed:.1e} {metric:?} {scores:?} {name}",
-                            gap / allowed
-                        );
-                    }
+                    // The slope by b or c can be four times that by the logarithm of distance; and
+                    // with a single key the truth is 0, what remains is rounding.
+                    let allowed = if i == 4 { 4.0 * allowed } else { allowed };
                     assert!(
-                        gap < allowed || std::env::var("SHOW").is_ok(),
+                        gap < allowed,
                         "{name}, {metric:?}, {scores:?}: {gap:e}, allowed {allowed:e}"
                     );
                 }
