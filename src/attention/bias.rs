@@ -134,18 +134,26 @@ impl Named for Term {
     }
     fn about(&self) -> &str {
         match self {
-            Term::Scalar => "a d: falls in a straight line, the log of an exponential kernel",
-            Term::Rbf => "a exp(-b d²): a bump at distance 0 (arXiv:2506.09163)",
-            Term::Tisa => "a exp(-b (d - c)²): a bump at distance c (arXiv:2411.12502)",
-            Term::Exponential => "a exp(-b d): a peak at distance 0",
-            Term::SquaredExponential => "a log k, k squared exponential with length scale 1/b",
-            Term::Matern32 => "a log k, k Matérn 3/2 with length scale 1/b",
-            Term::Matern52 => "a log k, k Matérn 5/2 with length scale 1/b",
+            Term::Scalar => "a d: log of an exponential kernel (Jenson et al., arXiv:2506.09163)",
+            Term::Rbf => "a exp(-b d²): a bump at distance 0 (Jenson et al., arXiv:2506.09163)",
+            Term::Tisa => "a exp(-b (d - c)²): a bump at distance c (Wennberg & Henter 2021)",
+            Term::Exponential => {
+                "a exp(-b d): a peak at distance 0 (Jenson et al., arXiv:2506.09163)"
+            }
+            Term::SquaredExponential => {
+                "a log k: k squared exponential, 1/b its length scale (Rasmussen & Williams 2006, eq. 4.9)"
+            }
+            Term::Matern32 => {
+                "a log k: k Matérn 3/2, 1/b its length scale (Rasmussen & Williams 2006, eq. 4.17)"
+            }
+            Term::Matern52 => {
+                "a log k: k Matérn 5/2, 1/b its length scale (Rasmussen & Williams 2006, eq. 4.17)"
+            }
             Term::Wendland => {
-                "a log k, k of Wendland (1995): sites 1/b away or farther are not read"
+                "a log k: k of compact support 1/b, no site beyond is read (Wendland 1995)"
             }
             Term::Sink => {
-                "no distance: one more key with score a and value 0, so that few near sites show"
+                "a key with score a and value 0 at no distance: shows how few sites are near"
             }
         }
     }
@@ -460,7 +468,7 @@ simd::vectorised! {
             let far = x2 > 0.25;
             let z = if far { 0.5 - 0.5 * x2.sqrt() } else { x2 };
             let p = 4.216_32e-2_f32; // asin √z = √z (1 + z p(z)) to 2e-7 for z ≤ ¼ (Cephes)
-            let p = p.mul_add(z, 2.418_131_1e-2);
+            let p = p.mul_add(z, 2.418_131e-2);
             let p = p.mul_add(z, 4.547_002_6e-2);
             let p = p.mul_add(z, 7.495_3e-2);
             let p = p.mul_add(z, 1.666_675_2e-1);

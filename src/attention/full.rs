@@ -14,6 +14,8 @@ use crate::error::Result;
 ///
 /// # Shapes
 /// `q` `[batch, target, head, d]`, `sites` `[batch, target, dim]`; returns `[batch, target, head, w]`.
+/// # Units
+/// Sites of both sides in model units, or degrees where the bias measures great circles.
 pub fn full(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> Result<Tensor> {
     let (batch, targets, heads, d) = q.dims4()?;
     let width = keys.value_width();
