@@ -1,4 +1,4 @@
-//! Natural logarithms of f32 that vectorise, for loop bodies under [`super::simd::vectorised`].
+//! Natural logarithms of f32 that vectorise, for loop bodies under `simd::vectorised`.
 //!
 //! Source: the polynomial of `logf` in Cephes (Moshier 1992).
 
