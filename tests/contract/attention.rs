@@ -191,8 +191,9 @@ impl Case {
         }
     }
 
-    /// How large the numbers are that add up to a score, and how fast it changes with distance,
-    /// over all pairs that carry weight: f32 knows a score to this many roundings.
+    /// How large the numbers are that add up to a score, and how fast it changes with distance: f32
+    /// knows a score to this many roundings. Mean over a row by weight, since that is what an output
+    /// feels; then the largest of all rows.
     fn size(&self) -> f64 {
         let (b, h, d, _) = SHAPE;
         let (targets, context) = (self.sq.dims()[1], self.sk.dims()[1]);
@@ -221,12 +222,16 @@ impl Case {
                         if r > 0.0 { (value - term.value(*p, r - step)) / step } else { 0.0 };
                     parts += value.abs() + slope.abs() * unit;
                 }
-                scored.push((score, parts));
+                if score > f64::NEG_INFINITY {
+                    scored.push((score, parts));
+                }
             }
             let sink = radial.sink(head).unwrap_or(f64::NEG_INFINITY);
             let top = scored.iter().fold(sink, |top, (score, _)| top.max(*score));
-            let carry = scored.iter().filter(|(score, _)| *score > top - 16.0);
-            size = carry.fold(size, |size, (_, parts)| size.max(*parts));
+            let weigh = |score: f64| (score - top).exp();
+            let sum = scored.iter().map(|(score, _)| weigh(*score)).sum::<f64>() + weigh(sink);
+            let mean = scored.iter().map(|(score, parts)| weigh(*score) * parts).sum::<f64>() / sum;
+            size = size.max(if sum > 0.0 { mean } else { 0.0 });
         }
         size
     }
