@@ -17,8 +17,9 @@ use super::{
     settings,
 };
 use crate::{
-    attention::{Bias, CHUNK, Keys, Start, Term, full, scan},
+    attention::{Bias, CHUNK, Keys, Metric, Reader, Reading, Start, Term, full, scan},
     error::{Error, Result},
+    fused,
     likelihood::Likelihood,
     predictive::Predictive,
     process::{Memory, Posterior, Process},
@@ -48,17 +49,18 @@ pub const FULL: Entry = Entry {
 };
 
 const TINY: &str = "width = 8\nblocks = 2\nheads = 2\nkey_width = 4\nvalue_width = 3\nembed = [8]\n\
-    feed_forward = 8\nhead_widths = [8]\nbias = [\"rbf\", \"scalar\", \"sink\"]\nhead = { components = 2 }";
+    feed_forward = 8\nhead_widths = [8]\nbias = [\"rbf\", \"scalar\", \"matern-3/2\", \"sink\"]\nhead = { components = 2 }";
 
-/// How bias parameters `b` (and slopes of scalar terms) are kept in range.
+/// How bias parameters `b` (and slopes of scalar terms, and sharpness) are kept in range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Constraint {
     /// Not at all, as published in 2026: a negative width grows without bound with distance.
     Free,
-    /// Absolute value, as published in 2025.
+    /// Absolute value, as published in 2025; the sharpness of log-kernel terms too.
     Abs,
-    /// Learned on the log scale; scalar slopes are negative, so attention decays.
+    /// Learned on the log scale, with the sharpness `a` of log-kernel terms; scalar slopes are
+    /// negative, so attention decays.
     Positive,
 }
 
@@ -68,8 +70,8 @@ pub enum Constraint {
 pub enum Widths {
     /// All equal, as published: a = 1 (scalar −1), b = 1, c = 0. Equal terms then stay equal.
     Equal,
-    /// Spread over the scales that matter, 1/1.5 to 1/0.05 per model unit, a different one for
-    /// every head and term.
+    /// Spread over the scales that matter, a different one for every head and term: length scales
+    /// from 1.5 to 0.05 units of distance, supports of compact terms from 3 to 0.3.
     Spread,
 }
 
@@ -119,6 +121,9 @@ pub struct Config {
     pub embed_location: bool,
     /// Terms of the distance bias; none for plain attention.
     pub bias: Vec<Term>,
+    /// How the bias measures distance. With `great-circle` sites are (longitude, latitude) in
+    /// degrees, and the model must not be told them any other way: longitude has a seam.
+    pub metric: Metric,
     /// Where the bias starts.
     pub bias_start: Widths,
     /// How widths are kept positive.
@@ -147,6 +152,7 @@ impl Default for Config {
             head_widths: vec![256, 64],
             embed_location: false,
             bias: vec![Term::Rbf],
+            metric: Metric::Euclidean,
             bias_start: Widths::Spread,
             bias_constraint: Constraint::Positive,
             weights: Weights::Orthogonal,
@@ -216,6 +222,9 @@ impl TnpKr {
                 "width, blocks, heads, key_width, value_width and features must be ≥ 1",
             ));
         }
+        if config.metric == Metric::GreatCircle {
+            on_the_globe(&config, kind, problem.dim)?;
+        }
         let init = match config.weights {
             Weights::Orthogonal => Init::Orthogonal,
             Weights::Lecun => Init::LeCun,
@@ -237,7 +246,7 @@ impl TnpKr {
             blocks: (0..config.blocks)
                 .map(|i| {
                     let mut scope = scope.at(&format!("block.{i}"));
-                    Block::new(&mut scope, &config, kind, problem.dim, &init)
+                    Block::new(&mut scope, &config, kind, problem, &init)
                 })
                 .collect::<Result<_>>()?,
             norm: Norm::new(&mut scope.at("norm"), config.width)?,
@@ -271,6 +280,25 @@ impl TnpKr {
     }
 }
 
+/// Refuses a model that would measure great circles and yet not be at home on the globe.
+fn on_the_globe(config: &Config, kind: Kind, dim: usize) -> Result<()> {
+    let refused = |why: &str| Error::input(why).fact("metric", "great-circle");
+    if dim != 2 {
+        return Err(refused("great circles join sites of two coordinates, longitude and latitude")
+            .fact("coordinates of a site", dim)
+            .try_this("leave `metric` out, or ask for tasks in two dimensions"));
+    }
+    if kind == Kind::Dka {
+        return Err(refused("deep kernel attention reads coordinates and measures no distance")
+            .try_this("use kind = \"tnp-kr\", or leave `metric` out"));
+    }
+    if config.embed_location {
+        return Err(refused("tokens that hold a longitude have a seam where it jumps by 360")
+            .try_this("set embed_location = false: the distance bias tells where sites are"));
+    }
+    Ok(())
+}
+
 /// One kernel regression block: the same weights serve targets and context.
 struct Block {
     before: Norm,
@@ -280,10 +308,10 @@ struct Block {
 }
 
 impl Block {
-    fn new(scope: &mut Scope, c: &Config, kind: Kind, dim: usize, init: &Init) -> Result<Self> {
+    fn new(scope: &mut Scope, c: &Config, kind: Kind, p: Problem, init: &Init) -> Result<Self> {
         Ok(Block {
             before: Norm::new(&mut scope.at("before"), c.width)?,
-            attention: Attention::new(&mut scope.at("attention"), c, kind, dim, init)?,
+            attention: Attention::new(&mut scope.at("attention"), c, kind, p, init)?,
             between: Norm::new(&mut scope.at("between"), c.width)?,
             feed_forward: Mlp::new(
                 &mut scope.at("feed_forward"),
@@ -311,6 +339,8 @@ impl Block {
 /// A layer's context, ready to be read by any number of targets.
 enum Cache {
     Keys(Keys),
+    /// Packed to be read and not to be learnt from.
+    Reader(Reader),
     /// `[batch, features, width]`
     Kernel(Tensor),
 }
@@ -326,6 +356,7 @@ enum Attention {
         heads: usize,
         whole: bool,
         start: Start,
+        reading: Reading,
     },
     Dka {
         phi: Mlp,
@@ -337,6 +368,7 @@ enum Attention {
 
 struct RawBias {
     terms: Vec<Term>,
+    metric: Metric,
     raw: Tensor,
     /// 1 where the parameter is `sign · exp(raw)`, `[1, term, 3]`.
     logged: Tensor,
@@ -354,30 +386,40 @@ impl RawBias {
             for (j, term) in c.bias.iter().enumerate() {
                 // Position of this head and term on the ladder of scales, 0 = widest.
                 let rank = (head * terms + j) as f64 / (heads * terms).max(2) as f64;
-                let scale = 1.5 * (0.05f64 / 1.5).powf(rank);
+                let ladder = |widest: f64, finest: f64| widest * (finest / widest).powf(rank);
+                let scale = ladder(1.5, 0.05);
                 let [mut a, mut b, shift] = match (c.bias_start, term) {
                     (_, Term::Sink) => [0.0, 0.0, 0.0],
                     (Widths::Equal, Term::Scalar) => [-1.0, 0.0, 0.0],
                     (Widths::Equal, _) => [1.0, 1.0, 0.0],
                     (Widths::Spread, Term::Scalar) => [-0.5 / scale, 0.0, 0.0],
+                    // A head that sees no site learns nothing: a support is wider than a length scale.
+                    (Widths::Spread, Term::Wendland) => [1.0, 1.0 / ladder(3.0, 0.3), 0.0],
                     (Widths::Spread, Term::Exponential) => [1.0, 1.0 / scale, 0.0],
+                    (Widths::Spread, t) if t.is_log_kernel() => [1.0, 1.0 / scale, 0.0],
                     (Widths::Spread, _) => [1.0, 1.0 / (scale * scale), 0.0],
                 };
                 let positive = c.bias_constraint == Constraint::Positive;
                 let slope = positive && *term == Term::Scalar;
+                let sharpness = positive && term.is_log_kernel();
                 let width = positive && !matches!(term, Term::Scalar | Term::Sink);
                 if slope {
                     a = (-a).ln();
+                }
+                if sharpness {
+                    a = a.ln();
                 }
                 if width {
                     b = b.ln();
                 }
                 values.extend([a, b, shift]);
                 if head == 0 {
-                    logged.extend([f64::from(slope), f64::from(width), 0.0]);
-                    sign.extend([if slope { -1.0 } else { 0.0 }, f64::from(width), 0.0]);
-                    let fold = c.bias_constraint == Constraint::Abs && *term != Term::Scalar;
-                    folded.extend([0.0, f64::from(fold && *term != Term::Sink), 0.0]);
+                    logged.extend([f64::from(slope || sharpness), f64::from(width), 0.0]);
+                    let direction = f64::from(sharpness) - f64::from(slope);
+                    sign.extend([direction, f64::from(width), 0.0]);
+                    let fold = c.bias_constraint == Constraint::Abs;
+                    let (a, b) = (term.is_log_kernel(), !matches!(term, Term::Scalar | Term::Sink));
+                    folded.extend([f64::from(fold && a), f64::from(fold && b), 0.0]);
                 }
             }
         }
@@ -386,7 +428,7 @@ impl RawBias {
             Ok(Tensor::from_vec(v, (1, terms, 3), raw.device())?.to_dtype(raw.dtype())?)
         };
         let (logged, sign, folded) = (constant(logged)?, constant(sign)?, constant(folded)?);
-        Ok(RawBias { terms: c.bias.clone(), raw, logged, sign, folded })
+        Ok(RawBias { terms: c.bias.clone(), metric: c.metric, raw, logged, sign, folded })
     }
 
     fn bias(&self) -> Result<Bias> {
@@ -394,14 +436,14 @@ impl RawBias {
         let absolute = self.raw.abs()?.broadcast_mul(&self.folded)?;
         let plain = ((&self.logged + &self.folded)?.neg()? + 1.0)?;
         let params = ((self.raw.broadcast_mul(&plain)? + exponential)? + absolute)?;
-        Ok(Bias { terms: self.terms.clone(), params })
+        Ok(Bias { terms: self.terms.clone(), params, metric: self.metric })
     }
 }
 
 impl Attention {
-    fn new(scope: &mut Scope, c: &Config, kind: Kind, dim: usize, init: &Init) -> Result<Self> {
+    fn new(scope: &mut Scope, c: &Config, kind: Kind, p: Problem, init: &Init) -> Result<Self> {
         if kind == Kind::Dka {
-            let phi = [dim + c.width, c.features, c.features];
+            let phi = [p.dim + c.width, c.features, c.features];
             return Ok(Attention::Dka {
                 phi: Mlp::new(&mut scope.at("phi"), &phi, Activation::Gelu, init)?,
                 psi: Mlp::new(
@@ -428,18 +470,25 @@ impl Attention {
             heads: c.heads,
             whole: kind == Kind::Full,
             start: if c.published_start { Start::Published } else { Start::Exact },
+            reading: p.reading,
         })
     }
 
     /// What targets will read: from the context's normalised tokens `[batch, context, width]`.
     fn cache(&self, normed: &Tensor, sites: &Tensor, mask: &Tensor) -> Result<Cache> {
         match self {
-            Attention::Softmax { key, value, heads, .. } => {
+            Attention::Softmax { key, value, heads, bias, whole, start, reading, .. } => {
                 let split = |x: Tensor| -> Result<Tensor> {
                     let (batch, len, width) = x.dims3()?;
                     Ok(x.reshape((batch, len, *heads, width / heads))?)
                 };
                 let (k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
+                let asked = !k.track_op() && fused::applies(&k);
+                if asked && !whole && *start == Start::Exact {
+                    let bias = bias.as_ref().map(|b| b.bias()?.collapse()).transpose()?;
+                    let reader = Reader::new(&k, &v, sites, mask, bias.as_ref(), *reading)?;
+                    return Ok(Cache::Reader(reader));
+                }
                 Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
             }
             Attention::Dka { phi, psi, width, .. } => {
@@ -468,6 +517,12 @@ impl Attention {
                     false => scan(&q, sites, keys, bias.as_ref(), CHUNK, *start)?,
                 };
                 out.forward(&read.flatten_from(D::Minus2)?)
+            }
+            (Attention::Softmax { query, out, heads, .. }, Cache::Reader(reader)) => {
+                let q = query.forward(normed)?;
+                let (batch, len, width) = q.dims3()?;
+                let q = q.reshape((batch, len, *heads, width / heads))?;
+                out.forward(&reader.read(&q, sites)?.flatten_from(D::Minus2)?)
             }
             (Attention::Dka { phi, norm, width, .. }, Cache::Kernel(a)) => {
                 let q = kernel_features(phi, normed, sites, *width)?;
