@@ -105,7 +105,8 @@ pub(super) fn run(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Tally> {
     let workers = stage.plan.workers.max(1);
-    let threads = (rayon::current_num_threads() / workers).max(1);
+    // More threads in a worker would take as much memory as more workers, and wait more.
+    let threads = if stage.plan.device.is_cpu() { 1 } else { rayon::current_num_threads() };
     thread::scope(|scope| {
         let (permit, permits) = mpsc::channel();
         let (tell, told) = mpsc::channel();
