@@ -24,20 +24,19 @@ pub fn full(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> Res
         scores = (scores + bias.composed(&squared_distances(sites, &keys.sites)?)?)?;
     }
     let mask = keys.mask.reshape((batch, 1, 1, keys.len()))?; // 1 = observed
-    let hidden = ((&mask - 1.0)? * 1e30)?;
-    let scores = scores.broadcast_mul(&mask)?.broadcast_add(&hidden)?;
+    let scores = scores.broadcast_add(&((&mask - 1.0)? * 1e30)?)?;
     let sink = bias.map(Bias::sink_score).transpose()?.flatten();
     let mut top = scores.max_keepdim(D::Minus1)?.detach();
     if let Some(sink) = &sink {
         top = top.broadcast_maximum(&sink.detach())?;
     }
     let weights = scores.broadcast_sub(&top)?.exp()?;
-    let weights = weights.broadcast_mul(&mask)?;
     let mut sum = weights.sum_keepdim(D::Minus1)?;
     if let Some(sink) = &sink {
         sum = (sum + top.neg()?.broadcast_add(sink)?.exp()?)?;
     }
-    let empty = sum.eq(0.0)?.to_dtype(sum.dtype())?;
-    let out = weights.matmul(&v)?.broadcast_div(&(sum + empty)?)?;
+    let out = weights.matmul(&v)?.broadcast_div(&sum)?;
+    // Where every key is hidden, all weigh the same: nothing was seen.
+    let out = out.broadcast_mul(&mask.max_keepdim(D::Minus1)?)?;
     Ok(out.transpose(1, 2)?.contiguous()?)
 }
