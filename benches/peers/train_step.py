@@ -1,8 +1,8 @@
 """One training step of TNP-KR with biased attention, in JAX: the peer of `isopleth bench train-step`.
 
 Written from the formulas of arXiv:2411.12502 and arXiv:2506.09163: the sizes of the second (475,770
-parameters with --terms 5), dense attention, an RBF network as distance bias, AdamW after a clip by global norm. The
-whole step is one jitted function. Prints one JSON object.
+parameters with --terms 5), dense attention, an RBF network as distance bias, AdamW after a clip by
+global norm. The whole step is one jitted function. Prints one JSON object.
 """
 
 import argparse

@@ -20,25 +20,24 @@ pub struct Rates {
 impl Rates {
     /// The rates of one thread alone.
     pub fn single() -> Self {
-        let one = |work: Work| (0..ROUNDS).map(|_| rate(work)).fold(0.0, f64::max);
-        Self::of(one)
+        Self::of(rate)
     }
 
     /// The mean rates of the threads of the current rayon pool, all running.
     pub fn all() -> Self {
-        let all = |work: Work| {
-            let round = || {
-                let rates = rayon::broadcast(|_| rate(work));
-                rates.iter().sum::<f64>() / rates.len() as f64
-            };
-            (0..ROUNDS).map(|_| round()).fold(0.0, f64::max)
-        };
-        Self::of(all)
+        Self::of(|work, rounds| {
+            let rates = rayon::broadcast(|_| rate(work, rounds));
+            rates.iter().sum::<f64>() / rates.len() as f64
+        })
     }
 
-    fn of(measure: impl Fn(Work) -> f64) -> Self {
-        let best = |ways: &[Work]| ways.iter().map(|way| measure(*way)).fold(0.0, f64::max);
-        Rates { fma: best(&[multiply_adds]), exp: best(&[exponentials, scaled_exponentials]) }
+    fn of(measure: impl Fn(Work, usize) -> f64) -> Self {
+        let rate = |work: Work| {
+            let rounds = rounds(work);
+            (0..TURNS).map(|_| measure(work, rounds)).fold(0.0, f64::max)
+        };
+        let exp = rate(exponentials).max(rate(scaled_exponentials));
+        Rates { fma: rate(multiply_adds), exp }
     }
 
     /// The better of two measurements: whatever else ran on the machine only takes away.
@@ -52,22 +51,27 @@ type Work = fn(rounds: usize) -> usize;
 
 /// Measurements of each rate, of which the best counts: short ones, so that some fall between the
 /// turns that other programs take on a shared machine.
-const ROUNDS: usize = 16;
+const TURNS: usize = 10;
 /// Least length of one, in seconds.
 const SECONDS: f64 = 0.001;
 
-/// Operations per nanosecond.
-fn rate(work: Work) -> f64 {
+/// As many rounds as take [`SECONDS`].
+fn rounds(work: Work) -> usize {
     let mut rounds = 64;
     loop {
         let start = Instant::now();
-        let done = work(rounds);
-        let seconds = start.elapsed().as_secs_f64();
-        if seconds > SECONDS {
-            return done as f64 / (seconds * 1e9);
+        work(rounds);
+        if start.elapsed().as_secs_f64() > SECONDS {
+            return rounds;
         }
         rounds *= 2;
     }
+}
+
+/// Operations per nanosecond.
+fn rate(work: Work, rounds: usize) -> f64 {
+    let start = Instant::now();
+    work(rounds) as f64 / (start.elapsed().as_secs_f64() * 1e9)
 }
 
 fn multiply_adds(rounds: usize) -> usize {

@@ -2,14 +2,18 @@
 
 use serde_json::Value;
 
-use super::{assert_error, command, ok, refused, text};
+use super::{assert_error, ok, refused};
 
 /// A network that takes no time.
-const SMALL: [&str; 8] =
-    ["--layers", "2", "--heads", "2", "--key-width", "8", "--value-width", "4"];
+const SMALL: &str = "--layers 2 --heads 2 --key-width 8 --value-width 4";
 
-fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&ok(&[&["bench"], args, &["--json"]].concat())).unwrap()
+/// The words of `isopleth bench …`.
+fn words(line: &str) -> Vec<&str> {
+    ["bench"].into_iter().chain(line.split_whitespace()).collect()
+}
+
+fn json(line: &str) -> Value {
+    serde_json::from_str(&ok(&words(&format!("{line} --json")))).unwrap()
 }
 
 fn number(report: &Value, name: &str) -> f64 {
@@ -46,34 +50,19 @@ fn assert_gflops(report: &Value, multiply_adds: u64) {
 
 #[test]
 fn attention_counts_heads_times_contexts_times_targets() {
-    for attention in ["scan", "full"] {
-        for bias in ["rbf", "rbf,scalar,sink", "none"] {
-            let report = json(&[
-                "attention",
-                "--contexts",
-                "90",
-                "--targets",
-                "70",
-                "--heads",
-                "3",
-                "--key-width",
-                "8",
-                "--value-width",
-                "5",
-                "--bias",
-                bias,
-                "--attention",
-                attention,
-            ]);
-            assert_sound(&report, 3 * 90 * 70);
-            assert_gflops(&report, 3 * 90 * 70 * (8 + 5));
-            assert_eq!(report["attention"], attention);
-            let terms = if bias == "none" { 0 } else { bias.split(',').count() };
-            assert_eq!(report["bias"].as_array().unwrap().len(), terms);
-        }
+    for (attention, bias) in [("scan", "rbf,scalar,sink"), ("full", "rbf"), ("scan", "none")] {
+        let report = json(&format!(
+            "attention --contexts 90 --targets 70 --heads 3 --key-width 8 --value-width 5 \
+             --bias {bias} --attention {attention}"
+        ));
+        assert_sound(&report, 3 * 90 * 70);
+        assert_gflops(&report, 3 * 90 * 70 * (8 + 5));
+        assert_eq!(report["attention"], attention);
+        let terms = if bias == "none" { 0 } else { bias.split(',').count() };
+        assert_eq!(report["bias"].as_array().unwrap().len(), terms);
     }
     // One head and no pairs: φ of both, ψ and the matrix of the context, and what targets read.
-    let report = json(&["attention", "--attention", "dka", "--contexts", "1K", "--targets", "300"]);
+    let report = json("attention --attention dka --contexts 1K --targets 300");
     assert_sound(&report, 1000 * 300);
     let phi = (2 + 64 + 128) * 128;
     assert_gflops(&report, 1300 * phi + 1000 * 3 * 64 * 128 + 300 * 64 * 128);
@@ -82,63 +71,47 @@ fn attention_counts_heads_times_contexts_times_targets() {
 /// Full attention and scan attention answer the same, so they were given the same to do.
 #[test]
 fn a_seed_names_the_work() {
-    let answer = |attention: &str, seed: &str, targets: &str| {
-        let report = json(&[
-            "map",
-            "--contexts",
-            "60",
-            "--targets",
-            targets,
-            "--attention",
-            attention,
-            "--seed",
-            seed,
-            "--layers",
-            "2",
-        ]);
-        number(&report, "answer")
+    let answer = |rest: &str| {
+        number(&json(&format!("map --contexts 60 --targets 100 --layers 2 {rest}")), "answer")
     };
-    let scan = answer("scan", "5", "100");
-    assert!((scan - answer("full", "5", "100")).abs() < 1e-5);
-    assert!((scan - answer("scan", "6", "100")).abs() > 1e-5);
+    let scan = answer("--attention scan --seed 5");
+    assert!((scan - answer("--attention full --seed 5")).abs() < 1e-5);
+    assert!((scan - answer("--attention scan --seed 6")).abs() > 1e-5);
 }
 
 #[test]
 fn a_map_and_its_conditioning_skip_what_nobody_reads() {
     let pairs =
         |layers: u64, c: u64, t: u64, heads: u64| heads * ((layers - 1) * c * c + layers * c * t);
-    for layout in ["uniform", "clustered", "lattice"] {
-        let sizes = [&["--contexts", "50", "--layout", layout], &SMALL[..]].concat();
-        let report = json(&[&["condition"], &sizes[..]].concat());
+    for layout in ["clustered", "lattice"] {
+        let sizes = format!("--contexts 50 --layout {layout} {SMALL}");
+        let report = json(&format!("condition {sizes}"));
         assert_sound(&report, pairs(2, 50, 0, 2));
         assert_eq!(report["layout"], layout);
-        let report = json(&[&["map", "--targets", "130"], &sizes[..]].concat());
+        let report = json(&format!("map --targets 130 {sizes}"));
         assert_sound(&report, pairs(2, 50, 130, 2));
-        assert_gflops(&report, pairs(2, 50, 130, 2) * 12);
+        assert_gflops(&report, pairs(2, 50, 130, 2) * (8 + 4));
         assert!(number(&report, "condition_s") <= number(&report, "wall_s"));
     }
     // A trained model brings its sizes, and binomial counts.
-    let trained = ["map", "--model", "prevalence", "--contexts", "40", "--targets", "30"];
-    let report = json(&trained);
+    let trained = "map --model prevalence --contexts 40 --targets 30";
+    let report = json(trained);
     assert_sound(&report, pairs(6, 40, 30, 4));
     assert_eq!(report["model"], "prevalence");
-    let other = json(&[&trained[..], &["--attention", "full"]].concat());
+    let other = json(&format!("{trained} --attention full"));
     assert_eq!(other["attention"], "full");
     assert!((number(&report, "answer") - number(&other, "answer")).abs() < 1e-4);
-    let report = json(&["map", "--attention", "dka", "--contexts", "40", "--targets", "30"]);
+    let report = json("map --attention dka --contexts 40 --targets 30");
     assert_sound(&report, pairs(6, 40, 30, 1));
 }
 
 #[test]
 fn a_training_step_stands_beside_the_stock_one() {
-    let sizes = [
-        &["train-step", "--batch", "3", "--contexts", "20", "--targets", "10", "--repeat", "2"],
-        &SMALL[..],
-    ]
-    .concat();
+    let sizes = format!("train-step --batch 3 --contexts 20 --targets 10 --repeat 2 {SMALL}");
     let both = json(&sizes);
-    assert_sound(&both, 3 * 2 * (20 * 20 + 2 * 20 * 10));
-    assert_gflops(&both, 3 * 12 * 3 * 2 * (20 * 20 + 2 * 20 * 10));
+    let pairs = 3 * 2 * (20 * 20 + 2 * 20 * 10);
+    assert_sound(&both, pairs);
+    assert_gflops(&both, 3 * pairs * (8 + 4));
     assert_eq!(both["attention"], "scan");
     assert!(number(&both, "ratio") > 0.0);
     for way in ["fused", "plain"] {
@@ -149,20 +122,19 @@ fn a_training_step_stands_beside_the_stock_one() {
     let gap = number(&both["fused"], "loss") - number(&both["plain"], "loss");
     assert!(gap.abs() < 1e-4, "{both:#}");
 
-    let plain = json(&[&sizes[..], &["--plain", "--threads", "1"]].concat());
+    let plain = json(&format!("{sizes} --plain --threads 1"));
     assert_eq!(plain["attention"], "full");
     assert_eq!(plain["threads"], 1);
     for absent in ["fused", "ratio"] {
         assert!(plain.get(absent).is_none(), "{plain:#}");
     }
-    let fused = json(&[&sizes[..], &["--fused"]].concat());
+    let fused = json(&format!("{sizes} --fused"));
     assert!(fused.get("plain").is_none() && fused["fused"].is_object());
 }
 
 #[test]
 fn a_reader_gets_a_table() {
-    let table =
-        ok(&["bench", "attention", "--contexts", "50", "--targets", "20", "--threads", "1"]);
+    let table = ok(&words("attention --contexts 50 --targets 20 --threads 1"));
     for name in ["wall ", "a head pair ", "its ceiling ", "share of the ceiling ", "arithmetic "] {
         assert!(table.lines().any(|line| line.starts_with(name)), "no `{name}` in\n{table}");
     }
@@ -171,36 +143,32 @@ fn a_reader_gets_a_table() {
 
 #[test]
 fn nonsense_is_refused() {
-    for args in [
-        ["attention", "--contexts", "0"],
-        ["attention", "--targets", "some"],
-        ["map", "--targets", "0"],
-        ["train-step", "--batch", "0"],
-        ["condition", "--threads", "0"],
-        ["map", "--attention", "fast"],
-        ["map", "--layout", "hexagons"],
-        ["attention", "--precision", "f8"],
+    for line in [
+        "attention --contexts 0",
+        "attention --targets some",
+        "map --targets 0",
+        "train-step --batch 0",
+        "condition --threads 0",
+        "map --attention fast",
+        "map --layout hexagons",
+        "attention --precision f8",
     ] {
-        let error = refused(&[&["bench"], &args[..]].concat());
-        assert!(error.contains("error: invalid value"), "{args:?}: {error}");
+        let error = refused(&words(line));
+        assert!(error.contains("error: invalid value"), "{line}: {error}");
     }
-    let lacking = |args: &[&str], what: &str| {
-        assert_error(&refused(&[&["bench"], args].concat()), what, &[], "--precision f32");
+    let cannot = |line: &str, what: &str, facts: &[&str], help: &str| {
+        assert_error(&refused(&words(line)), what, facts, help);
     };
-    lacking(&["attention", "--precision", "bf16"], "bf16 precision is not in this build");
-    lacking(&["map", "--attention", "sparse"], "sparse attention is not in this build");
-    let error = refused(&["bench", "attention", "--bias", "rbff"]);
-    assert_error(&error, "unknown value `rbff`", &[], "did you mean `rbf`?");
-    let error = refused(&["bench", "map", "--attention", "dka", "--heads", "2"]);
-    assert_error(&error, "neither heads nor a bias", &[], "--heads");
-    let error = refused(&["bench", "map", "--model", "prevalence", "--attention", "dka"]);
-    assert_error(&error, "another attention", &["prevalence, tnp-kr"], "--attention");
-    let error = refused(&["bench", "map", "--model", "prevalance"]);
-    assert_error(&error, "no model named", &[], "prevalence");
-    let error = refused(&["bench", "train-step", "--contexts", "100K"]);
-    assert_error(&error, "cannot be drawn", &["100256"], "--contexts");
-    // Nothing has started yet when this is seen.
-    let output =
-        command(&["bench", "map", "--model", "prevalence", "--heads", "2"]).output().unwrap();
-    assert!(text(&output.stderr).contains("cannot be used with"), "{}", text(&output.stderr));
+    let f32s = "--precision f32";
+    cannot("attention --precision bf16", "bf16 precision is not in this build", &[], f32s);
+    cannot("train-step --precision bf16", "bf16 precision is not in this build", &[], f32s);
+    cannot("map --attention sparse", "sparse attention is not in this build", &[], f32s);
+    cannot("attention --bias rbff", "unknown value `rbff`", &[], "did you mean `rbf`?");
+    cannot("map --attention dka --heads 2", "neither heads nor a bias", &[], "--heads");
+    let dka = "map --model prevalence --attention dka";
+    cannot(dka, "another attention", &["prevalence, tnp-kr"], "--attention");
+    cannot("map --model prevalance", "no model named", &[], "prevalence");
+    cannot("train-step --contexts 100K", "cannot be drawn", &["100256"], "--contexts");
+    let error = refused(&words("map --model prevalence --heads 2"));
+    assert!(error.contains("cannot be used with"), "{error}");
 }
