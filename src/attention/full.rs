@@ -2,14 +2,20 @@
 
 use candle_core::{D, Tensor};
 
-use super::{Bias, Keys, bias::squared_distances};
+use super::{
+    Bias, Keys,
+    bias::{geometry, squared_distances},
+};
 use crate::error::Result;
 
 /// `Σₖ wₖ vₖ` for each query, `w = softmax(q·k / √d + bias)` over observed sites. Holds the whole
-/// score matrix. A query with no observed key gets 0.
+/// score matrix. A query with no observed key, or none within the support of
+/// the bias, gets 0.
 ///
 /// # Shapes
 /// `q` `[batch, target, head, d]`, `sites` `[batch, target, dim]`; returns `[batch, target, head, w]`.
+/// # Units
+/// Sites of both sides in model units, or degrees where the bias measures great circles.
 pub fn full(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> Result<Tensor> {
     let (batch, targets, heads, d) = q.dims4()?;
     let width = keys.value_width();
@@ -19,12 +25,15 @@ pub fn full(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> Res
     let q = q.transpose(1, 2)?.contiguous()?; // [batch, head, target, d]
     let k = keys.k()?.transpose(1, 2)?.contiguous()?;
     let v = keys.v()?.transpose(1, 2)?.contiguous()?;
-    let mut scores = (q.matmul(&k.transpose(2, 3)?.contiguous()?)? / (d as f64).sqrt())?;
-    if let Some(bias) = bias {
-        scores = (scores + bias.composed(&squared_distances(sites, &keys.sites)?)?)?;
-    }
+    let scores = (q.matmul(&k.transpose(2, 3)?.contiguous()?)? / (d as f64).sqrt())?;
     let mask = keys.mask.reshape((batch, 1, 1, keys.len()))?; // 1 = observed
-    let scores = scores.broadcast_add(&((&mask - 1.0)? * 1e30)?)?;
+    let (scores, mask) = match bias {
+        Some(bias) => {
+            let points = geometry(&keys.sites, bias.metric)?;
+            biased(&scores, &mask, bias, &geometry(sites, bias.metric)?, &points)?
+        }
+        None => (hide(&scores, &mask)?, mask),
+    };
     let sink = bias.map(Bias::sink_score).transpose()?.flatten();
     let mut top = scores.max_keepdim(D::Minus1)?.detach();
     if let Some(sink) = &sink {
@@ -36,7 +45,33 @@ pub fn full(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> Res
         sum = (sum + top.neg()?.broadcast_add(sink)?.exp()?)?;
     }
     let out = weights.matmul(&v)?.broadcast_div(&sum)?;
-    // Where every key is hidden, all weigh the same: nothing was seen.
+    // Where no key may be read they all weigh the same, and nothing was seen.
     let out = out.broadcast_mul(&mask.max_keepdim(D::Minus1)?)?;
     Ok(out.transpose(1, 2)?.contiguous()?)
+}
+
+/// Scores with the bias added, and what may be read: observed sites within the support.
+///
+/// # Shapes
+/// `scores` `[batch, head, target, context]`, `mask` `[batch, 1, 1, context]` with 1 = observed,
+/// `targets` and `context` as [`geometry`] returns them. Returns scores, and a mask that broadcasts to them.
+pub(super) fn biased(
+    scores: &Tensor,
+    mask: &Tensor,
+    bias: &Bias,
+    targets: &Tensor,
+    context: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let d2 = bias.metric.squared(&squared_distances(targets, context)?)?;
+    let scores = (scores + bias.composed(&d2)?)?;
+    let mask = match bias.reached(&d2)? {
+        Some(reached) => reached.broadcast_mul(mask)?,
+        None => mask.clone(),
+    };
+    Ok((hide(&scores, &mask)?, mask))
+}
+
+/// Finite scores, far below all others where `mask` is 0.
+pub(super) fn hide(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    Ok(scores.broadcast_add(&((mask - 1.0)? * 1e30)?)?)
 }

@@ -8,8 +8,9 @@ use crate::error::{Error, Result};
 pub mod bias;
 mod full;
 mod scan;
+pub mod table;
 
-pub use bias::{Bias, Term};
+pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;
 pub use scan::{CHUNK, Start, resoften, scan, soften, softmax_gradient};
 

@@ -7,8 +7,9 @@ use candle_core::{CpuStorage, Layout, Result as CandleResult, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    Bias, Keys, Term,
-    bias::{add_term, distances_to, squared_distances, term_gradient},
+    Bias, Keys, Metric, Term,
+    bias::{add_term, arcs, distances_to, geometry, term_gradient},
+    full::{biased, hide},
 };
 use crate::{
     error::Result,
@@ -43,7 +44,8 @@ impl Start {
 /// Attention over the context in chunks of keys.
 ///
 /// Returns `Σₖ wₖ vₖ` for each query, `w = softmax(q·k / √d + bias)` over observed sites. `chunk`
-/// changes memory use and speed, never the answer. A query with no observed key gets 0.
+/// changes memory use and speed, never the answer. A query with no observed key, or none within the
+/// support of the bias, gets 0.
 ///
 /// # Shapes
 /// `q` `[batch, target, head, d]`, `sites` `[batch, target, dim]`; returns `[batch, target, head, w]`.
@@ -66,7 +68,9 @@ pub fn scan(
         return composed(q, sites, keys, bias, chunk, start);
     }
     // Coordinates dimension by dimension, so that distances to one target are a streaming pass.
-    let columns = keys.sites.transpose(1, 2)?.contiguous()?; // [batch, dim, context]
+    let metric = bias.map_or(Metric::Euclidean, |b| b.metric);
+    let (sites, places) = (geometry(sites, metric)?, geometry(&keys.sites, metric)?);
+    let columns = places.transpose(1, 2)?.contiguous()?; // [batch, dim, context]
     let (terms, params) = match bias {
         Some(bias) => (bias.terms.clone(), bias.params.contiguous()?),
         None => (Vec::new(), Tensor::zeros((heads, 1, 3), q.dtype(), q.device())?),
@@ -78,6 +82,7 @@ pub fn scan(
         columns: columns.flatten_all()?.to_vec1::<f32>()?,
         hidden: keys.mask.flatten_all()?.to_vec1::<f32>()?.iter().map(|m| *m == 0.0).collect(),
         sink: bias.and_then(Bias::sink),
+        metric,
         chunk: chunk.max(1),
         start,
     };
@@ -97,6 +102,8 @@ fn composed(
 ) -> Result<Tensor> {
     let (batch, targets, heads, d) = q.dims4()?;
     let (floor, epsilon) = start.values();
+    let metric = bias.map_or(Metric::Euclidean, |b| b.metric);
+    let (sites, places) = (geometry(sites, metric)?, geometry(&keys.sites, metric)?);
     let q = (q.transpose(1, 2)?.contiguous()? / (d as f64).sqrt())?; // [batch, head, target, d]
     let k = keys.k()?.transpose(1, 2)?.contiguous()?;
     let v = keys.v()?.transpose(1, 2)?.contiguous()?;
@@ -113,13 +120,12 @@ fn composed(
     for first in (0..keys.len()).step_by(chunk.max(1)) {
         let len = chunk.max(1).min(keys.len() - first);
         let part = k.narrow(2, first, len)?.transpose(2, 3)?.contiguous()?;
-        let mut scores = q.matmul(&part)?;
-        if let Some(bias) = bias {
-            let d2 = squared_distances(sites, &keys.sites.narrow(1, first, len)?)?;
-            scores = (scores + bias.composed(&d2)?)?;
-        }
+        let scores = q.matmul(&part)?;
         let mask = keys.mask.narrow(1, first, len)?.reshape((batch, 1, 1, len))?;
-        scores = scores.broadcast_mul(&mask)?.broadcast_add(&((&mask - 1.0)? * 1e30)?)?;
+        let (scores, mask) = match bias {
+            Some(bias) => biased(&scores, &mask, bias, &sites, &places.narrow(1, first, len)?)?,
+            None => (hide(&scores, &mask)?, mask),
+        };
         let next = top.maximum(&scores.max_keepdim(3)?.detach())?;
         let weights = scores.broadcast_sub(&next)?.exp()?.broadcast_mul(&mask)?;
         let keep = (&top - &next)?.exp()?;
@@ -145,7 +151,7 @@ struct Dims {
 struct Scan {
     shape: Dims,
     terms: Vec<Term>,
-    /// `[batch, target, dim]`
+    /// `[batch, target, dim]`, points of [`geometry`].
     sites: Vec<f32>,
     /// `[batch, dim, context]`
     columns: Vec<f32>,
@@ -153,6 +159,7 @@ struct Scan {
     hidden: Vec<bool>,
     /// Which term is the sink.
     sink: Option<usize>,
+    metric: Metric,
     chunk: usize,
     start: Start,
 }
@@ -241,6 +248,9 @@ impl Scan {
             let at = (row * targets + first + i) * dim;
             let s = &self.sites[at..at + dim];
             distances_to(s, &columns[key..], context, &mut d2[i * len..(i + 1) * len]);
+        }
+        if self.metric == Metric::GreatCircle {
+            arcs(&mut d2[..rows * len]);
         }
     }
 

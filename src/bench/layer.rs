@@ -8,9 +8,9 @@ use super::{
     work::{Kind, Shape},
 };
 use crate::{
-    attention::{Bias, CHUNK, Keys, Start, Term, full, scan},
+    attention::{Bias, CHUNK, Keys, Metric, Start, Term, full, scan},
     error::Result,
-    mapping,
+    mapping::plan,
     model::{
         layer::{Activation, Mlp, Norm},
         params::{Init, Params},
@@ -40,6 +40,8 @@ pub struct Layer {
     pub layout: Layout,
 }
 
+/// Targets that are asked about at once.
+const TARGETS: usize = 8192;
 /// Token width of deep kernel attention, as published.
 const TOKEN: usize = 64;
 /// Its features, as published.
@@ -64,12 +66,12 @@ pub fn run(plan: &Plan, layer: &Layer) -> Result<Report> {
     let shape = Shape { layers: 1, kind };
     let at = sites(layer.layout, layer.contexts, &mut Stream::new(plan.seed, "sites", 0));
     let context = Sites::plane(&at, &plan.device)?;
-    let tile = layer.targets.min(mapping::TARGETS);
+    let tile = layer.targets.min(TARGETS);
     let prepare = match layer.attention {
         Attention::Dka => kernel(plan, layer, tile, context)?,
         _ => softmax(plan, layer, tile, context)?,
     };
-    let asked = pixels(layer.targets, mapping::TILE);
+    let asked = pixels(layer.targets, plan::TILE);
     let (timed, ceiling) = under_ceiling(plan.threads, || {
         time(plan, || {
             let read = prepare()?;
@@ -144,13 +146,13 @@ fn bias(layer: &Layer, device: &Device) -> Result<Option<Bias>> {
             match terms[i % terms.len()] {
                 Term::Scalar => [-0.5 / reach, 0.0, 0.0],
                 Term::Sink => [0.0; 3],
-                Term::Exponential => [1.0, 1.0 / reach, 0.0],
-                _ => [1.0, 1.0 / (reach * reach), 0.0],
+                Term::Rbf | Term::Tisa => [1.0, 1.0 / (reach * reach), 0.0],
+                _ => [1.0, 1.0 / reach, 0.0],
             }
         })
         .collect();
     let params = Tensor::from_vec(params, (layer.heads, terms.len(), 3), device)?;
-    Ok(Some(Bias { terms, params }))
+    Ok(Some(Bias { terms, params, metric: Metric::Euclidean }))
 }
 
 /// The formula of `tnp-kr-dka`, which stands in `model/tnp_kr.rs`, on random tokens.

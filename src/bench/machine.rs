@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use crate::mapping::plan;
+
 /// Processor time of all threads since the start, in seconds and steps of 10 ms; none where the
 /// system has no /proc.
 pub fn cpu_seconds() -> Option<f64> {
@@ -15,10 +17,7 @@ pub fn cpu_seconds() -> Option<f64> {
 
 /// The most memory that this process ever held, MiB; none where the system has no /proc.
 pub fn peak_rss_mib() -> Option<f64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: f64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib / 1024.0)
+    plan::usage().map(|usage| usage.peak.mebibytes())
 }
 
 #[cfg(all(test, target_os = "linux"))]

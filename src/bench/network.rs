@@ -1,6 +1,9 @@
 //! A whole model: encoding a context, and asking it at the pixels of a map.
 
-use std::time::Instant;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Instant,
+};
 
 use candle_core::{DType, Tensor};
 
@@ -13,10 +16,10 @@ use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     likelihood::{self, Likelihood},
-    mapping,
+    mapping::{self, plan::TILE},
     model::{self, Problem, params::Params, tnp_kr::Config},
     predictive::Of,
-    process::Process,
+    process::{Posterior, Process},
     rng::Stream,
     sites::{Observations, Sites},
 };
@@ -27,8 +30,10 @@ pub struct Network {
     pub name: String,
     /// The model.
     pub process: Box<dyn Process + Send + Sync>,
-    /// Its parameters.
+    /// Its parameters, where it may be trained.
     pub params: Params,
+    /// Numbers learned.
+    pub count: usize,
     /// How observations arise.
     pub likelihood: &'static dyn Likelihood,
     /// How it computes attention.
@@ -73,15 +78,32 @@ impl Network {
                 .fact("model", format!("{name}, {kind}"))
                 .try_this("leave --attention out, or use random weights without --model"));
         }
-        let params = Params::saved(checkpoint.tensors.clone(), &plan.device, DType::F32);
-        Self::build(name, table, checkpoint.likelihood()?, attention, plan, params)
+        let params = Params::frozen(checkpoint.tensors.clone(), &plan.device, DType::F32);
+        let built = Self::build(name, table, checkpoint.likelihood()?, attention, plan, params)?;
+        Ok(Network { count: checkpoint.card.parameters, ..built })
     }
 
-    /// Random weights for a `[model]` table without its kind, and Gaussian values.
+    /// Random weights for a `[model]` table without its kind, and Gaussian values. To be asked: no
+    /// gradient is recorded.
     ///
     /// # Errors
     /// [`Error::Input`] for settings that make no network.
     pub fn random(plan: &Plan, table: &toml::Table, attention: Attention) -> Result<Self> {
+        let Network { params, count, likelihood, config, .. } =
+            Self::trainable(plan, table, attention)?;
+        let table = toml::Table::try_from(&config).expect("settings are plain data");
+        let tensors =
+            params.vars().iter().map(|(path, var)| (path.clone(), var.as_tensor().clone()));
+        let params = Params::frozen(tensors.collect(), &plan.device, DType::F32);
+        let built = Self::build("random", &table, likelihood, attention, plan, params)?;
+        Ok(Network { count, ..built })
+    }
+
+    /// The same, to be trained.
+    ///
+    /// # Errors
+    /// As [`Network::random`].
+    pub fn trainable(plan: &Plan, table: &toml::Table, attention: Attention) -> Result<Self> {
         let mut table = table.clone();
         if attention == Attention::Dka {
             table.insert("embed_location".into(), true.into());
@@ -114,7 +136,8 @@ impl Network {
         };
         let shape = Shape { layers: config.blocks, kind };
         let name = name.to_string();
-        Ok(Network { name, process, params, likelihood, attention, shape, config })
+        let count = params.count();
+        Ok(Network { name, process, params, count, likelihood, attention, shape, config })
     }
 
     /// Observations at random sites.
@@ -139,7 +162,7 @@ impl Network {
             command,
             attention: self.attention,
             model: Some(self.name.clone()),
-            parameters: Some(self.params.count()),
+            parameters: Some(self.count),
             batch: 1,
             contexts: 0,
             targets: 0,
@@ -186,7 +209,7 @@ pub fn map(
     targets: usize,
 ) -> Result<Report> {
     let context = network.context(plan, layout, contexts)?;
-    let asked = pixels(targets, mapping::TILE);
+    let asked = pixels(targets, TILE);
     let mut condition_s = f64::INFINITY;
     let (timed, ceiling) = under_ceiling(plan.threads, || {
         time(plan, || {
@@ -194,14 +217,7 @@ pub fn map(
             let posterior = network.process.condition(&context)?;
             plan.device.synchronize()?;
             condition_s = condition_s.min(start.elapsed().as_secs_f64());
-            let mut total = 0.0;
-            for part in asked.chunks(mapping::TARGETS) {
-                let predictive = posterior.at(&Sites::plane(part, &plan.device)?)?;
-                let marginals = predictive.marginals(0, Of::Surface)?;
-                let components = (0..marginals.len()).flat_map(|i| marginals.components(i));
-                total += components.map(|(weight, mean, _)| weight * mean).sum::<f64>();
-            }
-            Ok(total / targets as f64)
+            Ok(ask(plan, &*posterior, &asked)? / targets as f64)
         })
     })?;
     let work = network.shape.map(contexts, targets);
@@ -209,4 +225,32 @@ pub fn map(
     let mut report = Report::new(plan, subject, timed, ceiling, machine::peak_rss_mib());
     report.condition_s = Some(condition_s);
     Ok(report)
+}
+
+/// Asks about all pixels as a map does: in questions of the same size, by as many threads at once,
+/// each with a pool of its own. Returns the sum of the means.
+fn ask(plan: &Plan, posterior: &dyn Posterior, asked: &[[f64; 2]]) -> Result<f64> {
+    let map = mapping::Plan::new(plan.device.clone());
+    let threads = (plan.threads / map.workers).max(1);
+    let parts: Vec<&[[f64; 2]]> = asked.chunks(map.targets).collect();
+    let next = AtomicUsize::new(0);
+    let answer = |part: &[[f64; 2]]| -> Result<f64> {
+        let predictive = posterior.at(&Sites::plane(part, &plan.device)?)?;
+        let marginals = predictive.marginals(0, Of::Surface)?;
+        let components = (0..marginals.len()).flat_map(|i| marginals.components(i));
+        Ok(components.map(|(weight, mean, _)| weight * mean).sum())
+    };
+    let work = || -> Result<f64> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let pool = pool.map_err(|e| Error::input(format!("no more threads: {e}")))?;
+        let mut total = 0.0;
+        while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+            total += pool.install(|| answer(part))?;
+        }
+        Ok(total)
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..map.workers).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().map(|worker| worker.join().expect("a share of the map")).sum()
+    })
 }

@@ -266,7 +266,7 @@ mod tests {
              value_width = 8\nembed = [16]\nfeed_forward = 16\nhead_widths = [16]"
             .parse()
             .unwrap();
-        let build = |attention| Network::random(&plan, &table, attention);
+        let build = |attention| Network::trainable(&plan, &table, attention);
         let report = run(&plan, &step, Attention::Scan, build)?;
         let steps = report.step.unwrap();
         let losses = [steps.fused, steps.plain, steps.plain_whole].map(|pace| pace.unwrap().loss);

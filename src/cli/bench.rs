@@ -229,7 +229,7 @@ fn train_step(args: &StepArgs) -> Result<Report> {
     };
     let attention = args.sizes.attention().unwrap_or(Attention::Scan);
     step::run(&plan, &step, attention, |attention| {
-        network::Network::random(&plan, &table, attention)
+        network::Network::trainable(&plan, &table, attention)
     })
 }
 

@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::say;
 use crate::{
+    attention::Term,
     checkpoint::shipped,
     error::{Error, Result},
     kernel::KERNELS,
@@ -18,7 +19,7 @@ use crate::{
 /// Show what there is to choose from, and where each comes from
 #[derive(clap::Args)]
 pub struct Args {
-    /// models, priors, kernels, likelihoods, products or scores; all of them when left out
+    /// models, terms, priors, kernels, likelihoods, products or scores; all of them when left out
     registry: Option<String>,
     /// Print JSON: one array of {name, about} per registry
     #[arg(long)]
@@ -43,6 +44,11 @@ const SHELVES: &[Shelf] = &[
         name: "models",
         about: "what --model takes, and the kinds that a recipe can train",
         entries: models,
+    },
+    Shelf {
+        name: "terms",
+        about: "what `bias` in a recipe of tnp-kr adds up, at distance d; a, b and c are learned",
+        entries: || entries(&Term::ALL),
     },
     Shelf {
         name: "priors",

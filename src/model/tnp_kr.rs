@@ -17,11 +17,11 @@ use super::{
     settings,
 };
 use crate::{
-    attention::{Bias, CHUNK, Keys, Start, Term, full, scan},
+    attention::{Bias, CHUNK, Keys, Metric, Start, Term, full, scan},
     error::{Error, Result},
     likelihood::Likelihood,
     predictive::Predictive,
-    process::{Posterior, Process},
+    process::{Memory, Posterior, Process},
     sites::{Observations, Sites},
 };
 
@@ -48,17 +48,18 @@ pub const FULL: Entry = Entry {
 };
 
 const TINY: &str = "width = 8\nblocks = 2\nheads = 2\nkey_width = 4\nvalue_width = 3\nembed = [8]\n\
-    feed_forward = 8\nhead_widths = [8]\nbias = [\"rbf\", \"scalar\", \"sink\"]\nhead = { components = 2 }";
+    feed_forward = 8\nhead_widths = [8]\nbias = [\"rbf\", \"scalar\", \"matern-3/2\", \"sink\"]\nhead = { components = 2 }";
 
-/// How bias parameters `b` (and slopes of scalar terms) are kept in range.
+/// How bias parameters `b` (and slopes of scalar terms, and sharpness) are kept in range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Constraint {
     /// Not at all, as published in 2026: a negative width grows without bound with distance.
     Free,
-    /// Absolute value, as published in 2025.
+    /// Absolute value, as published in 2025; the sharpness of log-kernel terms too.
     Abs,
-    /// Learned on the log scale; scalar slopes are negative, so attention decays.
+    /// Learned on the log scale, with the sharpness `a` of log-kernel terms; scalar slopes are
+    /// negative, so attention decays.
     Positive,
 }
 
@@ -68,8 +69,8 @@ pub enum Constraint {
 pub enum Widths {
     /// All equal, as published: a = 1 (scalar −1), b = 1, c = 0. Equal terms then stay equal.
     Equal,
-    /// Spread over the scales that matter, 1/1.5 to 1/0.05 per model unit, a different one for
-    /// every head and term.
+    /// Spread over the scales that matter, a different one for every head and term: length scales
+    /// from 1.5 to 0.05 units of distance, supports of compact terms from 3 to 0.3.
     Spread,
 }
 
@@ -119,6 +120,9 @@ pub struct Config {
     pub embed_location: bool,
     /// Terms of the distance bias; none for plain attention.
     pub bias: Vec<Term>,
+    /// How the bias measures distance. With `great-circle` sites are (longitude, latitude) in
+    /// degrees, and the model must not be told them any other way: longitude has a seam.
+    pub metric: Metric,
     /// Where the bias starts.
     pub bias_start: Widths,
     /// How widths are kept positive.
@@ -147,6 +151,7 @@ impl Default for Config {
             head_widths: vec![256, 64],
             embed_location: false,
             bias: vec![Term::Rbf],
+            metric: Metric::Euclidean,
             bias_start: Widths::Spread,
             bias_constraint: Constraint::Positive,
             weights: Weights::Orthogonal,
@@ -216,6 +221,9 @@ impl TnpKr {
                 "width, blocks, heads, key_width, value_width and features must be ≥ 1",
             ));
         }
+        if config.metric == Metric::GreatCircle {
+            on_the_globe(&config, kind, problem.dim)?;
+        }
         let init = match config.weights {
             Weights::Orthogonal => Init::Orthogonal,
             Weights::Lecun => Init::LeCun,
@@ -269,6 +277,25 @@ impl TnpKr {
         parts.push(features.cloned().unwrap_or(blank));
         self.embed_norm.forward(&self.embed.forward(&Tensor::cat(&parts, 2)?)?)
     }
+}
+
+/// Refuses a model that would measure great circles and yet not be at home on the globe.
+fn on_the_globe(config: &Config, kind: Kind, dim: usize) -> Result<()> {
+    let refused = |why: &str| Error::input(why).fact("metric", "great-circle");
+    if dim != 2 {
+        return Err(refused("great circles join sites of two coordinates, longitude and latitude")
+            .fact("coordinates of a site", dim)
+            .try_this("leave `metric` out, or ask for tasks in two dimensions"));
+    }
+    if kind == Kind::Dka {
+        return Err(refused("deep kernel attention reads coordinates and measures no distance")
+            .try_this("use kind = \"tnp-kr\", or leave `metric` out"));
+    }
+    if config.embed_location {
+        return Err(refused("tokens that hold a longitude have a seam where it jumps by 360")
+            .try_this("set embed_location = false: the distance bias tells where sites are"));
+    }
+    Ok(())
 }
 
 /// One kernel regression block: the same weights serve targets and context.
@@ -337,6 +364,7 @@ enum Attention {
 
 struct RawBias {
     terms: Vec<Term>,
+    metric: Metric,
     raw: Tensor,
     /// 1 where the parameter is `sign · exp(raw)`, `[1, term, 3]`.
     logged: Tensor,
@@ -354,30 +382,40 @@ impl RawBias {
             for (j, term) in c.bias.iter().enumerate() {
                 // Position of this head and term on the ladder of scales, 0 = widest.
                 let rank = (head * terms + j) as f64 / (heads * terms).max(2) as f64;
-                let scale = 1.5 * (0.05f64 / 1.5).powf(rank);
+                let ladder = |widest: f64, finest: f64| widest * (finest / widest).powf(rank);
+                let scale = ladder(1.5, 0.05);
                 let [mut a, mut b, shift] = match (c.bias_start, term) {
                     (_, Term::Sink) => [0.0, 0.0, 0.0],
                     (Widths::Equal, Term::Scalar) => [-1.0, 0.0, 0.0],
                     (Widths::Equal, _) => [1.0, 1.0, 0.0],
                     (Widths::Spread, Term::Scalar) => [-0.5 / scale, 0.0, 0.0],
+                    // A head that sees no site learns nothing: a support is wider than a length scale.
+                    (Widths::Spread, Term::Wendland) => [1.0, 1.0 / ladder(3.0, 0.3), 0.0],
                     (Widths::Spread, Term::Exponential) => [1.0, 1.0 / scale, 0.0],
+                    (Widths::Spread, t) if t.is_log_kernel() => [1.0, 1.0 / scale, 0.0],
                     (Widths::Spread, _) => [1.0, 1.0 / (scale * scale), 0.0],
                 };
                 let positive = c.bias_constraint == Constraint::Positive;
                 let slope = positive && *term == Term::Scalar;
+                let sharpness = positive && term.is_log_kernel();
                 let width = positive && !matches!(term, Term::Scalar | Term::Sink);
                 if slope {
                     a = (-a).ln();
+                }
+                if sharpness {
+                    a = a.ln();
                 }
                 if width {
                     b = b.ln();
                 }
                 values.extend([a, b, shift]);
                 if head == 0 {
-                    logged.extend([f64::from(slope), f64::from(width), 0.0]);
-                    sign.extend([if slope { -1.0 } else { 0.0 }, f64::from(width), 0.0]);
-                    let fold = c.bias_constraint == Constraint::Abs && *term != Term::Scalar;
-                    folded.extend([0.0, f64::from(fold && *term != Term::Sink), 0.0]);
+                    logged.extend([f64::from(slope || sharpness), f64::from(width), 0.0]);
+                    let direction = f64::from(sharpness) - f64::from(slope);
+                    sign.extend([direction, f64::from(width), 0.0]);
+                    let fold = c.bias_constraint == Constraint::Abs;
+                    let (a, b) = (term.is_log_kernel(), !matches!(term, Term::Scalar | Term::Sink));
+                    folded.extend([f64::from(fold && a), f64::from(fold && b), 0.0]);
                 }
             }
         }
@@ -386,7 +424,7 @@ impl RawBias {
             Ok(Tensor::from_vec(v, (1, terms, 3), raw.device())?.to_dtype(raw.dtype())?)
         };
         let (logged, sign, folded) = (constant(logged)?, constant(sign)?, constant(folded)?);
-        Ok(RawBias { terms: c.bias.clone(), raw, logged, sign, folded })
+        Ok(RawBias { terms: c.bias.clone(), metric: c.metric, raw, logged, sign, folded })
     }
 
     fn bias(&self) -> Result<Bias> {
@@ -394,7 +432,7 @@ impl RawBias {
         let absolute = self.raw.abs()?.broadcast_mul(&self.folded)?;
         let plain = ((&self.logged + &self.folded)?.neg()? + 1.0)?;
         let params = ((self.raw.broadcast_mul(&plain)? + exponential)? + absolute)?;
-        Ok(Bias { terms: self.terms.clone(), params })
+        Ok(Bias { terms: self.terms.clone(), params, metric: self.metric })
     }
 }
 
@@ -488,22 +526,66 @@ struct Conditioned<'a> {
     caches: Vec<Cache>,
 }
 
+/// Context sites whose intermediate results are held at once: memory, never the answer.
+const SITES: usize = 4096;
+
+/// `f(start, len)` for parts of `sites` sites, joined along the axis of sites.
+fn in_parts(sites: usize, f: impl Fn(usize, usize) -> Result<Tensor>) -> Result<Tensor> {
+    if sites <= SITES {
+        return f(0, sites);
+    }
+    let parts = (0..sites).step_by(SITES).map(|start| f(start, SITES.min(sites - start)));
+    Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1)?)
+}
+
 impl Process for TnpKr {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         let features = self.likelihood.features(context)?;
+        let mut tokens = in_parts(context.len(), |start, len| {
+            let part = features.narrow(1, start, len)?;
+            self.tokens(&context.sites.narrow(start, len)?, Some(&part))
+        })?;
         let sites = &context.sites.s;
-        let mut tokens = self.tokens(&context.sites, Some(&features))?;
         let mut caches = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
             let normed = block.before.forward(&tokens)?;
             let cache = block.attention.cache(&normed, sites, &context.mask)?;
             // Nobody reads the context's tokens after the last block.
             if i + 1 < self.blocks.len() {
-                tokens = block.read(&tokens, &normed, sites, &cache)?;
+                tokens = in_parts(context.len(), |start, len| {
+                    let part = |x: &Tensor| x.narrow(1, start, len);
+                    block.read(&part(&tokens)?, &part(&normed)?, &part(sites)?, &cache)
+                })?;
             }
             caches.push(cache);
         }
         Ok(Box::new(Conditioned { model: self, caches }))
+    }
+
+    fn memory(&self, sites: usize) -> Memory {
+        let c = &self.config;
+        let dka = matches!(self.blocks[0].attention, Attention::Dka { .. });
+        let whole = matches!(self.blocks[0].attention, Attention::Softmax { whole: true, .. });
+        let kernel = if dka { 4 * c.features } else { 0 };
+        let widest = self.embed.widest().max(self.decode.widest()).max(c.feed_forward);
+        let (keys, values) = (c.heads * c.key_width, c.heads * c.value_width);
+        // f32s of one token on its way through a block: the stream before and after, normed, and
+        // read; a layer's input, output and activation; queries, and values as read and as cut.
+        let scores = if whole { 5 * c.heads * sites } else { 0 };
+        let token = 6 * c.width + 3 * widest + 2 * keys + 3 * values + kernel + scores + 16;
+        // What a block keeps of a site, and what it takes on the way there. Hidden values of an
+        // MLP are twice a token wide.
+        let kept = if dka { 0 } else { keys + values + 4 };
+        let packing = keys + 3 * values + 2 * c.width + kernel + 16;
+        let summaries = if dka { c.features * c.width } else { 0 };
+        let held = 4 * self.blocks.len() * (sites * kept + summaries);
+        let streams = sites * (4 * c.width + 8);
+        let part = SITES.min(sites) * token;
+        Memory {
+            conditioning: held + 4 * (streams + part.max(sites * packing)),
+            held,
+            target: 4 * (token + 12 * c.head.outputs()),
+        }
     }
 }
 

@@ -1,11 +1,15 @@
 //! Laws over everything in MODELS, for every likelihood, at the size each entry calls tiny.
 
+use std::sync::LazyLock;
+
 use candle_core::{DType, Device, Tensor};
 use isopleth::{
     Observations, Of, Predictive, Process, Result, Sites, Stream,
+    attention::Term,
     checkpoint::{Card, Checkpoint, FORMAT},
     likelihood::{LIKELIHOODS, Likelihood},
     model::{self, Entry, MODELS, Problem, params::Params},
+    registry::Named,
     task::{Batch, Tasks},
     train::{Loss, loss},
 };
@@ -29,15 +33,32 @@ fn fresh(seed: u64) -> Params {
     Params::new(seed, &CPU, DType::F32)
 }
 
-/// Each model with each likelihood, under a name for messages.
+/// Each model with each likelihood, under a name for messages; and the model that has a distance
+/// bias with each term alone, and on the globe.
 fn each(mut law: impl FnMut(&str, &Entry, &'static dyn Likelihood) -> Result<()>) -> Result<()> {
     for entry in MODELS {
         for likelihood in LIKELIHOODS {
             law(&format!("{} {}", entry.name, likelihood.name()), entry, *likelihood)?;
         }
     }
+    for (i, (name, entry)) in BIASED.iter().enumerate() {
+        law(name, entry, LIKELIHOODS[i % LIKELIHOODS.len()])?;
+    }
     Ok(())
 }
+
+/// The biased model at the size it calls tiny, with one term, or great circles.
+static BIASED: LazyLock<Vec<(String, Entry)>> = LazyLock::new(|| {
+    let base = MODELS.iter().find(|e| e.name == "tnp-kr").unwrap();
+    let with = |line: String, instead_of: &str| {
+        let kept = base.tiny.lines().filter(|line| !line.starts_with(instead_of));
+        let tiny = [line.as_str()].into_iter().chain(kept).collect::<Vec<_>>().join("\n");
+        let name = format!("tnp-kr, {line}");
+        (name, Entry { name: base.name, about: "", build: base.build, tiny: tiny.leak() })
+    };
+    let terms = Term::ALL.iter().map(|t| with(format!("bias = ['{}']", t.name()), "bias = "));
+    terms.chain([with("metric = 'great-circle'".into(), "metric = ")]).collect()
+});
 
 /// Three tasks that have nothing in common.
 fn batch(likelihood: &dyn Likelihood, context: usize) -> Result<Batch> {
@@ -173,6 +194,56 @@ fn tiles_never_change_the_map() -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// A posterior is asked by several threads at once, in pools of any size: no answer may notice.
+#[test]
+fn threads_never_change_the_map() -> Result<()> {
+    each(|name, entry, likelihood| {
+        let (model, task) = (tiny(entry, likelihood, &mut fresh(1)), batch(likelihood, 12)?.task);
+        let posterior = model.condition(&task.context)?;
+        let (posterior, sites) = (&*posterior, &task.target.sites);
+        let whole = posterior.at(sites)?;
+        std::thread::scope(|scope| -> Result<()> {
+            let asked = [1, 1, 2, 3].map(|threads| {
+                scope.spawn(move || {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    pool.unwrap().install(|| (0..3).map(|_| posterior.at(sites)).collect())
+                })
+            });
+            for answers in asked {
+                let answers: Result<Vec<Predictive>> = answers.join().unwrap();
+                for answer in answers? {
+                    let moved = gap(&answer, &whole);
+                    assert!(moved < ROUNDING, "{name}: threads moved the predictive by {moved:e}");
+                }
+            }
+            Ok(())
+        })
+    })
+}
+
+/// A long context is read in parts, for memory. One that lies across the end of a part, behind
+/// thousands of sites that were not observed, is the one it is alone.
+#[test]
+fn a_context_across_parts_is_one_context() -> Result<()> {
+    // The reference holds its whole score matrix: 4,102 sites squared are too much for a test.
+    for entry in MODELS.iter().filter(|e| e.name != "tnp-kr-full") {
+        let (name, likelihood) = (entry.name, LIKELIHOODS[0]);
+        let task = batch(likelihood, 12)?.rows(0, 1)?.task;
+        let model = tiny(entry, likelihood, &mut fresh(1));
+        let alone = ask(&model, &task.context, &task.target.sites)?;
+        let behind = padded(&task.context, 4090, [0.3, 1.0, 2.0])?;
+        let moved = gap(&alone, &ask(&model, &behind, &task.target.sites)?);
+        assert!(moved < ROUNDING, "{name}: two parts moved the predictive by {moved:e}");
+        // The sites of both parts count: without those of the last, the answer is another.
+        let mut cut = behind.clone();
+        let first = behind.mask.narrow(1, 0, 4096)?;
+        cut.mask = Tensor::cat(&[&first, &Tensor::zeros((1, 6), DType::F32, &CPU)?], 1)?;
+        let moved = gap(&alone, &ask(&model, &cut, &task.target.sites)?);
+        assert!(moved > ROUNDING, "{name}: the sites of the last part do nothing");
+    }
+    Ok(())
 }
 
 /// What is near in memory is not near on the ground: each row of a batch is a survey of its own.
@@ -445,6 +516,82 @@ fn without_locations_only_distances_matter() -> Result<()> {
     Ok(())
 }
 
+/// A globe has no edges and no preferred pole; and a model that would not be at home on it is refused.
+#[test]
+fn models_on_the_globe_have_no_seam() -> Result<()> {
+    let (_, entry) = BIASED.last().unwrap();
+    let likelihood = LIKELIHOODS[0];
+    let model = tiny(entry, likelihood, &mut fresh(1));
+    let mut task = batch(likelihood, 12)?.task;
+    // Sites within ±30° of the origin, and the same turned by 180°, over the antimeridian.
+    let [context, target] = [&task.context.sites, &task.target.sites].map(|sites| &sites.s * 30.0);
+    let turned = |s: &Tensor| -> Result<Sites> {
+        let half_turn = Tensor::new(&[[[180f32, 0.0]]], &CPU)?;
+        let s = s.broadcast_add(&half_turn)?;
+        let beyond = (s.ge(180.0)?.to_dtype(DType::F32)? * 360.0)?;
+        let only_longitude = Tensor::new(&[[[1f32, 0.0]]], &CPU)?;
+        Ok(Sites::new((s - beyond.broadcast_mul(&only_longitude)?)?))
+    };
+    let (context, target) = (context?, target?);
+    task.context.sites = Sites::new(context.clone());
+    let here = ask(&model, &task.context, &Sites::new(target.clone()))?;
+    task.context.sites = turned(&context)?;
+    let moved = gap(&here, &ask(&model, &task.context, &turned(&target)?)?);
+    assert!(moved < ROUNDING, "half a turn moved the predictive by {moved:e}");
+
+    for (kind, setting, why) in [
+        ("tnp-kr", "embed_location = true", "seam"),
+        ("tnp-kr-dka", "features = 4", "measures no distance"),
+    ] {
+        let settings = format!("kind = '{kind}'\nmetric = 'great-circle'\n{setting}");
+        let problem = Problem { dim: 2, likelihood };
+        let built = model::build(&settings.parse().unwrap(), problem, &mut fresh(1));
+        let Err(error) = built else { panic!("{settings}") };
+        assert!(error.to_string().contains(why), "{error}");
+    }
+    Ok(())
+}
+
+/// Equal terms stay equal for ever: with `spread` no two start alike, and none starts blind.
+#[test]
+fn terms_start_with_widths_of_their_own() -> Result<()> {
+    for term in Term::ALL.into_iter().filter(|t| *t != Term::Sink) {
+        for constraint in ["positive", "abs", "free"] {
+            let settings = format!(
+                "kind = 'tnp-kr'\nblocks = 1\nheads = 3\nbias = ['{0}', '{0}']\nbias_constraint = '{constraint}'",
+                term.name()
+            );
+            let mut params = fresh(1);
+            let problem = Problem { dim: 2, likelihood: LIKELIHOODS[0] };
+            model::build(&settings.parse().unwrap(), problem, &mut params)?;
+            let raw = host(params.vars()["block.0.attention.bias"].as_tensor());
+            let name = format!("{}, {constraint}", term.name());
+            let logged = constraint == "positive";
+            let mut widths: Vec<f64> = raw
+                .chunks(3)
+                .map(|p| match (term, logged) {
+                    (Term::Scalar, true) => p[0].exp(),
+                    (Term::Scalar, false) => -p[0],
+                    (_, true) => p[1].exp(),
+                    (_, false) => p[1],
+                })
+                .collect();
+            if term.is_log_kernel() {
+                let sharp = |p: &[f64]| if logged { p[0].exp() } else { p[0] };
+                assert!(raw.chunks(3).all(|p| sharp(p) == 1.0), "{name}: the kernel itself");
+            }
+            widths.sort_by(f64::total_cmp);
+            assert!(widths[0] > 0.0, "{name}");
+            assert!(widths.windows(2).all(|w| w[1] > 1.1 * w[0]), "{name}: {widths:?}");
+            if term == Term::Wendland {
+                let supports = widths.iter().map(|b| 1.0 / b);
+                assert!(supports.into_iter().all(|s| (0.299..3.001).contains(&s)), "{widths:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A recipe on a line builds every model in one dimension.
 #[test]
 fn models_work_on_a_line() -> Result<()> {
@@ -457,7 +604,13 @@ fn models_work_on_a_line() -> Result<()> {
         let tasks = Tasks::new(&recipe.parse().unwrap())?;
         let task = tasks.batch(1, 0, 2, 9)?.task;
         let problem = Problem { dim: tasks.dim(), likelihood };
-        let model = (entry.build)(&table(entry), problem, &mut fresh(1))?;
+        let built = (entry.build)(&table(entry), problem, &mut fresh(1));
+        if table(entry).contains_key("metric") {
+            let Err(error) = built else { panic!("{name}: a great circle on a line") };
+            assert!(error.to_string().contains("longitude and latitude"), "{error}");
+            return Ok(());
+        }
+        let model = built?;
         assert_sound(name, &ask(&model, &task.context, &task.target.sites)?)
     })
 }

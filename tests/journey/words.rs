@@ -44,7 +44,7 @@ fn without_a_subcommand_the_help_is_shown() {
 #[test]
 fn list_shows_every_registry_and_where_things_come_from() {
     let all = ok(&["list"]);
-    for registry in ["models", "priors", "kernels", "likelihoods", "products", "scores"] {
+    for registry in ["models", "terms", "priors", "kernels", "likelihoods", "products", "scores"] {
         assert!(all.contains(&format!("{registry}: ")), "{all}");
         let alone = ok(&["list", registry]);
         assert!(all.contains(&alone), "{alone}");
