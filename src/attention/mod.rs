@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 pub mod bias;
 mod full;
 mod scan;
+pub mod table;
 
 pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;

@@ -8,11 +8,13 @@
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
 mod gelu;
+pub mod lanes;
 mod layer_norm;
 mod linear;
 pub mod log;
 pub mod matrix;
 pub mod simd;
+pub mod softmax;
 
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;

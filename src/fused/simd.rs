@@ -10,6 +10,8 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// NEON, on every 64-bit ARM.
+    Neon,
 }
 
 /// The best level this machine has; `ISOPLETH_SIMD=portable|avx2|avx512` lowers it, for tests.
@@ -39,7 +41,12 @@ fn detect() -> Level {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn detect() -> Level {
+    Level::Neon
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn detect() -> Level {
     Level::Portable
 }
@@ -66,7 +73,7 @@ macro_rules! vectorised {
                     $crate::fused::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::fused::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::fused::simd::Level::Portable => {}
+                    _ => {}
                 }
             }
             body($($arg),*)

@@ -1,0 +1,630 @@
+//! Online-softmax attention over packed keys: the inner loops.
+//!
+//! Lanes run along queries. A batch of keys meets a tile of queries in three steps that stay in
+//! the first-level cache: scores by a register-tiled product, weights in place of the scores, and
+//! weights times values. Scores are held in powers of two, so that e never appears.
+
+use std::f32::consts::{LN_2, LOG2_E};
+
+use super::lanes::{self, Aligned, Lanes};
+
+/// Keys in a block: what is skipped or read as one.
+pub const BLOCK: usize = 32;
+/// Blocks that meet a tile of queries at once.
+const BATCH: usize = 3;
+/// Keys side by side in a panel.
+const PANEL: usize = 8;
+/// Queries that share one pass over the keys.
+pub const GROUP: usize = 192;
+/// Coefficients of a table's polynomials, and its segments.
+pub const TABLE: [usize; 2] = [6, 32];
+/// Stands for a running maximum of −∞, so that differences stay numbers.
+const LOWEST: f32 = -1e30;
+/// A score may exceed the running maximum by this many powers of two before it is raised.
+const HEADROOM: f32 = 60.0;
+
+/// Sizes that keys and queries share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Heads.
+    pub heads: usize,
+    /// Width of a key.
+    pub d: usize,
+    /// Width of a value.
+    pub w: usize,
+    /// Coordinates of a site.
+    pub dim: usize,
+}
+
+impl Shape {
+    /// Width of a value, padded to whole panels.
+    fn padded(&self) -> usize {
+        self.w.next_multiple_of(PANEL)
+    }
+    /// Values of f32 in a block: coordinates, then each head's keys and values.
+    fn block(&self) -> usize {
+        BLOCK * (self.dim + self.heads * (self.d + self.padded()))
+    }
+    /// Where a head's keys start in a block.
+    fn head(&self, head: usize) -> usize {
+        BLOCK * (self.dim + head * (self.d + self.padded()))
+    }
+}
+
+/// Keys, values and sites of one context, in the order the kernel reads them.
+#[derive(Debug, Clone)]
+pub struct Packed {
+    shape: Shape,
+    len: usize,
+    data: Vec<f32>,
+    /// `[block, head]`: the longest key.
+    norms: Vec<f32>,
+}
+
+impl Packed {
+    /// Space for `len` keys.
+    pub fn new(shape: Shape, len: usize) -> Self {
+        let blocks = len.div_ceil(BLOCK);
+        Packed {
+            shape,
+            len,
+            data: vec![0.0; blocks * shape.block()],
+            norms: vec![0.0; blocks * shape.heads],
+        }
+    }
+
+    /// Sizes.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+    /// Keys.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    /// No keys at all.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    /// Blocks of keys.
+    pub fn blocks(&self) -> usize {
+        self.len.div_ceil(BLOCK)
+    }
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        4 * (self.data.len() + self.norms.len())
+    }
+    /// Keys in block `b`.
+    pub fn keys_in(&self, b: usize) -> usize {
+        BLOCK.min(self.len - b * BLOCK)
+    }
+    /// The longest key of a block.
+    pub fn norm(&self, block: usize, head: usize) -> f32 {
+        self.norms[block * self.shape.heads + head]
+    }
+
+    /// Coordinate `dim` of the keys in a block.
+    pub fn coordinates(&self, block: usize, dim: usize) -> &[f32] {
+        let at = block * self.shape.block() + dim * BLOCK;
+        &self.data[at..at + self.keys_in(block)]
+    }
+
+    /// Writes key number `at`: its site, and per head its key and its value.
+    ///
+    /// # Panics
+    /// If a slice is too short: a bug in this crate.
+    pub fn set(
+        &mut self,
+        at: usize,
+        site: &[f32],
+        k: impl Fn(usize) -> (usize, usize),
+        kv: &[f32],
+    ) {
+        let Shape { heads, d, w, dim } = self.shape;
+        let (block, j) = (at / BLOCK, at % BLOCK);
+        let data = &mut self.data[block * self.shape.block()..][..self.shape.block()];
+        for (i, x) in site[..dim].iter().enumerate() {
+            data[i * BLOCK + j] = *x;
+        }
+        for head in 0..heads {
+            let (key, value) = k(head);
+            let (key, value) = (&kv[key..key + d], &kv[value..value + w]);
+            let base = self.shape.head(head);
+            let panel = base + (j / PANEL) * PANEL * d + j % PANEL;
+            for (i, x) in key.iter().enumerate() {
+                data[panel + i * PANEL] = *x;
+            }
+            let values = base + BLOCK * d + j * self.shape.padded();
+            data[values..values + w].copy_from_slice(value);
+            let norm = key.iter().map(|x| x * x).sum::<f32>().sqrt();
+            let longest = &mut self.norms[block * heads + head];
+            *longest = longest.max(norm);
+        }
+    }
+
+    /// Reads key number `at` of `head` back: key, then value.
+    pub fn get(&self, at: usize, head: usize) -> (Vec<f32>, &[f32]) {
+        let (block, j) = (at / BLOCK, at % BLOCK);
+        let base = block * self.shape.block() + self.shape.head(head);
+        let panel = base + (j / PANEL) * PANEL * self.shape.d + j % PANEL;
+        let key = (0..self.shape.d).map(|i| self.data[panel + i * PANEL]).collect();
+        let values = base + BLOCK * self.shape.d + j * self.shape.padded();
+        (key, &self.data[values..values + self.shape.w])
+    }
+}
+
+/// How a score depends on distance.
+#[derive(Clone, Copy)]
+pub enum Bias<'a> {
+    /// Not at all.
+    None,
+    /// Through a table: `t = 1 + scale · distance`, four segments an octave, eight octaves.
+    Table {
+        /// Per model unit.
+        scale: f32,
+        /// `[head, coefficient, segment]`, powers of two; the constant coefficient first.
+        table: &'a [f32],
+    },
+    /// Added by the caller: `(head, squared distances, scores)`, scores in powers of two.
+    Terms(&'a (dyn Fn(usize, &[f32], &mut [f32]) + Sync)),
+}
+
+/// A context, and queries to read it.
+pub struct Job<'a> {
+    /// The context.
+    pub keys: &'a Packed,
+    /// How scores depend on distance.
+    pub bias: Bias<'a>,
+    /// The largest bias of each head, powers of two.
+    pub highest: &'a [f32],
+    /// Squared chords to squared distances, in place, where the metric is not Euclidean.
+    pub bend: Option<fn(&mut [f32])>,
+    /// Score of each head's sink.
+    pub sink: Option<&'a [f32]>,
+}
+
+/// Reads the context for some queries (best no more than [`GROUP`]).
+///
+/// # Shapes
+/// `q` `[target, head, d]`, `sites` `[target, dim]`; `out` `[target, head · w + head]`: each head's
+/// value, then each head's log-sum (+∞ where there was no key).
+/// # Panics
+/// If a slice is too short: a bug in this crate.
+pub fn attend(job: &Job, q: &[f32], sites: &[f32], out: &mut [f32]) {
+    let Shape { heads, d, w, dim } = job.keys.shape;
+    let rows = q.len() / (heads * d);
+    assert!(q.len() == rows * heads * d && sites.len() >= rows * dim, "queries and sites");
+    assert!(out.len() >= rows * heads * (w + 1), "room for the answer");
+    assert!(job.highest.len() >= heads, "a largest bias for every head");
+    if let Bias::Table { table, .. } = job.bias {
+        assert!(table.len() >= heads * TABLE[0] * TABLE[1], "a table for every head");
+    }
+    assert!(job.sink.is_none_or(|s| s.len() >= heads), "a sink for every head");
+    // SAFETY: the slices were checked above, and `Packed` was sized by its shape.
+    lanes::dispatch!(group(job: &Job, q: &[f32], sites: &[f32], out: &mut [f32]))
+}
+
+/// Queries of a group, transposed, with what they have gathered so far.
+struct State {
+    /// `[tile, head, d, lane]`, scaled to powers of two.
+    q: Aligned<f32>,
+    /// `[tile, dim, lane]`
+    sites: Aligned<f32>,
+    /// `[tile, head, padded w, lane]`
+    sum: Aligned<f32>,
+    /// `[tile, head, lane]` each: total weight, running maximum, length of the query.
+    weight: Aligned<f32>,
+    top: Aligned<f32>,
+    norm: Aligned<f32>,
+}
+
+/// What one batch of keys needs, reused.
+struct Scratch {
+    /// `[key, lane]`: scores, then weights.
+    scores: Aligned<f32>,
+    /// `[key, lane]`: squared distances, or positions within a segment.
+    distance: Aligned<f32>,
+    /// `[key, lane]`: segments.
+    segment: Aligned<i32>,
+}
+
+/// # Safety
+/// As [`attend`] checked, on a machine with the instruction set.
+#[inline(always)]
+unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
+    job: &Job,
+    q: &[f32],
+    sites: &[f32],
+    out: &mut [f32],
+) {
+    let shape = job.keys.shape;
+    let Shape { heads, d, w, dim } = shape;
+    let lanes = C * L::N;
+    let rows = q.len() / (heads * d);
+    let tiles = rows.div_ceil(lanes);
+    let wp = shape.padded();
+    let mut state = State {
+        q: Aligned::new(0.0, tiles * heads * d * lanes),
+        sites: Aligned::new(0.0, tiles * dim * lanes),
+        sum: Aligned::new(0.0, tiles * heads * wp * lanes),
+        weight: Aligned::new(0.0, tiles * heads * lanes),
+        top: Aligned::new(LOWEST, tiles * heads * lanes),
+        norm: Aligned::new(0.0, tiles * heads * lanes),
+    };
+    let scale = LOG2_E / (d as f32).sqrt();
+    for row in 0..tiles * lanes {
+        let (tile, lane) = (row / lanes, row % lanes);
+        // Lanes without a query repeat the last one's place, so that they stretch nothing.
+        let from = row.min(rows - 1);
+        for (i, x) in sites[from * dim..(from + 1) * dim].iter().enumerate() {
+            state.sites[(tile * dim + i) * lanes + lane] = *x;
+        }
+        if row >= rows {
+            continue;
+        }
+        for head in 0..heads {
+            let query = &q[(row * heads + head) * d..][..d];
+            let mut norm = 0.0;
+            for (i, x) in query.iter().enumerate() {
+                state.q[((tile * heads + head) * d + i) * lanes + lane] = x * scale;
+                norm += x * x;
+            }
+            state.norm[(tile * heads + head) * lanes + lane] = norm.sqrt() * scale;
+        }
+    }
+    if let Some(sink) = job.sink {
+        for tile in 0..tiles {
+            for head in 0..heads {
+                let at = (tile * heads + head) * lanes;
+                state.top[at..at + lanes].fill(sink[head] * LOG2_E);
+                state.weight[at..at + lanes].fill(1.0);
+            }
+        }
+    }
+    let batch = BATCH * BLOCK * lanes;
+    let has = |x: bool| if x { batch } else { 0 };
+    let mut scratch = Scratch {
+        scores: Aligned::new(0.0, batch),
+        distance: Aligned::new(0.0, has(!matches!(job.bias, Bias::None))),
+        segment: Aligned::new(0, has(matches!(job.bias, Bias::Table { .. }))),
+    };
+    let blocks = job.keys.blocks();
+    let mut list = [0usize; BATCH];
+    for first in (0..blocks).step_by(BATCH) {
+        let count = BATCH.min(blocks - first);
+        for (i, b) in list.iter_mut().enumerate() {
+            *b = first + i;
+        }
+        for tile in 0..tiles {
+            // SAFETY: the caller's contract; `list` names blocks that exist.
+            unsafe { step::<L, R, C, U>(job, &mut state, &mut scratch, tile, &list[..count]) };
+        }
+    }
+    let wide = heads * (w + 1);
+    for row in 0..rows {
+        let (tile, lane) = (row / lanes, row % lanes);
+        let out = &mut out[row * wide..(row + 1) * wide];
+        for head in 0..heads {
+            let at = (tile * heads + head) * lanes + lane;
+            let weight = state.weight[at];
+            let inverse = if weight > 0.0 { 1.0 / weight } else { 0.0 };
+            for (i, o) in out[head * w..(head + 1) * w].iter_mut().enumerate() {
+                *o = state.sum[((tile * heads + head) * wp + i) * lanes + lane] * inverse;
+            }
+            out[heads * w + head] = match weight > 0.0 {
+                true => state.top[at] * LN_2 + weight.ln(),
+                false => f32::INFINITY,
+            };
+        }
+    }
+}
+
+/// One batch of blocks against one tile of queries, all heads.
+///
+/// # Safety
+/// `blocks` name at most [`BATCH`] blocks of the context; `tile` is a tile of the state.
+#[inline(always)]
+unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
+    job: &Job,
+    state: &mut State,
+    scratch: &mut Scratch,
+    tile: usize,
+    blocks: &[usize],
+) {
+    let keys = job.keys;
+    let shape = keys.shape;
+    let Shape { heads, d, w: _, dim } = shape;
+    let (lanes, wp) = (C * L::N, shape.padded());
+    // SAFETY: every offset below stays inside what `group` and `Packed::new` allocated.
+    unsafe {
+        if !matches!(job.bias, Bias::None) {
+            distances::<L, C, U>(job, &state.sites[tile * dim * lanes..], scratch, blocks);
+        }
+        for head in 0..heads {
+            let at = tile * heads + head;
+            let q = state.q.as_ptr().add(at * d * lanes);
+            let top = state.top.as_mut_ptr().add(at * lanes);
+            let weight = state.weight.as_mut_ptr().add(at * lanes);
+            let norm = state.norm.as_ptr().add(at * lanes);
+            let sum = state.sum.as_mut_ptr().add(at * wp * lanes);
+            let scores = scratch.scores.as_mut_ptr();
+
+            // Could any score overflow against the running maximum? Usually a bound says no.
+            let mut longest = 0.0f32;
+            for b in blocks {
+                longest = longest.max(keys.norms[b * heads + head]);
+            }
+            let mut raise = false;
+            for c in 0..C {
+                let bound = L::fma(
+                    L::load(norm.add(c * L::N)),
+                    L::splat(longest),
+                    L::splat(job.highest[head] - HEADROOM),
+                );
+                raise |= L::any_above(bound, L::load(top.add(c * L::N)));
+            }
+
+            for (i, b) in blocks.iter().enumerate() {
+                let len = keys.keys_in(*b);
+                let k = keys.data.as_ptr().add(b * shape.block() + shape.head(head));
+                for r in (0..len).step_by(R) {
+                    let mut acc = [[L::splat(0.0); C]; R];
+                    let panel = k.add((r / PANEL) * PANEL * d + r % PANEL);
+                    lanes::tile::<L, R, C>(d, panel, PANEL, q, lanes, &mut acc);
+                    let to = scores.add((i * BLOCK + r) * lanes);
+                    for (r, row) in acc.iter().enumerate() {
+                        for (c, x) in row.iter().enumerate() {
+                            L::store(to.add(r * lanes + c * L::N), *x);
+                        }
+                    }
+                }
+            }
+            if let Bias::Terms(add) = job.bias {
+                let n = (blocks.len() - 1) * BLOCK + keys.keys_in(blocks[blocks.len() - 1]);
+                add(head, &scratch.distance[..n * lanes], &mut scratch.scores[..n * lanes]);
+            }
+            let scores = scratch.scores.as_mut_ptr();
+            let table = match job.bias {
+                Bias::Table { table, .. } => table.as_ptr().add(head * TABLE[0] * TABLE[1]),
+                _ => std::ptr::null(),
+            };
+            let mut tops = [L::splat(0.0); C];
+            for (c, t) in tops.iter_mut().enumerate() {
+                *t = L::load(top.add(c * L::N));
+            }
+            if raise {
+                // Two passes: complete the scores and find their maximum, then weigh.
+                let mut next = tops;
+                for (i, b) in blocks.iter().enumerate() {
+                    for j in i * BLOCK..i * BLOCK + keys.keys_in(*b) {
+                        let mut s = gather::<L, C>(scores, j * lanes);
+                        if !table.is_null() {
+                            s = radial::<L, C>(table, scratch, j * lanes, s);
+                        }
+                        for (c, s) in s.iter().enumerate() {
+                            L::store(scores.add(j * lanes + c * L::N), *s);
+                            next[c] = L::max(*s, next[c]);
+                        }
+                    }
+                }
+                for c in 0..C {
+                    let keep = L::exp2(L::sub(tops[c], next[c]));
+                    let at = c * L::N;
+                    L::store(weight.add(at), L::mul(L::load(weight.add(at)), keep));
+                    for i in 0..wp {
+                        let at = i * lanes + c * L::N;
+                        L::store(sum.add(at), L::mul(L::load(sum.add(at)), keep));
+                    }
+                    L::store(top.add(at), next[c]);
+                }
+                tops = next;
+            }
+            let table = if raise { std::ptr::null() } else { table };
+            let mut weights = [L::splat(0.0); C];
+            for (i, b) in blocks.iter().enumerate() {
+                let (first, len) = (i * BLOCK, keys.keys_in(*b));
+                let whole = len - len % (U / C);
+                for j in (first..first + whole).step_by(U / C) {
+                    weigh::<L, C, U>(table, scratch, scores, j * lanes, &tops, &mut weights);
+                }
+                for j in first + whole..first + len {
+                    weigh::<L, C, C>(table, scratch, scores, j * lanes, &tops, &mut weights);
+                }
+            }
+            for (c, p) in weights.iter().enumerate() {
+                let at = weight.add(c * L::N);
+                L::store(at, L::add(L::load(at), *p));
+            }
+            for first in (0..wp).step_by(R) {
+                let mut acc = [[L::splat(0.0); C]; R];
+                for (r, row) in acc.iter_mut().enumerate() {
+                    for (c, x) in row.iter_mut().enumerate() {
+                        *x = L::load(sum.add((first + r) * lanes + c * L::N));
+                    }
+                }
+                for (i, b) in blocks.iter().enumerate() {
+                    let base = b * shape.block() + shape.head(head) + BLOCK * d;
+                    let v = keys.data.as_ptr().add(base + first);
+                    let p = scores.add(i * BLOCK * lanes);
+                    lanes::tile::<L, R, C>(keys.keys_in(*b), v, wp, p, lanes, &mut acc);
+                }
+                for (r, row) in acc.iter().enumerate() {
+                    for (c, x) in row.iter().enumerate() {
+                        L::store(sum.add((first + r) * lanes + c * L::N), *x);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `U` vectors from `at` on.
+///
+/// # Safety
+/// They exist.
+#[inline(always)]
+unsafe fn gather<L: Lanes, const U: usize>(from: *const f32, at: usize) -> [L::F; U] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut out = [L::splat(0.0); U];
+        for (u, x) in out.iter_mut().enumerate() {
+            *x = L::load(from.add(at + u * L::N));
+        }
+        out
+    }
+}
+
+/// Scores become weights `2^(score + bias − top)`, `U` vectors at once, and are added up.
+///
+/// # Safety
+/// `table` is null or holds a head's coefficients; `at` and the following are in the scratch.
+#[inline(always)]
+unsafe fn weigh<L: Lanes, const C: usize, const U: usize>(
+    table: *const f32,
+    scratch: &Scratch,
+    scores: *mut f32,
+    at: usize,
+    tops: &[L::F; C],
+    weights: &mut [L::F; C],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut s = gather::<L, U>(scores, at);
+        for (u, s) in s.iter_mut().enumerate() {
+            *s = L::sub(*s, tops[u % C]);
+        }
+        if !table.is_null() {
+            s = radial::<L, U>(table, scratch, at, s);
+        }
+        for (u, p) in L::exp2_each::<U>(s).into_iter().enumerate() {
+            weights[u % C] = L::add(weights[u % C], p);
+            L::store(scores.add(at + u * L::N), p);
+        }
+    }
+}
+
+/// Scores with the bias of a head's table added, `U` vectors side by side.
+///
+/// # Safety
+/// As [`weigh`].
+#[inline(always)]
+unsafe fn radial<L: Lanes, const U: usize>(
+    table: *const f32,
+    scratch: &Scratch,
+    at: usize,
+    scores: [L::F; U],
+) -> [L::F; U] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let segments = scratch.segment.as_ptr().add(at);
+        let within = gather::<L, U>(scratch.distance.as_ptr(), at);
+        let top = L::table(table.add((TABLE[0] - 1) * TABLE[1]));
+        let mut value = [L::splat(0.0); U];
+        for (u, value) in value.iter_mut().enumerate() {
+            *value = L::lookup(top, L::load_index(segments.add(u * L::N)));
+        }
+        for i in (0..TABLE[0] - 1).rev() {
+            let table = L::table(table.add(i * TABLE[1]));
+            for u in 0..U {
+                let segment = L::load_index(segments.add(u * L::N));
+                value[u] = L::fma(value[u], within[u], L::lookup(table, segment));
+            }
+        }
+        for (value, s) in value.iter_mut().zip(&scores) {
+            *value = L::add(*value, *s);
+        }
+        value
+    }
+}
+
+/// Squared distances from a tile of queries to a batch of keys, or where they fall in the table.
+///
+/// # Safety
+/// As [`step`].
+#[inline(always)]
+unsafe fn distances<L: Lanes, const C: usize, const U: usize>(
+    job: &Job,
+    sites: &[f32],
+    scratch: &mut Scratch,
+    blocks: &[usize],
+) {
+    let (keys, lanes) = (job.keys, C * L::N);
+    let shape = keys.shape;
+    // SAFETY: offsets stay inside the block, the tile's sites and the scratch.
+    unsafe {
+        for (i, b) in blocks.iter().enumerate() {
+            let len = keys.keys_in(*b);
+            let columns = keys.data.as_ptr().add(b * shape.block());
+            let steps = U / C;
+            let whole = len - len % steps;
+            let to = scratch.distance.as_mut_ptr().add(i * BLOCK * lanes);
+            for j in (0..whole).step_by(steps) {
+                chords::<L, C, U>(shape.dim, sites.as_ptr(), columns, j, to);
+            }
+            for j in whole..len {
+                chords::<L, C, C>(shape.dim, sites.as_ptr(), columns, j, to);
+            }
+            let rows = i * BLOCK * lanes..(i * BLOCK + len) * lanes;
+            if let Some(bend) = job.bend {
+                bend(&mut scratch.distance[rows.clone()]);
+            }
+            if let Bias::Table { scale, .. } = job.bias {
+                let whole = rows.len() - rows.len() % (U * L::N);
+                for at in (rows.start..rows.start + whole).step_by(U * L::N) {
+                    place::<L, U>(scratch, scale, at);
+                }
+                for at in (rows.start + whole..rows.end).step_by(L::N) {
+                    place::<L, 1>(scratch, scale, at);
+                }
+            }
+        }
+    }
+}
+
+/// Squared distances from a tile of queries to `U / C` keys from number `j` on.
+///
+/// # Safety
+/// As [`step`].
+#[inline(always)]
+unsafe fn chords<L: Lanes, const C: usize, const U: usize>(
+    dim: usize,
+    sites: *const f32,
+    keys: *const f32,
+    j: usize,
+    to: *mut f32,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut d2 = [L::splat(0.0); U];
+        for i in 0..dim {
+            let s = gather::<L, C>(sites, i * C * L::N);
+            for (u, d2) in d2.iter_mut().enumerate() {
+                let gap = L::sub(s[u % C], L::splat(*keys.add(i * BLOCK + j + u / C)));
+                *d2 = L::fma(gap, gap, *d2);
+            }
+        }
+        for (u, d2) in d2.iter().enumerate() {
+            L::store(to.add((j * C + u) * L::N), *d2);
+        }
+    }
+}
+
+/// Squared distances become segments of the table and places within them, `U` vectors at once.
+///
+/// # Safety
+/// As [`step`].
+#[inline(always)]
+unsafe fn place<L: Lanes, const U: usize>(scratch: &mut Scratch, scale: f32, at: usize) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let to = scratch.distance.as_mut_ptr().add(at);
+        let d = L::sqrt_each::<U>(gather::<L, U>(to, 0));
+        let (one, scale) = (L::splat(1.0), L::splat(scale));
+        // The last number below 256, where the table ends.
+        let last = L::splat(255.999_98);
+        for (u, d) in d.iter().enumerate() {
+            let (segment, within) = L::segment(L::min(L::fma(*d, scale, one), last));
+            L::store(to.add(u * L::N), within);
+            L::store_index(scratch.segment.as_mut_ptr().add(at + u * L::N), segment);
+        }
+    }
+}
