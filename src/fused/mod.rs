@@ -13,6 +13,7 @@ mod layer_norm;
 mod linear;
 pub mod log;
 pub mod matrix;
+pub mod mlp;
 pub mod simd;
 pub mod softmax;
 
@@ -23,6 +24,11 @@ pub use linear::linear;
 /// Whether the fused operations apply: f32 on the CPU.
 pub fn applies(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+/// Whether `x` is only asked: f32 on the CPU, and nothing is recorded for gradients.
+pub fn asked(x: &Tensor) -> bool {
+    applies(x) && !x.track_op()
 }
 
 /// The values of a contiguous f32 tensor inside an operation.

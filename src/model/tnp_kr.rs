@@ -6,19 +6,24 @@
 //! with distinct widths (identical ones stay identical for ever), widths are positive, the running
 //! maximum starts at −∞, and a head may have a sink so that it can tell how much data is near.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{
     Entry, Problem,
     head::Head,
-    layer::{Activation, Dense, Mlp, Norm},
+    layer::{Activation, Chain, Dense, Mlp, Norm, Summary},
     params::{Init, Params, Scope},
     settings,
 };
 use crate::{
     attention::{Bias, CHUNK, Keys, Metric, Start, Term, full, scan},
     error::{Error, Result},
+    fused::{
+        self, Host,
+        matrix::{self, View},
+    },
     likelihood::Likelihood,
     predictive::Predictive,
     process::{Memory, Posterior, Process},
@@ -275,7 +280,7 @@ impl TnpKr {
             parts.push(sites.s.clone());
         }
         parts.push(features.cloned().unwrap_or(blank));
-        self.embed_norm.forward(&self.embed.forward(&Tensor::cat(&parts, 2)?)?)
+        Chain::new(&Tensor::cat(&parts, 2)?).mlp(&self.embed).norm(&self.embed_norm).run()
     }
 }
 
@@ -321,25 +326,31 @@ impl Block {
         })
     }
 
-    /// Tokens after reading the context: `tokens` raw, `normed` after the first norm.
-    fn read(
-        &self,
-        tokens: &Tensor,
-        normed: &Tensor,
-        sites: &Tensor,
-        cache: &Cache,
-    ) -> Result<Tensor> {
-        let tokens = (tokens + self.attention.read(normed, sites, cache)?)?;
-        let fed = self.feed_forward.forward(&self.between.forward(&tokens)?)?;
-        Ok((tokens + fed)?)
+    /// Tokens `[batch, site, width]` after reading the context.
+    fn read(&self, tokens: &Tensor, sites: &Tensor, cache: &Cache) -> Result<Tensor> {
+        match (&self.attention, cache) {
+            (Attention::Dka { phi, norm, .. }, Cache::Kernel(summary)) => {
+                let chain = Chain::new(tokens).keep().norm(&self.before).join(sites).mlp(phi);
+                self.fed(chain.times(summary).norm(norm).add_kept())
+            }
+            _ => {
+                let read = self.attention.read(&self.before.forward(tokens)?, sites, cache)?;
+                self.fed(Chain::new(&read).plus(tokens))
+            }
+        }
+    }
+
+    /// `x + feed_forward(between(x))`.
+    fn fed(&self, x: Chain) -> Result<Tensor> {
+        x.keep().norm(&self.between).mlp(&self.feed_forward).add_kept().run()
     }
 }
 
 /// A layer's context, ready to be read by any number of targets.
 enum Cache {
     Keys(Keys),
-    /// `[batch, features, width]`
-    Kernel(Tensor),
+    /// `Σ φ(k) ψ(k)ᵀ / (n √d)`, `[batch, features, width]`
+    Kernel(Summary),
 }
 
 enum Attention {
@@ -481,11 +492,7 @@ impl Attention {
                 Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
             }
             Attention::Dka { phi, psi, width, .. } => {
-                let mask = mask.unsqueeze(2)?;
-                let n = mask.sum_keepdim(1)?.maximum(1.0)?; // [batch, 1, 1]
-                let k = kernel_features(phi, normed, sites, *width)?.broadcast_mul(&mask)?;
-                let v = psi.forward(normed)?.broadcast_mul(&mask)?.broadcast_div(&n)?;
-                Ok(Cache::Kernel(k.transpose(1, 2)?.contiguous()?.matmul(&v)?))
+                Ok(Cache::Kernel(Summary::new(summarise(phi, psi, normed, sites, mask, *width)?)?))
             }
         }
     }
@@ -507,19 +514,67 @@ impl Attention {
                 };
                 out.forward(&read.flatten_from(D::Minus2)?)
             }
-            (Attention::Dka { phi, norm, width, .. }, Cache::Kernel(a)) => {
-                let q = kernel_features(phi, normed, sites, *width)?;
-                norm.forward(&q.matmul(a)?)
-            }
             _ => unreachable!("a cache is read by the attention that made it"),
         }
     }
 }
 
-/// φ(x, s): learned features of token and place, `[batch, site, features]`.
-fn kernel_features(phi: &Mlp, normed: &Tensor, sites: &Tensor, width: usize) -> Result<Tensor> {
-    Ok((phi.forward(&Tensor::cat(&[sites, normed], 2)?)? / (width as f64).powf(0.25))?)
+/// `Σ φ(k, s) ψ(k)ᵀ / (n √d)` over observed sites, `[batch, features, width]`. The published
+/// features are divided by d^¼, those of context and targets alike: hence the √d.
+fn summarise(
+    phi: &Mlp,
+    psi: &Mlp,
+    normed: &Tensor,
+    sites: &Tensor,
+    mask: &Tensor,
+    width: usize,
+) -> Result<Tensor> {
+    let n = mask.sum_keepdim(1)?.maximum(1.0)?.unsqueeze(2)?; // [batch, 1, 1]
+    let scale = (n * (width as f64).sqrt())?;
+    let part = |start: usize, len: usize| -> Result<[Tensor; 2]> {
+        let part = |x: &Tensor| x.narrow(1, start, len);
+        let (normed, mask) = (part(normed)?, part(mask)?.unsqueeze(2)?);
+        let k = Chain::new(&normed).join(&part(sites)?).mlp(phi).run()?;
+        // A site that is hidden has no value: its features do not matter then.
+        Ok([k, Chain::new(&normed).mlp(psi).scale(&mask).run()?])
+    };
+    let (batch, len, _) = normed.dims3()?;
+    if !fused::asked(normed) {
+        let [k, v] = part(0, len)?;
+        return Ok(k.transpose(1, 2)?.contiguous()?.matmul(&v)?.broadcast_div(&scale)?);
+    }
+    // Sums of f32 over few sites, and sums of those in f64 and in a fixed order.
+    let spans: Vec<Vec<f64>> = (0..len.div_ceil(SITES))
+        .into_par_iter()
+        .map(|span| {
+            let mut sum = Vec::new();
+            for start in (span * SITES..len.min((span + 1) * SITES)).step_by(SUMMED) {
+                let [k, v] = part(start, SUMMED.min(len - start))?;
+                let (rows, features, width) = (k.dim(1)?, k.dim(2)?, v.dim(2)?);
+                sum.resize(batch * features * width, 0.0);
+                let (k, v) = (Host::of(&k)?, Host::of(&v)?);
+                let mut some = vec![0.0; features * width];
+                for (item, sum) in sum.chunks_exact_mut(features * width).enumerate() {
+                    let k = View::new(&k[item * rows * features..], rows, features, features);
+                    let v = View::new(&v[item * rows * width..], rows, width, width);
+                    matrix::product(&mut some, width, 0.0, 1.0, k.t(), v, false);
+                    sum.iter_mut().zip(&some).for_each(|(sum, x)| *sum += f64::from(*x));
+                }
+            }
+            Ok(sum)
+        })
+        .collect::<Result<_>>()?;
+    let (features, width) = (phi.outputs(), psi.outputs());
+    let mut total = vec![0.0; batch * features * width];
+    for span in spans {
+        total.iter_mut().zip(span).for_each(|(total, x)| *total += x);
+    }
+    let total = Tensor::from_vec(total, (batch, features, width), normed.device())?;
+    Ok(total.broadcast_div(&scale.to_dtype(DType::F64)?)?.to_dtype(normed.dtype())?)
 }
+
+/// Sites whose products are summed in f32.
+const SUMMED: usize = 512;
 
 struct Conditioned<'a> {
     model: &'a TnpKr,
@@ -554,7 +609,7 @@ impl Process for TnpKr {
             if i + 1 < self.blocks.len() {
                 tokens = in_parts(context.len(), |start, len| {
                     let part = |x: &Tensor| x.narrow(1, start, len);
-                    block.read(&part(&tokens)?, &part(&normed)?, &part(sites)?, &cache)
+                    block.read(&part(&tokens)?, &part(sites)?, &cache)
                 })?;
             }
             caches.push(cache);
@@ -594,10 +649,9 @@ impl Posterior for Conditioned<'_> {
         let model = self.model;
         let mut tokens = model.tokens(targets, None)?;
         for (block, cache) in model.blocks.iter().zip(&self.caches) {
-            let normed = block.before.forward(&tokens)?;
-            tokens = block.read(&tokens, &normed, &targets.s, cache)?;
+            tokens = block.read(&tokens, &targets.s, cache)?;
         }
-        let raw = model.decode.forward(&model.norm.forward(&tokens)?)?;
+        let raw = Chain::new(&tokens).norm(&model.norm).mlp(&model.decode).run()?;
         model.config.head.predictive(model.likelihood.link(), &raw)
     }
 }
