@@ -10,6 +10,7 @@ use crate::{
     error::Result,
     fused::{
         self, Host,
+        matrix::{self, View},
         mlp::{self, Packed, Rows, Step},
     },
 };
@@ -118,7 +119,11 @@ impl Mlp {
 
     /// Features that the last layer gives.
     pub fn outputs(&self) -> usize {
-        self.layers.last().map_or(0, |l| l.bias.elem_count())
+        self.last().bias.elem_count()
+    }
+
+    fn last(&self) -> &Dense {
+        self.layers.last().expect("an MLP has a layer")
     }
 
     /// The most features that any layer reads or gives.
@@ -132,7 +137,8 @@ impl Mlp {
     }
 }
 
-/// A matrix for each row of a batch, `[batch, in, out]`, that many sites are multiplied by.
+/// A matrix for each row of a batch, `[batch, features, width]`, that the output of an MLP is
+/// multiplied by.
 #[derive(Debug)]
 pub struct Summary {
     matrix: Tensor,
@@ -140,18 +146,32 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// `matrix` `[batch, in, out]`.
-    pub fn new(matrix: Tensor) -> Result<Self> {
+    /// `matrix` for what `mlp` will give. Nothing stands between the two products, so that they
+    /// are made one here, once for any number of sites.
+    pub fn new(matrix: Tensor, mlp: &Mlp) -> Result<Self> {
         let matrix = matrix.contiguous()?;
-        let (_, inputs, outputs) = matrix.dims3()?;
-        let packed = match fused::asked(&matrix) {
-            true => {
-                let pack = |w: &[f32]| Packed::new(w, inputs, outputs, None);
-                Some(Host::of(&matrix)?.chunks_exact(inputs * outputs).map(pack).collect())
-            }
-            false => None,
+        let (_, features, width) = matrix.dims3()?;
+        let last = mlp.last();
+        let asked = [&matrix, &last.weight, &last.bias].into_iter().all(fused::asked);
+        if !asked || mlp.outputs() != features {
+            return Ok(Summary { matrix, packed: None });
+        }
+        let inputs = last.weight.dim(0)?;
+        let [weight, bias] = [last.weight.contiguous()?, last.bias.contiguous()?];
+        let (weight, bias, each) = (Host::of(&weight)?, Host::of(&bias)?, Host::of(&matrix)?);
+        let pack = |matrix: &[f32]| {
+            let times = |x: &[f32], rows: usize| {
+                let mut out = vec![0.0; rows * width];
+                let x = View::new(x, rows, features, features);
+                let matrix = View::new(matrix, features, width, width);
+                matrix::product(&mut out, width, 0.0, 1.0, x, matrix, false);
+                out
+            };
+            Packed::new(&times(&weight, inputs), inputs, width, Some(&times(&bias, 1)))
         };
-        Ok(Summary { matrix, packed })
+        let packed = each.chunks_exact((features * width).max(1)).map(pack).collect();
+        drop(each);
+        Ok(Summary { matrix, packed: Some(packed) })
     }
 }
 
@@ -168,7 +188,8 @@ enum Link<'a> {
     Dense(&'a Dense),
     Activation(Activation),
     Norm(&'a Norm),
-    Times(&'a Summary),
+    /// The last layer of an MLP, and the product with what it gives.
+    Times(&'a Dense, &'a Summary),
     Join(&'a Tensor),
     Plus(&'a Tensor),
     Scale(&'a Tensor),
@@ -208,9 +229,12 @@ impl<'a> Chain<'a> {
         self.and(Link::Norm(norm))
     }
 
-    /// Times the matrix of their row of the batch; the values are then `[batch, site, in]`.
-    pub fn times(self, summary: &'a Summary) -> Self {
-        self.and(Link::Times(summary))
+    /// Through the MLP that `summary` was made for, and times the matrix of their row of the
+    /// batch; the values are then `[batch, site, width]`.
+    pub fn summary(self, mlp: &'a Mlp, summary: &'a Summary) -> Self {
+        let mut chain = self.mlp(mlp);
+        chain.links.pop();
+        chain.and(Link::Times(mlp.last(), summary))
     }
 
     /// With the values of `other` before them.
@@ -277,7 +301,7 @@ impl<'a> Chain<'a> {
                     Some(packed) => Step::Dense(packed),
                     None => return Ok(None),
                 },
-                Link::Times(summary) => match &summary.packed {
+                Link::Times(_, summary) => match &summary.packed {
                     Some(packed) => {
                         items = packed.len();
                         Step::Each(packed)
@@ -313,7 +337,9 @@ impl<'a> Chain<'a> {
                 Link::Dense(layer) => fused::linear(&x, &layer.weight, &layer.bias)?,
                 Link::Activation(activation) => activation.forward(&x)?,
                 Link::Norm(norm) => norm.forward(&x)?,
-                Link::Times(summary) => x.matmul(&summary.matrix)?,
+                Link::Times(layer, summary) => {
+                    fused::linear(&x, &layer.weight, &layer.bias)?.matmul(&summary.matrix)?
+                }
                 Link::Join(other) => Tensor::cat(&[*other, &x], D::Minus1)?,
                 Link::Plus(other) => (x + *other)?,
                 Link::Scale(factors) => x.broadcast_mul(factors)?,

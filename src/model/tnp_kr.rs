@@ -330,8 +330,8 @@ impl Block {
     fn read(&self, tokens: &Tensor, sites: &Tensor, cache: &Cache) -> Result<Tensor> {
         match (&self.attention, cache) {
             (Attention::Dka { phi, norm, .. }, Cache::Kernel(summary)) => {
-                let chain = Chain::new(tokens).keep().norm(&self.before).join(sites).mlp(phi);
-                self.fed(chain.times(summary).norm(norm).add_kept())
+                let chain = Chain::new(tokens).keep().norm(&self.before).join(sites);
+                self.fed(chain.summary(phi, summary).norm(norm).add_kept())
             }
             _ => {
                 let read = self.attention.read(&self.before.forward(tokens)?, sites, cache)?;
@@ -492,7 +492,8 @@ impl Attention {
                 Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
             }
             Attention::Dka { phi, psi, width, .. } => {
-                Ok(Cache::Kernel(Summary::new(summarise(phi, psi, normed, sites, mask, *width)?)?))
+                let matrix = summarise(phi, psi, normed, sites, mask, *width)?;
+                Ok(Cache::Kernel(Summary::new(matrix, phi)?))
             }
         }
     }
@@ -621,23 +622,28 @@ impl Process for TnpKr {
         let c = &self.config;
         let dka = matches!(self.blocks[0].attention, Attention::Dka { .. });
         let whole = matches!(self.blocks[0].attention, Attention::Softmax { whole: true, .. });
-        let kernel = if dka { 4 * c.features } else { 0 };
-        let widest = self.embed.widest().max(self.decode.widest()).max(c.feed_forward);
         let (keys, values) = (c.heads * c.key_width, c.heads * c.value_width);
-        // f32s of one token on its way through a block: the stream before and after, normed, and
-        // read; a layer's input, output and activation; queries, and values as read and as cut.
+        // f32s of one token on its way through a block of a model that is only asked: the stream
+        // before and after, normed, and read; queries, and values as read and as cut. What the
+        // layers have between is never held.
         let scores = if whole { 5 * c.heads * sites } else { 0 };
-        let token = 6 * c.width + 3 * widest + 2 * keys + 3 * values + kernel + scores + 16;
+        let read = if dka { 0 } else { 2 * keys + 3 * values + scores };
+        let token = 4 * c.width + read + 16;
         // What a block keeps of a site, and what it takes on the way there. Hidden values of an
         // MLP are twice a token wide.
         let kept = if dka { 0 } else { keys + values + 4 };
-        let packing = keys + 3 * values + 2 * c.width + kernel + 16;
-        let summaries = if dka { c.features * c.width } else { 0 };
-        let held = 4 * self.blocks.len() * (sites * kept + summaries);
+        let packing = if dka { 0 } else { keys + 3 * values + 2 * c.width + 16 };
+        // A block's context may be one matrix, kept as it is and as it is read. On the way there
+        // are sums in f64, and for each thread the features of some sites.
+        let matrix = if dka { c.features * c.width } else { 0 };
+        let features = if dka { SUMMED.min(sites) * (c.features + 3 * c.width) } else { 0 };
+        let threads = rayon::current_num_threads();
+        let summing = threads * (features + 3 * matrix) + 2 * matrix * sites.div_ceil(SITES);
+        let held = 4 * self.blocks.len() * (sites * kept + 2 * matrix);
         let streams = sites * (4 * c.width + 8);
         let part = SITES.min(sites) * token;
         Memory {
-            conditioning: held + 4 * (streams + part.max(sites * packing)),
+            conditioning: held + 4 * (streams + part.max(sites * packing + summing)),
             held,
             target: 4 * (token + 12 * c.head.outputs()),
         }

@@ -255,17 +255,8 @@ impl Drawn {
         let mut params = Params::frozen(self.weights.clone(), &CPU, dtype);
         let (before, phi, inner, feed, out) = layers(&mut params, self.widths);
         let [x, sites, matrix, mask] = self.inputs.each_ref().map(|x| x.to_dtype(dtype).unwrap());
-        Net {
-            before,
-            phi,
-            inner,
-            feed,
-            out,
-            summary: Summary::new(matrix).unwrap(),
-            x,
-            sites,
-            mask,
-        }
+        let summary = Summary::new(matrix, &phi).unwrap();
+        Net { before, phi, inner, feed, out, summary, x, sites, mask }
     }
 }
 
@@ -289,8 +280,8 @@ impl Net {
     fn runs(&self) -> [(&'static str, Chain<'_>); 6] {
         let x = || Chain::new(&self.x);
         let features = || x().join(&self.sites).mlp(&self.phi);
-        let block = x().keep().norm(&self.before).join(&self.sites).mlp(&self.phi);
-        let block = block.times(&self.summary).norm(&self.inner).add_kept();
+        let block = x().keep().norm(&self.before).join(&self.sites);
+        let block = block.summary(&self.phi, &self.summary).norm(&self.inner).add_kept();
         let block = block.keep().norm(&self.before).mlp(&self.feed).add_kept();
         [
             ("dense", x().dense(&self.out)),
@@ -421,7 +412,9 @@ fn a_run_of_nothing_and_of_what_does_not_fit() -> isopleth::Result<()> {
         assert!(Chain::new(&net.x).plus(x).run().is_err(), "{:?}", x.dims());
         assert!(Chain::new(x).keep().mlp(&net.feed).plus(&net.x).run().is_err(), "{:?}", x.dims());
     }
-    assert!(Chain::new(&net.x).times(&net.summary).run().is_err());
+    assert!(Chain::new(&net.x).summary(&net.phi, &net.summary).run().is_err());
+    let summary = Summary::new(net.x.clone(), &net.phi)?;
+    assert!(Chain::new(&net.x).join(&net.sites).summary(&net.phi, &summary).run().is_err());
     for x in [&mut net.x, &mut net.sites, &mut net.mask] {
         *x = x.narrow(1, 0, 0)?;
     }
