@@ -443,7 +443,7 @@ fn a_layer_that_learns_is_read_as_it_is() -> isopleth::Result<()> {
 /// Models as they are asked, against the same ones as they learn, and against f64.
 #[test]
 fn an_asked_model_equals_one_that_learns() -> isopleth::Result<()> {
-    let problem = Problem { dim: 2, likelihood: likelihood::find("gaussian")? };
+    let problem = Problem::new(2, likelihood::find("gaussian")?);
     let places = |n: usize, seed: u64| -> isopleth::Result<Sites> {
         let xy = Stream::new(seed, "places", 0).normals(4 * n);
         Ok(Sites::new(Tensor::from_vec(xy, (2, n, 2), &CPU)?))
