@@ -120,7 +120,7 @@ impl<T> std::ops::DerefMut for Aligned<T> {
 const EXP2: [f32; 6] =
     [0.999_999_94, 0.693_153_1, 0.240_153_61, 0.055_826_318, 0.008_989_34, 0.001_877_576_7];
 /// The same on [−½, ½].
-const EXP2_CENTRED: [f32; 6] =
+pub(super) const EXP2_CENTRED: [f32; 6] =
     [1.000_000_1, 0.693_146_94, 0.240_221_2, 0.055_507_13, 0.009_675_541, 0.001_327_647_2];
 /// 1.5 · 2²³: adding and subtracting it rounds to an integer.
 const ROUND: f32 = 12_582_912.0;

@@ -11,6 +11,7 @@ use candle_core::Result;
 use rayon::prelude::*;
 
 use super::{
+    gelu::{FIRST, MOST, THIRD},
     lanes::{self, Aligned, Lanes},
     layer_norm::EPSILON,
 };
@@ -79,6 +80,17 @@ pub enum Step<'a> {
     Keep,
     /// Plus what was kept last.
     AddKept,
+}
+
+impl<'a> Step<'a> {
+    /// Of a dense layer, for rows of this item.
+    fn weights(&self, item: usize) -> Option<&'a Packed> {
+        match self {
+            Step::Dense(packed) => Some(packed),
+            Step::Each(packed) => Some(&packed[item]),
+            _ => None,
+        }
+    }
 }
 
 /// Rows of values, `[row, width]`.
@@ -244,17 +256,13 @@ unsafe fn tiles<L: Lanes, const R: usize, const C: usize, const U: usize>(
             let (mut x, mut width) = (here, job.input.width);
             turn_in::<L>(job.input, row, count, lanes, x);
             for step in job.steps {
+                if let Some(packed) = step.weights(job.item) {
+                    dense::<L, R, C>(packed, x, spare);
+                    (here, spare) = (spare, here);
+                    (x, width) = (here, packed.outputs);
+                }
                 match step {
-                    Step::Dense(_) | Step::Each(_) => {
-                        let packed = match step {
-                            Step::Each(p) => &p[job.item],
-                            Step::Dense(p) => p,
-                            _ => unreachable!("matched above"),
-                        };
-                        dense::<L, R, C>(packed, x, spare);
-                        (here, spare) = (spare, here);
-                        (x, width) = (here, packed.outputs);
-                    }
+                    Step::Dense(_) | Step::Each(_) => {}
                     Step::Gelu => gelu::<L, U>(x, width.next_multiple_of(PANEL) * C),
                     Step::Relu => {
                         for i in 0..width * C {
@@ -383,14 +391,11 @@ unsafe fn add<L: Lanes>(x: *mut f32, y: *const f32, count: usize) {
 /// `x` is valid for `count` vectors, a multiple of `U`.
 #[inline(always)]
 unsafe fn gelu<L: Lanes, const U: usize>(x: *mut f32, count: usize) {
-    // −2 log₂e √(2/π), and that times 0.044715.
-    const FIRST: f32 = -2.302_208_2;
-    const THIRD: f32 = -0.102_943_24;
     // SAFETY: the caller's contract.
     unsafe {
         let (first, third, one) = (L::splat(FIRST), L::splat(THIRD), L::splat(1.0));
-        // Beyond, the result is 0 to any purpose, and its reciprocal would not be a number.
-        let most = L::splat(126.0);
+        // Beyond, the reciprocal would not be a number.
+        let most = L::splat(MOST);
         for i in (0..count).step_by(U) {
             let at = x.add(i * L::N);
             let mut x = [one; U];

@@ -599,20 +599,26 @@ struct Conditioned<'a> {
 
 /// Context sites whose intermediate results are held at once: memory, never the answer.
 const SITES: usize = 4096;
+/// The same for targets.
+const TARGETS: usize = 16_384;
 
-/// `f(start, len)` for parts of `sites` sites, joined along the axis of sites.
-fn in_parts(sites: usize, f: impl Fn(usize, usize) -> Result<Tensor>) -> Result<Tensor> {
-    if sites <= SITES {
+/// `f(start, len)` for parts of `sites` sites, `most` at a time, joined along the axis of sites.
+fn in_parts(
+    sites: usize,
+    most: usize,
+    f: impl Fn(usize, usize) -> Result<Tensor>,
+) -> Result<Tensor> {
+    if sites <= most {
         return f(0, sites);
     }
-    let parts = (0..sites).step_by(SITES).map(|start| f(start, SITES.min(sites - start)));
+    let parts = (0..sites).step_by(most).map(|start| f(start, most.min(sites - start)));
     Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1)?)
 }
 
 impl Process for TnpKr {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         let features = self.likelihood.features(context)?;
-        let mut tokens = in_parts(context.len(), |start, len| {
+        let mut tokens = in_parts(context.len(), SITES, |start, len| {
             let part = features.narrow(1, start, len)?;
             self.tokens(&context.sites.narrow(start, len)?, Some(&part))
         })?;
@@ -623,7 +629,7 @@ impl Process for TnpKr {
             let cache = block.attention.cache(&normed, sites, &context.mask)?;
             // Nobody reads the context's tokens after the last block.
             if i + 1 < self.blocks.len() {
-                tokens = in_parts(context.len(), |start, len| {
+                tokens = in_parts(context.len(), SITES, |start, len| {
                     let part = |x: &Tensor| x.narrow(1, start, len);
                     block.read(&part(&tokens)?, &part(sites)?, &cache)
                 })?;
@@ -668,11 +674,14 @@ impl Process for TnpKr {
 impl Posterior for Conditioned<'_> {
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let model = self.model;
-        let mut tokens = model.tokens(targets, None)?;
-        for (block, cache) in model.blocks.iter().zip(&self.caches) {
-            tokens = block.read(&tokens, &targets.s, cache)?;
-        }
-        let raw = Chain::new(&tokens).norm(&model.norm).mlp(&model.decode).run()?;
+        let raw = in_parts(targets.len(), TARGETS, |start, len| {
+            let targets = targets.narrow(start, len)?;
+            let mut tokens = model.tokens(&targets, None)?;
+            for (block, cache) in model.blocks.iter().zip(&self.caches) {
+                tokens = block.read(&tokens, &targets.s, cache)?;
+            }
+            Chain::new(&tokens).norm(&model.norm).mlp(&model.decode).run()
+        })?;
         model.config.head.predictive(model.likelihood.link(), &raw)
     }
 }
