@@ -74,8 +74,9 @@ pub unsafe trait Lanes: Copy + 'static {
     }
     /// Whether any `a > b`.
     unsafe fn any_above(a: Self::F, b: Self::F) -> bool;
-    /// For 1 ≤ t < 256: which quarter of which octave (0…31), and where in it, from −1 to 1.
-    unsafe fn segment(t: Self::F) -> (Self::I, Self::F);
+    /// For t ≥ 1: in which part of its octave it lies, counted through the octaves, modulo 32; and
+    /// where in that part, from −1 to 1. An octave has `2^(23 − SHIFT)` parts: 4 for 21, 2 for 22.
+    unsafe fn segment<const SHIFT: u32>(t: Self::F) -> (Self::I, Self::F);
     /// Whether every `a ≤ b`; false where one is NaN.
     unsafe fn none_above(a: Self::F, b: Self::F) -> bool;
     unsafe fn load_index(from: *const i32) -> Self::I;
@@ -124,9 +125,13 @@ pub(super) const EXP2_CENTRED: [f32; 6] =
     [1.000_000_1, 0.693_146_94, 0.240_221_2, 0.055_507_13, 0.009_675_541, 0.001_327_647_2];
 /// 1.5 · 2²³: adding and subtracting it rounds to an integer.
 const ROUND: f32 = 12_582_912.0;
-/// Bits of a float below the octave and its quarter.
-const WITHIN: i32 = 0x001f_ffff;
 const ONE: i32 = 0x3f80_0000;
+
+/// Takes what is left of a number in [1, 2) after [`Lanes::segment`] cut off its part to −1 … 1.
+const fn stretch(shift: u32) -> [f32; 2] {
+    let parts = (1u32 << (23 - shift)) as f32;
+    [2.0 * parts, -2.0 * parts - 1.0]
+}
 
 /// Plain arrays: what every machine has.
 #[derive(Clone, Copy)]
@@ -220,10 +225,11 @@ unsafe impl Lanes for Portable {
         a.iter().zip(b).all(|(a, b)| *a <= b)
     }
     #[inline(always)]
-    unsafe fn segment(t: [f32; P]) -> ([i32; P], [f32; P]) {
-        let index = t.map(|t| (t.to_bits() as i32 - ONE) >> 21);
-        let within = each!(i => f32::from_bits((t[i].to_bits() as i32 & WITHIN | ONE) as u32));
-        (index, each!(i => within[i] * 8.0 - 9.0))
+    unsafe fn segment<const SHIFT: u32>(t: [f32; P]) -> ([i32; P], [f32; P]) {
+        let below = (1u32 << SHIFT) - 1;
+        let [by, less] = stretch(SHIFT);
+        let index = t.map(|t| (t.to_bits() >> SHIFT & 31) as i32);
+        (index, each!(i => f32::from_bits(t[i].to_bits() & below | ONE as u32) * by + less))
     }
     #[inline(always)]
     unsafe fn load_index(from: *const i32) -> [i32; P] {
@@ -250,7 +256,7 @@ pub use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{EXP2, EXP2_CENTRED, Lanes, ONE, ROUND, WITHIN};
+    use super::{EXP2, EXP2_CENTRED, Lanes, ONE, ROUND, stretch};
 
     /// 16 values; AVX-512 F, BW, DQ and VL.
     #[derive(Clone, Copy)]
@@ -404,17 +410,18 @@ mod x86 {
             _mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b) == 0xffff
         }
         #[inline(always)]
-        unsafe fn segment(t: __m512) -> (__m512i, __m512) {
+        unsafe fn segment<const SHIFT: u32>(t: __m512) -> (__m512i, __m512) {
             let bits = _mm512_castps_si512(t);
-            let index = _mm512_srli_epi32::<21>(_mm512_sub_epi32(bits, _mm512_set1_epi32(ONE)));
-            // (bits & WITHIN) | ONE
+            // (bits & below) | ONE; a look-up takes its index modulo 32 by itself.
             let within = _mm512_ternarylogic_epi32::<0xea>(
                 bits,
-                _mm512_set1_epi32(WITHIN),
+                _mm512_set1_epi32((1 << SHIFT) - 1),
                 _mm512_set1_epi32(ONE),
             );
+            let [by, less] = stretch(SHIFT);
             let within = _mm512_castsi512_ps(within);
-            (index, _mm512_fmadd_ps(within, _mm512_set1_ps(8.0), _mm512_set1_ps(-9.0)))
+            let within = _mm512_fmadd_ps(within, _mm512_set1_ps(by), _mm512_set1_ps(less));
+            (_mm512_srli_epi32::<SHIFT>(bits), within)
         }
         #[inline(always)]
         unsafe fn load_index(from: *const i32) -> __m512i {
@@ -531,6 +538,31 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn exp2_each<const U: usize>(x: [__m256; U]) -> [__m256; U] {
+            let least = _mm256_set1_ps(-126.0);
+            let round = _mm256_set1_ps(ROUND);
+            let (mut shifted, mut f) = (x, x);
+            for u in 0..U {
+                let near = _mm256_max_ps(x[u], least);
+                shifted[u] = _mm256_add_ps(near, round);
+                f[u] = _mm256_sub_ps(near, _mm256_sub_ps(shifted[u], round));
+            }
+            let mut p = [_mm256_set1_ps(EXP2_CENTRED[5]); U];
+            for c in EXP2_CENTRED[..5].iter().rev() {
+                let c = _mm256_set1_ps(*c);
+                for (p, f) in p.iter_mut().zip(&f) {
+                    *p = _mm256_fmadd_ps(*p, *f, c);
+                }
+            }
+            for u in 0..U {
+                let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted[u]));
+                let whole = _mm256_add_epi32(_mm256_castps_si256(p[u]), power);
+                let seen = _mm256_cmp_ps::<_CMP_GT_OQ>(x[u], least);
+                p[u] = _mm256_and_ps(_mm256_castsi256_ps(whole), seen);
+            }
+            p
+        }
+        #[inline(always)]
         unsafe fn any_above(a: __m256, b: __m256) -> bool {
             _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) != 0
         }
@@ -539,15 +571,15 @@ mod x86 {
             _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(a, b)) == 0xff
         }
         #[inline(always)]
-        unsafe fn segment(t: __m256) -> (__m256i, __m256) {
+        unsafe fn segment<const SHIFT: u32>(t: __m256) -> (__m256i, __m256) {
             let bits = _mm256_castps_si256(t);
-            let index = _mm256_srli_epi32::<21>(_mm256_sub_epi32(bits, _mm256_set1_epi32(ONE)));
-            let within = _mm256_or_si256(
-                _mm256_and_si256(bits, _mm256_set1_epi32(WITHIN)),
-                _mm256_set1_epi32(ONE),
-            );
+            let below = _mm256_set1_epi32((1 << SHIFT) - 1);
+            let within = _mm256_or_si256(_mm256_and_si256(bits, below), _mm256_set1_epi32(ONE));
+            let [by, less] = stretch(SHIFT);
             let within = _mm256_castsi256_ps(within);
-            (index, _mm256_fmadd_ps(within, _mm256_set1_ps(8.0), _mm256_set1_ps(-9.0)))
+            let within = _mm256_fmadd_ps(within, _mm256_set1_ps(by), _mm256_set1_ps(less));
+            let index = _mm256_srl_epi32(bits, _mm_cvtsi32_si128(SHIFT as i32));
+            (_mm256_and_si256(index, _mm256_set1_epi32(31)), within)
         }
         #[inline(always)]
         unsafe fn load_index(from: *const i32) -> __m256i {
@@ -575,7 +607,7 @@ pub use arm::Neon;
 mod arm {
     use std::arch::aarch64::*;
 
-    use super::{EXP2_CENTRED, Lanes, ONE, ROUND, WITHIN};
+    use super::{EXP2_CENTRED, Lanes, ONE, ROUND, stretch};
 
     /// 4 values; every 64-bit ARM has them.
     #[derive(Clone, Copy)]
@@ -656,12 +688,15 @@ mod arm {
             vminvq_u32(vcleq_f32(a, b)) != 0
         }
         #[inline(always)]
-        unsafe fn segment(t: float32x4_t) -> (int32x4_t, float32x4_t) {
+        unsafe fn segment<const SHIFT: u32>(t: float32x4_t) -> (int32x4_t, float32x4_t) {
             let bits = vreinterpretq_s32_f32(t);
-            let index = vshrq_n_s32::<21>(vsubq_s32(bits, vdupq_n_s32(ONE)));
-            let within = vorrq_s32(vandq_s32(bits, vdupq_n_s32(WITHIN)), vdupq_n_s32(ONE));
+            let below = vdupq_n_s32((1 << SHIFT) - 1);
+            let within = vorrq_s32(vandq_s32(bits, below), vdupq_n_s32(ONE));
+            let [by, less] = stretch(SHIFT);
             let within = vreinterpretq_f32_s32(within);
-            (index, vfmaq_f32(vdupq_n_f32(-9.0), within, vdupq_n_f32(8.0)))
+            let within = vfmaq_f32(vdupq_n_f32(less), within, vdupq_n_f32(by));
+            let index = vshlq_s32(bits, vdupq_n_s32(-(SHIFT as i32)));
+            (vandq_s32(index, vdupq_n_s32(31)), within)
         }
         #[inline(always)]
         unsafe fn load_index(from: *const i32) -> int32x4_t {
@@ -701,7 +736,7 @@ macro_rules! dispatch {
         #[target_feature(enable = "avx2,fma")]
         #[allow(clippy::too_many_arguments)]
         unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
-            unsafe { $kernel::<lanes::Avx2, 4, 3, 3>($($arg),*) }
+            unsafe { $kernel::<lanes::Avx2, 4, 2, 4>($($arg),*) }
         }
         // SAFETY: the instruction set was detected on this machine; the rest is the caller's.
         unsafe {
