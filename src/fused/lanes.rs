@@ -45,6 +45,8 @@ pub unsafe trait Lanes: Copy + 'static {
             x
         }
     }
+    /// 1/x to 2e-7 relative, for 2⁻¹²⁶ ≤ |x| ≤ 2¹²⁶.
+    unsafe fn recip(x: Self::F) -> Self::F;
     /// 2ˣ to 2e-7 relative; 0 far below.
     unsafe fn exp2(x: Self::F) -> Self::F;
     /// [`Lanes::exp2`] of several vectors, but never less than 2⁻¹⁰⁰: processors take 150 cycles for
@@ -59,6 +61,18 @@ pub unsafe trait Lanes: Copy + 'static {
                 *x = Self::exp2(Self::max(*x, Self::splat(LEAST)));
             }
             x
+        }
+    }
+    /// Turns `N` rows of `N` values, `from_step` apart, into columns: rows `to_step` apart.
+    #[inline(always)]
+    unsafe fn turn(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+        // SAFETY: the same contract.
+        unsafe {
+            for i in 0..Self::N {
+                for j in 0..Self::N {
+                    *to.add(j * to_step + i) = *from.add(i * from_step + j);
+                }
+            }
         }
     }
     /// Whether any `a > b`.
@@ -110,7 +124,7 @@ impl<T> std::ops::DerefMut for Aligned<T> {
 const EXP2: [f32; 6] =
     [0.999_999_94, 0.693_153_1, 0.240_153_61, 0.055_826_318, 0.008_989_34, 0.001_877_576_7];
 /// The same on [−½, ½].
-const EXP2_CENTRED: [f32; 6] =
+pub(super) const EXP2_CENTRED: [f32; 6] =
     [1.000_000_1, 0.693_146_94, 0.240_221_2, 0.055_507_13, 0.009_675_541, 0.001_327_647_2];
 /// Exponents below are raised to it by [`Lanes::exp2_each`].
 const LEAST: f32 = -100.0;
@@ -184,6 +198,10 @@ unsafe impl Lanes for Portable {
     #[inline(always)]
     unsafe fn sqrt(x: [f32; P]) -> [f32; P] {
         each!(i => x[i].sqrt())
+    }
+    #[inline(always)]
+    unsafe fn recip(x: [f32; P]) -> [f32; P] {
+        each!(i => 1.0 / x[i])
     }
     #[inline(always)]
     unsafe fn exp2(x: [f32; P]) -> [f32; P] {
@@ -321,6 +339,12 @@ mod x86 {
             d
         }
         #[inline(always)]
+        unsafe fn recip(x: __m512) -> __m512 {
+            let y = _mm512_rcp14_ps(x);
+            let rest = _mm512_fnmadd_ps(x, y, _mm512_set1_ps(1.0));
+            _mm512_fmadd_ps(rest, y, y)
+        }
+        #[inline(always)]
         unsafe fn exp2(x: __m512) -> __m512 {
             let f = _mm512_reduce_ps::<1>(x); // x − ⌊x⌋
             let mut p = _mm512_set1_ps(EXP2[5]);
@@ -348,6 +372,40 @@ mod x86 {
                 *p = _mm512_scalef_ps(*p, *x);
             }
             p
+        }
+        #[inline(always)]
+        unsafe fn turn(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+            let mut x = [_mm512_setzero_ps(); 16];
+            let mut y = x;
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = _mm512_loadu_ps(from.add(i * from_step));
+            }
+            for i in 0..8 {
+                y[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+                y[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+            }
+            for i in 0..16 {
+                // Columns i % 4 + {0, 4, 8, 12} of four rows.
+                let first = _mm512_castps_pd(y[i / 4 * 4 + i % 4 / 2]);
+                let second = _mm512_castps_pd(y[i / 4 * 4 + i % 4 / 2 + 2]);
+                x[i] = _mm512_castpd_ps(match i % 2 {
+                    0 => _mm512_unpacklo_pd(first, second),
+                    _ => _mm512_unpackhi_pd(first, second),
+                });
+            }
+            for q in 0..4 {
+                let even = _mm512_shuffle_f32x4::<0x88>(x[q], x[q + 4]);
+                let odd = _mm512_shuffle_f32x4::<0xdd>(x[q], x[q + 4]);
+                let even_below = _mm512_shuffle_f32x4::<0x88>(x[q + 8], x[q + 12]);
+                let odd_below = _mm512_shuffle_f32x4::<0xdd>(x[q + 8], x[q + 12]);
+                y[q] = _mm512_shuffle_f32x4::<0x88>(even, even_below);
+                y[q + 4] = _mm512_shuffle_f32x4::<0x88>(odd, odd_below);
+                y[q + 8] = _mm512_shuffle_f32x4::<0xdd>(even, even_below);
+                y[q + 12] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_below);
+            }
+            for (i, y) in y.iter().enumerate() {
+                _mm512_storeu_ps(to.add(i * to_step), *y);
+            }
         }
         #[inline(always)]
         unsafe fn any_above(a: __m512, b: __m512) -> bool {
@@ -438,6 +496,10 @@ mod x86 {
             _mm256_sqrt_ps(x)
         }
         #[inline(always)]
+        unsafe fn recip(x: __m256) -> __m256 {
+            _mm256_div_ps(_mm256_set1_ps(1.0), x)
+        }
+        #[inline(always)]
         unsafe fn exp2(x: __m256) -> __m256 {
             let least = _mm256_set1_ps(-126.0);
             let near = _mm256_max_ps(x, least);
@@ -450,6 +512,32 @@ mod x86 {
             let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
             let p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
             _mm256_and_ps(p, _mm256_cmp_ps::<_CMP_GT_OQ>(x, least))
+        }
+        #[inline(always)]
+        unsafe fn turn(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+            let mut x = [_mm256_setzero_ps(); 8];
+            let mut y = x;
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = _mm256_loadu_ps(from.add(i * from_step));
+            }
+            for i in 0..4 {
+                y[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+                y[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+            }
+            for i in 0..8 {
+                // Columns i % 4 + {0, 4} of four rows.
+                let first = _mm256_castps_pd(y[i / 4 * 4 + i % 4 / 2]);
+                let second = _mm256_castps_pd(y[i / 4 * 4 + i % 4 / 2 + 2]);
+                x[i] = _mm256_castpd_ps(match i % 2 {
+                    0 => _mm256_unpacklo_pd(first, second),
+                    _ => _mm256_unpackhi_pd(first, second),
+                });
+            }
+            for q in 0..4 {
+                let (low, high) = (to.add(q * to_step), to.add((q + 4) * to_step));
+                _mm256_storeu_ps(low, _mm256_permute2f128_ps::<0x20>(x[q], x[q + 4]));
+                _mm256_storeu_ps(high, _mm256_permute2f128_ps::<0x31>(x[q], x[q + 4]));
+            }
         }
         #[inline(always)]
         unsafe fn exp2_each<const U: usize>(x: [__m256; U]) -> [__m256; U] {
@@ -568,6 +656,10 @@ mod arm {
         #[inline(always)]
         unsafe fn sqrt(x: float32x4_t) -> float32x4_t {
             vsqrtq_f32(x)
+        }
+        #[inline(always)]
+        unsafe fn recip(x: float32x4_t) -> float32x4_t {
+            vdivq_f32(vdupq_n_f32(1.0), x)
         }
         #[inline(always)]
         unsafe fn exp2(x: float32x4_t) -> float32x4_t {
