@@ -21,7 +21,7 @@ pub trait Process {
 }
 
 /// A process that has seen its context. Cheap to ask, tile after tile, by several threads at once.
-pub trait Posterior: Sync {
+pub trait Posterior: Send + Sync {
     /// The posterior predictive at `targets`, each target independent of the others asked for.
     fn at(&self, targets: &Sites) -> Result<Predictive>;
 
