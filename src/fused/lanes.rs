@@ -3,6 +3,9 @@
 //! Loops that LLVM vectorises by itself use [`super::simd::vectorised`]; kernels whose registers
 //! must be laid out by hand are generic over [`Lanes`] and entered through [`dispatch`].
 
+// Loops count by index: adaptors and closures may be left out of line, without the instruction set.
+#![allow(clippy::needless_range_loop)]
+
 /// A vector unit: `N` values of f32 at once.
 ///
 /// # Safety
@@ -28,7 +31,6 @@ pub unsafe trait Lanes: Copy + 'static {
     /// `a b + c`, rounded once where the machine can.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
-    unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
     /// √x for x ≥ 0, to 2e-7 relative.
     unsafe fn sqrt(x: Self::F) -> Self::F;
     /// [`Lanes::sqrt`] of several vectors, side by side.
@@ -43,19 +45,34 @@ pub unsafe trait Lanes: Copy + 'static {
             x
         }
     }
+    /// 1/x to 2e-7 relative, for 2⁻¹²⁶ ≤ |x| ≤ 2¹²⁶.
+    unsafe fn recip(x: Self::F) -> Self::F;
     /// 2ˣ to 2e-7 relative; 0 far below.
     unsafe fn exp2(x: Self::F) -> Self::F;
-    /// [`Lanes::exp2`] of several vectors, step by step side by side: one alone would wait for
-    /// itself at every step.
+    /// [`Lanes::exp2`] of several vectors, but never less than 2⁻¹⁰⁰: processors take 150 cycles for
+    /// a number too small to be normal. Step by step side by side: one alone would wait for itself
+    /// at every step.
     #[inline(always)]
     unsafe fn exp2_each<const U: usize>(x: [Self::F; U]) -> [Self::F; U] {
         // SAFETY: the same contract.
         unsafe {
             let mut x = x;
             for x in &mut x {
-                *x = Self::exp2(*x);
+                *x = Self::exp2(Self::max(*x, Self::splat(LEAST)));
             }
             x
+        }
+    }
+    /// Turns `N` rows of `N` values, `from_step` apart, into columns: rows `to_step` apart.
+    #[inline(always)]
+    unsafe fn turn(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+        // SAFETY: the same contract.
+        unsafe {
+            for i in 0..Self::N {
+                for j in 0..Self::N {
+                    *to.add(j * to_step + i) = *from.add(i * from_step + j);
+                }
+            }
         }
     }
     /// Whether any `a > b`.
@@ -107,8 +124,10 @@ impl<T> std::ops::DerefMut for Aligned<T> {
 const EXP2: [f32; 6] =
     [0.999_999_94, 0.693_153_1, 0.240_153_61, 0.055_826_318, 0.008_989_34, 0.001_877_576_7];
 /// The same on [−½, ½].
-const EXP2_CENTRED: [f32; 6] =
+pub(super) const EXP2_CENTRED: [f32; 6] =
     [1.000_000_1, 0.693_146_94, 0.240_221_2, 0.055_507_13, 0.009_675_541, 0.001_327_647_2];
+/// Exponents below are raised to it by [`Lanes::exp2_each`].
+const LEAST: f32 = -100.0;
 /// 1.5 · 2²³: adding and subtracting it rounds to an integer.
 const ROUND: f32 = 12_582_912.0;
 const ONE: i32 = 0x3f80_0000;
@@ -177,12 +196,12 @@ unsafe impl Lanes for Portable {
         each!(i => if a[i] > b[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
-    unsafe fn min(a: [f32; P], b: [f32; P]) -> [f32; P] {
-        each!(i => if a[i] < b[i] { a[i] } else { b[i] })
-    }
-    #[inline(always)]
     unsafe fn sqrt(x: [f32; P]) -> [f32; P] {
         each!(i => x[i].sqrt())
+    }
+    #[inline(always)]
+    unsafe fn recip(x: [f32; P]) -> [f32; P] {
+        each!(i => 1.0 / x[i])
     }
     #[inline(always)]
     unsafe fn exp2(x: [f32; P]) -> [f32; P] {
@@ -238,7 +257,14 @@ pub use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{EXP2, EXP2_CENTRED, Lanes, ONE, ROUND, stretch};
+    use super::{EXP2, EXP2_CENTRED, LEAST, Lanes, ONE, ROUND, stretch};
+
+    /// Where 2ˣ is a normal number, NaN included.
+    #[inline(always)]
+    unsafe fn above(x: __m512) -> __mmask16 {
+        // SAFETY: only called by kernels for AVX-512.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(x, _mm512_set1_ps(-126.0)) }
+    }
 
     /// 16 values; AVX-512 F, BW, DQ and VL.
     #[derive(Clone, Copy)]
@@ -285,10 +311,6 @@ mod x86 {
             _mm512_max_ps(a, b)
         }
         #[inline(always)]
-        unsafe fn min(a: __m512, b: __m512) -> __m512 {
-            _mm512_min_ps(a, b)
-        }
-        #[inline(always)]
         unsafe fn sqrt(x: __m512) -> __m512 {
             // The square root instruction takes 19 cycles; an estimate and one Newton step take 4.
             let x = _mm512_max_ps(x, _mm512_set1_ps(1e-30));
@@ -317,19 +339,27 @@ mod x86 {
             d
         }
         #[inline(always)]
+        unsafe fn recip(x: __m512) -> __m512 {
+            let y = _mm512_rcp14_ps(x);
+            let rest = _mm512_fnmadd_ps(x, y, _mm512_set1_ps(1.0));
+            _mm512_fmadd_ps(rest, y, y)
+        }
+        #[inline(always)]
         unsafe fn exp2(x: __m512) -> __m512 {
             let f = _mm512_reduce_ps::<1>(x); // x − ⌊x⌋
             let mut p = _mm512_set1_ps(EXP2[5]);
             for c in EXP2[..5].iter().rev() {
                 p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(*c));
             }
-            _mm512_scalef_ps(p, x) // p · 2^⌊x⌋
+            // p · 2^⌊x⌋, and 0 where that would be denormal: the processor takes 150 cycles for those.
+            _mm512_maskz_scalef_ps(above(x), p, x)
         }
         #[inline(always)]
         unsafe fn exp2_each<const U: usize>(x: [__m512; U]) -> [__m512; U] {
-            let mut f = x;
-            for f in &mut f {
-                *f = _mm512_reduce_ps::<1>(*f);
+            let (mut x, mut f) = (x, x);
+            for u in 0..U {
+                x[u] = _mm512_max_ps(_mm512_set1_ps(LEAST), x[u]); // NaN stays
+                f[u] = _mm512_reduce_ps::<1>(x[u]);
             }
             let mut p = [_mm512_set1_ps(EXP2[5]); U];
             for c in EXP2[..5].iter().rev() {
@@ -342,6 +372,40 @@ mod x86 {
                 *p = _mm512_scalef_ps(*p, *x);
             }
             p
+        }
+        #[inline(always)]
+        unsafe fn turn(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+            let mut x = [_mm512_setzero_ps(); 16];
+            let mut y = x;
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = _mm512_loadu_ps(from.add(i * from_step));
+            }
+            for i in 0..8 {
+                y[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+                y[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+            }
+            for i in 0..16 {
+                // Columns i % 4 + {0, 4, 8, 12} of four rows.
+                let first = _mm512_castps_pd(y[i / 4 * 4 + i % 4 / 2]);
+                let second = _mm512_castps_pd(y[i / 4 * 4 + i % 4 / 2 + 2]);
+                x[i] = _mm512_castpd_ps(match i % 2 {
+                    0 => _mm512_unpacklo_pd(first, second),
+                    _ => _mm512_unpackhi_pd(first, second),
+                });
+            }
+            for q in 0..4 {
+                let even = _mm512_shuffle_f32x4::<0x88>(x[q], x[q + 4]);
+                let odd = _mm512_shuffle_f32x4::<0xdd>(x[q], x[q + 4]);
+                let even_below = _mm512_shuffle_f32x4::<0x88>(x[q + 8], x[q + 12]);
+                let odd_below = _mm512_shuffle_f32x4::<0xdd>(x[q + 8], x[q + 12]);
+                y[q] = _mm512_shuffle_f32x4::<0x88>(even, even_below);
+                y[q + 4] = _mm512_shuffle_f32x4::<0x88>(odd, odd_below);
+                y[q + 8] = _mm512_shuffle_f32x4::<0xdd>(even, even_below);
+                y[q + 12] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_below);
+            }
+            for (i, y) in y.iter().enumerate() {
+                _mm512_storeu_ps(to.add(i * to_step), *y);
+            }
         }
         #[inline(always)]
         unsafe fn any_above(a: __m512, b: __m512) -> bool {
@@ -428,12 +492,12 @@ mod x86 {
             _mm256_max_ps(a, b)
         }
         #[inline(always)]
-        unsafe fn min(a: __m256, b: __m256) -> __m256 {
-            _mm256_min_ps(a, b)
-        }
-        #[inline(always)]
         unsafe fn sqrt(x: __m256) -> __m256 {
             _mm256_sqrt_ps(x)
+        }
+        #[inline(always)]
+        unsafe fn recip(x: __m256) -> __m256 {
+            _mm256_div_ps(_mm256_set1_ps(1.0), x)
         }
         #[inline(always)]
         unsafe fn exp2(x: __m256) -> __m256 {
@@ -450,12 +514,38 @@ mod x86 {
             _mm256_and_ps(p, _mm256_cmp_ps::<_CMP_GT_OQ>(x, least))
         }
         #[inline(always)]
+        unsafe fn turn(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+            let mut x = [_mm256_setzero_ps(); 8];
+            let mut y = x;
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = _mm256_loadu_ps(from.add(i * from_step));
+            }
+            for i in 0..4 {
+                y[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+                y[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+            }
+            for i in 0..8 {
+                // Columns i % 4 + {0, 4} of four rows.
+                let first = _mm256_castps_pd(y[i / 4 * 4 + i % 4 / 2]);
+                let second = _mm256_castps_pd(y[i / 4 * 4 + i % 4 / 2 + 2]);
+                x[i] = _mm256_castpd_ps(match i % 2 {
+                    0 => _mm256_unpacklo_pd(first, second),
+                    _ => _mm256_unpackhi_pd(first, second),
+                });
+            }
+            for q in 0..4 {
+                let (low, high) = (to.add(q * to_step), to.add((q + 4) * to_step));
+                _mm256_storeu_ps(low, _mm256_permute2f128_ps::<0x20>(x[q], x[q + 4]));
+                _mm256_storeu_ps(high, _mm256_permute2f128_ps::<0x31>(x[q], x[q + 4]));
+            }
+        }
+        #[inline(always)]
         unsafe fn exp2_each<const U: usize>(x: [__m256; U]) -> [__m256; U] {
-            let least = _mm256_set1_ps(-126.0);
+            let least = _mm256_set1_ps(LEAST);
             let round = _mm256_set1_ps(ROUND);
             let (mut shifted, mut f) = (x, x);
             for u in 0..U {
-                let near = _mm256_max_ps(x[u], least);
+                let near = _mm256_max_ps(least, x[u]); // NaN stays
                 shifted[u] = _mm256_add_ps(near, round);
                 f[u] = _mm256_sub_ps(near, _mm256_sub_ps(shifted[u], round));
             }
@@ -468,9 +558,7 @@ mod x86 {
             }
             for u in 0..U {
                 let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted[u]));
-                let whole = _mm256_add_epi32(_mm256_castps_si256(p[u]), power);
-                let seen = _mm256_cmp_ps::<_CMP_GT_OQ>(x[u], least);
-                p[u] = _mm256_and_ps(_mm256_castsi256_ps(whole), seen);
+                p[u] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p[u]), power));
             }
             p
         }
@@ -566,12 +654,12 @@ mod arm {
             vmaxq_f32(a, b)
         }
         #[inline(always)]
-        unsafe fn min(a: float32x4_t, b: float32x4_t) -> float32x4_t {
-            vminq_f32(a, b)
-        }
-        #[inline(always)]
         unsafe fn sqrt(x: float32x4_t) -> float32x4_t {
             vsqrtq_f32(x)
+        }
+        #[inline(always)]
+        unsafe fn recip(x: float32x4_t) -> float32x4_t {
+            vdivq_f32(vdupq_n_f32(1.0), x)
         }
         #[inline(always)]
         unsafe fn exp2(x: float32x4_t) -> float32x4_t {

@@ -11,13 +11,14 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
 pub mod ceiling;
 mod gelu;
-pub mod lanes;
+pub(crate) mod lanes;
 mod layer_norm;
 mod linear;
 pub mod log;
 pub mod matrix;
+pub mod mlp;
 pub mod simd;
-pub mod softmax;
+pub(crate) mod softmax;
 
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
@@ -57,6 +58,11 @@ pub fn plain<T>(wanted: bool, work: impl FnOnce() -> T) -> T {
 /// Whether this thread is inside [`plain`].
 pub fn is_plain() -> bool {
     PLAIN.get()
+}
+
+/// Whether `x` is only asked: f32 on the CPU, and nothing is recorded for gradients.
+pub fn asked(x: &Tensor) -> bool {
+    applies(x) && !x.track_op()
 }
 
 /// The values of a contiguous f32 tensor inside an operation.
