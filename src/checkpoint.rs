@@ -198,14 +198,14 @@ impl Checkpoint {
         likelihood::find(&self.recipe()?.likelihood()?)
     }
 
-    /// Rebuilds the network.
+    /// Rebuilds the network, to be asked and not to be trained.
     ///
     /// # Errors
     /// [`Error::Input`] if the weights do not fit the recipe in the card.
     pub fn process(&self, device: &Device) -> Result<Box<dyn Process + Send + Sync>> {
         let recipe = self.recipe()?;
         let problem = Problem { dim: recipe.tasks()?.dim(), likelihood: self.likelihood()? };
-        let mut params = Params::saved(self.tensors.clone(), device, DType::F32);
+        let mut params = Params::frozen(self.tensors.clone(), device, DType::F32);
         let process = model::build(recipe.table("model")?, problem, &mut params)?;
         if let Some(extra) = params.unused().first() {
             return Err(Error::input("the model file holds a parameter that its recipe lacks")

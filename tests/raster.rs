@@ -15,7 +15,7 @@ use isopleth::{
         survey::{self, Survey},
     },
     mapping::{self, Plan, record},
-    product::{self, Outcome, PRODUCTS, Spec, Tile},
+    product::{self, Outcome, PRODUCTS, Spec},
 };
 
 fn utm() -> Crs {
@@ -270,14 +270,12 @@ fn a_grid_elsewhere_than_the_sites_is_refused() {
 }
 
 /// A posterior known at every pixel: mean and sd on the link scale by place.
-fn tile(grid: &Grid, window: isopleth::geo::grid::Window, link: Link) -> Tile {
-    let valid = grid.valid(window);
-    let (x, y) = grid.centres(window, &valid);
+fn known(grid: &Grid, window: isopleth::geo::grid::Window, link: Link) -> Marginals {
+    let (x, y) = grid.centres(window, &grid.valid(window));
     let mean: Vec<f64> = x.iter().zip(&y).map(|(x, y)| (x / 1e5).sin() + (y / 7e4).cos()).collect();
     let sd: Vec<f64> = x.iter().map(|x| 0.1 + (x / 1e6).abs()).collect();
     let weight = vec![1.0; mean.len()];
-    let marginals = Marginals { link, of: Of::Surface, components: 1, weight, mean, sd };
-    Tile { window, valid, marginals }
+    Marginals { link, of: Of::Surface, components: 1, weight, mean, sd }
 }
 
 /// The laws of every registered product.
@@ -304,18 +302,22 @@ fn products_are_the_known_raster_masked_as_asked_for_any_tile() {
         let directory = tempfile::tempdir().unwrap();
         let mut products = product::open(&specs, &outcome, &grid, directory.path(), &[]).unwrap();
         for window in grid.windows(size) {
-            let tile = tile(&grid, window, outcome.link);
-            products.iter_mut().for_each(|p| p.accept(&tile).unwrap());
+            let (valid, known) = (grid.valid(window), known(&grid, window, outcome.link));
+            for product in &mut products {
+                let values = product.spec().values(&known);
+                let raster = product::scatter(&valid, &values).unwrap();
+                product.accept(window, &raster).unwrap();
+            }
         }
         let files: Vec<PathBuf> = products.into_iter().map(|p| p.finish().unwrap()).collect();
         (directory, files)
     };
     let (_kept, whole) = make(1000);
     let everything = grid.windows(1000).next().unwrap();
-    let known = tile(&grid, everything, outcome.link);
+    let known = known(&grid, everything, outcome.link);
     for (spec, path) in specs.iter().zip(&whole) {
-        let values = known.marginals.map(|m, i| (spec.entry.value)(m, i, spec.parameter) as f32);
-        let expected = product::scatter(&known.valid, &values).unwrap();
+        let values = known.map(|m, i| (spec.entry.value)(m, i, spec.parameter) as f32);
+        let expected = product::scatter(&grid.valid(everything), &values).unwrap();
         assert!(same(&pixels(path), &expected), "{spec} is not the known raster");
         let data = Dataset::open(path).unwrap();
         assert_eq!(data.metadata_item("PRODUCT", "").unwrap(), spec.to_string());
@@ -335,7 +337,7 @@ fn products_are_the_known_raster_masked_as_asked_for_any_tile() {
 /// the place in model units.
 struct Known {
     link: Link,
-    asked: std::cell::RefCell<Vec<usize>>,
+    asked: std::sync::Mutex<Vec<usize>>,
 }
 
 fn known_mean(x: f64, y: f64) -> f64 {
@@ -353,7 +355,7 @@ struct At<'a>(&'a Known);
 impl Posterior for At<'_> {
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let places = &targets.host()?[0];
-        self.0.asked.borrow_mut().push(places.len());
+        self.0.asked.lock().unwrap().push(places.len());
         let tensor = |f: &dyn Fn(f64, f64) -> f64| {
             let values: Vec<f32> = places.iter().map(|p| f(p[0], p[1]) as f32).collect();
             Tensor::from_vec(values, (1, places.len(), 1), &Device::Cpu)
@@ -405,7 +407,7 @@ fn map(
     assert_eq!(last, (grid.wanted(), grid.wanted()));
     let maps = products.into_iter().map(|p| pixels(&p.finish().unwrap())).collect();
     drop(posterior);
-    (maps, summary, frame, process.asked.into_inner())
+    (maps, summary, frame, process.asked.into_inner().unwrap())
 }
 
 fn counts() -> survey::Outcome {

@@ -16,7 +16,7 @@ use crate::{
     likelihood::Likelihood,
     linalg::Cholesky,
     predictive::{Draws, Link, Predictive},
-    process::{Posterior, Process},
+    process::{Memory, Posterior, Process},
     rng::Stream,
     sites::{Observations, Sites},
 };
@@ -405,6 +405,12 @@ impl std::fmt::Debug for ExactGp {
 impl Process for ExactGp {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         Ok(Box::new(Conditioned { gp: self, rows: self.absorb_all(context)? }))
+    }
+
+    fn memory(&self, sites: usize) -> Memory {
+        let square = 8 * sites * sites;
+        // The covariance, what is factored and the factor; a posterior keeps the factor alone.
+        Memory { conditioning: 3 * square, held: square + 256 * sites, target: 8 * sites + 512 }
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{say, survey::SurveyArgs};
+use super::{output::Output, say, survey::SurveyArgs};
 use crate::{
     baseline::ExactGp,
     checkpoint::Checkpoint,
@@ -19,13 +19,14 @@ use crate::{
     geo::{
         crs::Crs,
         frame::Frame,
-        geotiff::{Polygons, Raster},
+        geotiff::{self, Polygons, Raster},
         grid::{Extent, Grid, Resolution},
         survey::{self, Survey},
     },
     likelihood::{self, Likelihood},
     mapping::{
         self, Plan,
+        plan::{self, Bytes, Needs},
         record::{self, ProductNote, Record},
     },
     picture::{Palette, Picture},
@@ -76,9 +77,12 @@ pub struct Args {
     /// Replace the files of an earlier run in that directory
     #[arg(long)]
     force: bool,
-    /// Pixels along a tile's side; changes memory use, never the map
-    #[arg(long, default_value_t = mapping::TILE, value_name = "PIXELS")]
-    tile: usize,
+    /// Pixels along a tile's side, 256 unless --memory is short; changes memory use, never the map
+    #[arg(long, value_name = "PIXELS")]
+    tile: Option<usize>,
+    /// The most memory to take: 2GiB, 512MiB, 4GB. Changes memory use and speed, never the map
+    #[arg(long, value_name = "AMOUNT")]
+    memory: Option<String>,
     /// Write no PNG pictures
     #[arg(long)]
     no_pictures: bool,
@@ -99,8 +103,11 @@ pub fn run(args: &Args) -> Result<()> {
     // What costs nothing to check comes first.
     let specs = specs(args)?;
     let resolution = args.resolution.as_deref().map(str::parse).transpose()?;
+    let budget: Option<Bytes> = args.memory.as_deref().map(str::parse).transpose()?;
     let mut output = Output::prepare(&args.out, args.force)?;
     let device = device::open(&args.device)?;
+    // Before any raster is opened: GDAL takes its cache once and for all.
+    let cache = geotiff::cache(plan::cache(budget)) << 20;
 
     let survey = args.survey.read()?;
     let frame = Frame::fit(&survey)?;
@@ -112,10 +119,21 @@ pub fn run(args: &Args) -> Result<()> {
     let model = open_model(args.model.as_deref(), &survey, &context, &device)?;
     tell_input(&survey, &grid, &frame, &model)?;
 
+    let mut plan = Plan { of: outcome.of, ..Plan::new(device) };
+    plan.tile = args.tile.unwrap_or(plan.tile);
+    if let Some(budget) = budget {
+        let needs = Needs {
+            resident: plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0),
+            cache,
+            process: model.process.memory(survey.len()),
+            sites: survey.len(),
+            products: specs.len(),
+        };
+        plan = plan.within(budget, &needs, args.tile.is_some())?;
+    }
     let tags = [("MODEL".to_string(), model.name.clone())];
     let mut products = product::open(&specs, &outcome, &grid, output.scratch(), &tags)?;
     let posterior = model.process.condition(&context)?;
-    let plan = Plan { of: outcome.of, tile: args.tile, ..Plan::new(device) };
     let mut bar = Bar::new();
     let summary = mapping::run(
         &*posterior,
@@ -127,6 +145,7 @@ pub fn run(args: &Args) -> Result<()> {
         &mut |done, of| bar.show(done, of),
     )?;
     bar.clear();
+    drop(posterior); // its memory is better spent on finishing the files
 
     let mut made = Vec::new();
     for product in products {
@@ -154,6 +173,9 @@ pub fn run(args: &Args) -> Result<()> {
         products: made,
         warnings: warnings(&model, &survey, &grid, &frame, inside, &summary),
         summary,
+        plan: Some((&plan).into()),
+        memory_mib: budget.map(Bytes::mebibytes),
+        peak_memory_mib: plan::usage().map(|usage| usage.peak.mebibytes()),
         seconds: 0.0,
     };
     record.seconds = (start.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
@@ -436,6 +458,10 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
         rows.chain([(record::FILE.into(), "What was asked, used and found".to_string())]).collect();
     let width = rows.iter().map(|(files, _)| files.len()).max().unwrap_or(0);
     rows.iter().try_for_each(|(files, what)| line("", format!("{files:width$}  {what}")))?;
+    if let Some(peak) = record.peak_memory_mib {
+        let allowed = record.memory_mib.map(|mib| format!(" of the {mib:.0} MiB allowed"));
+        line("memory", format!("{peak:.0} MiB at most{}", allowed.unwrap_or_default()))?;
+    }
     line("time", format!("{:.1} s", record.seconds))
 }
 
@@ -492,82 +518,6 @@ fn picture(
     let path = file.with_extension("png");
     picture.save(&path)?;
     Ok(path)
-}
-
-/// The output directory: written in a hidden place, moved when whole.
-struct Output {
-    target: PathBuf,
-    /// Beside a new directory; inside one that exists, for it may be a disk of its own.
-    scratch: PathBuf,
-}
-
-/// Start of the name of every scratch directory. A killed run may leave one; it is never in the way.
-const SCRATCH: &str = ".isopleth-partial-";
-
-impl Output {
-    /// # Errors
-    /// [`Error::Input`] if there is something in the way that may not be replaced.
-    fn prepare(target: &Path, force: bool) -> Result<Self> {
-        let refuse = |what: &str| Error::input(what).fact("out", target.display());
-        let hidden = format!("{SCRATCH}{}", std::process::id());
-        let scratch = match std::fs::read_dir(target) {
-            Ok(entries) => {
-                let foreign = |e: std::io::Result<std::fs::DirEntry>| {
-                    !e.is_ok_and(|e| e.file_name().to_string_lossy().starts_with(SCRATCH))
-                };
-                if !force && entries.into_iter().any(foreign) {
-                    return Err(refuse("the output directory is not empty")
-                        .try_this("choose another --out, or replace an earlier run with --force"));
-                }
-                target.join(hidden)
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => target.with_file_name(hidden),
-            Err(e) => {
-                return Err(refuse("the output directory cannot be used")
-                    .fact("reason", e)
-                    .try_this("choose another --out"));
-            }
-        };
-        std::fs::create_dir_all(&scratch).map_err(|e| Error::io("create", &scratch, e))?;
-        Ok(Output { target: target.to_path_buf(), scratch })
-    }
-
-    fn scratch(&self) -> &Path {
-        &self.scratch
-    }
-
-    /// Moves `files` into place, the last one last. Of what is there, only the files of an earlier
-    /// run are removed: those its record names.
-    fn publish(&mut self, files: &[String]) -> Result<()> {
-        if !self.target.exists() {
-            return std::fs::rename(&self.scratch, &self.target)
-                .map_err(|e| Error::io("rename to", &self.target, e));
-        }
-        let old = self.target.join(record::FILE);
-        let earlier = std::fs::read_to_string(&old).ok();
-        let earlier = earlier.and_then(|text| serde_json::from_str::<Record>(&text).ok());
-        for name in earlier.iter().flat_map(|r| r.files().into_iter().rev()) {
-            let plain = Path::new(&name).file_name().is_some_and(|n| n == name.as_str());
-            if plain
-                && let Err(e) = std::fs::remove_file(self.target.join(&name))
-                && e.kind() != std::io::ErrorKind::NotFound
-            {
-                return Err(Error::io("replace", &self.target.join(&name), e));
-            }
-        }
-        for name in files {
-            let to = self.target.join(name);
-            std::fs::rename(self.scratch.join(name), &to)
-                .map_err(|e| Error::io("rename to", &to, e))?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Output {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.scratch);
-    }
 }
 
 /// Progress on a terminal, in place; nothing where nobody watches.

@@ -11,6 +11,7 @@ pub mod calibrate;
 pub mod inspect;
 pub mod list;
 pub mod map;
+mod output;
 pub mod predict;
 pub mod sample;
 pub mod survey;

@@ -116,8 +116,8 @@ pub fn run(args: &Args) -> Result<()> {
 
     let posterior = model.process.condition(&context)?;
     let mut beyond = 0;
-    let chunks = (0..targets.len()).step_by(mapping::TARGETS).map(|from| {
-        let to = targets.len().min(from + mapping::TARGETS);
+    let chunks = (0..targets.len()).step_by(mapping::plan::TARGETS).map(|from| {
+        let to = targets.len().min(from + mapping::plan::TARGETS);
         let mut columns = kept(&targets, from, to)?;
         let rows: Vec<usize> = (from..to).filter(|i| !targets.x[*i].is_nan()).collect();
         let mut answers = vec![vec![f64::NAN; to - from]; names.len() - columns.len()];

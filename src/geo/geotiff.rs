@@ -14,7 +14,10 @@ use super::crs::Crs;
 
 #[cfg(feature = "gdal")]
 pub use door::Layout;
-pub use door::{Cog, Polygons, Raster};
+pub use door::{Cog, Polygons, Raster, cache};
+
+/// GDAL's block cache unless somebody asks for another, MiB.
+pub const CACHE: usize = 64;
 
 /// What a raster file says about itself.
 #[derive(Debug, Clone, PartialEq)]

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Summary;
+use super::{Plan, Summary};
 use crate::{
     error::{Error, Result},
     geo::{
@@ -44,6 +44,12 @@ pub struct Record {
     pub summary: Summary,
     /// What the user should know before believing the map.
     pub warnings: Vec<String>,
+    /// How the map was cut up, which changes nothing in it.
+    pub plan: Option<PlanNote>,
+    /// Memory that was allowed with `--memory`, MiB.
+    pub memory_mib: Option<f64>,
+    /// The most memory that the run took, MiB; null where the system does not say.
+    pub peak_memory_mib: Option<f64>,
     /// Wall time of the run, seconds.
     pub seconds: f64,
 }
@@ -110,6 +116,23 @@ impl From<&Grid> for GridNote {
             crs: grid.crs.wkt().to_string(),
             wanted: grid.wanted(),
         }
+    }
+}
+
+/// How a map was cut up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanNote {
+    /// Pixels along a tile's side.
+    pub tile: usize,
+    /// Targets in one call of the posterior, at most.
+    pub targets: usize,
+    /// Calls of the posterior at once.
+    pub workers: usize,
+}
+
+impl From<&Plan> for PlanNote {
+    fn from(plan: &Plan) -> Self {
+        PlanNote { tile: plan.tile, targets: plan.targets, workers: plan.workers }
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
     error::Result,
     likelihood::Likelihood,
     predictive::Predictive,
-    process::{Posterior, Process},
+    process::{Memory, Posterior, Process},
     sites::{Observations, Sites},
 };
 
@@ -98,6 +98,12 @@ impl Process for Cnp {
         let tokens = self.encode.forward(&Tensor::cat(&[&context.sites.s, &features], 2)?)?;
         let summary = masked_mean(&tokens, &context.mask)?;
         Ok(Box::new(Conditioned { model: self, summary }))
+    }
+
+    fn memory(&self, sites: usize) -> Memory {
+        // A layer's input, output and activation, beside what entered and its parts.
+        let each = 4 * (8 * self.encode.widest().max(self.decode.widest()) + 16);
+        Memory { conditioning: sites * each, held: 4 * self.encode.widest(), target: each + 256 }
     }
 }
 

@@ -92,6 +92,11 @@ impl Mlp {
         Ok(Mlp { layers, activation })
     }
 
+    /// The most features that any layer reads or gives.
+    pub fn widest(&self) -> usize {
+        self.layers.iter().flat_map(|l| l.weight.dims()).max().copied().unwrap_or(0)
+    }
+
     /// `[…, in]` → `[…, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let mut x = self.layers[0].forward(x)?;

@@ -29,6 +29,7 @@ pub enum Init {
 pub struct Params {
     vars: BTreeMap<String, Var>,
     saved: Option<BTreeMap<String, Tensor>>,
+    frozen: bool,
     seed: u64,
     device: Device,
     dtype: DType,
@@ -37,7 +38,8 @@ pub struct Params {
 impl Params {
     /// Fresh parameters under `seed`.
     pub fn new(seed: u64, device: &Device, dtype: DType) -> Self {
-        Params { vars: BTreeMap::new(), saved: None, seed, device: device.clone(), dtype }
+        let (vars, device) = (BTreeMap::new(), device.clone());
+        Params { vars, saved: None, frozen: false, seed, device, dtype }
     }
 
     /// Parameters from a checkpoint: every `get` must find its name and shape.
@@ -45,10 +47,18 @@ impl Params {
         Params {
             vars: BTreeMap::new(),
             saved: Some(tensors),
+            frozen: false,
             seed: 0,
             device: device.clone(),
             dtype,
         }
+    }
+
+    /// Parameters from a checkpoint for a model that is only asked. Nothing is recorded for
+    /// gradients: where weights may learn, every intermediate result is kept until the last is
+    /// dropped.
+    pub fn frozen(tensors: BTreeMap<String, Tensor>, device: &Device, dtype: DType) -> Self {
+        Params { frozen: true, ..Params::saved(tensors, device, dtype) }
     }
 
     /// The parameter at `path`, created on first use.
@@ -77,6 +87,9 @@ impl Params {
                     .to_device(&self.device)?
             }
         };
+        if self.frozen {
+            return Ok(tensor.detach());
+        }
         let var = Var::from_tensor(&tensor)?;
         let tensor = var.as_tensor().clone();
         self.vars.insert(path.to_string(), var);

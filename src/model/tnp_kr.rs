@@ -21,7 +21,7 @@ use crate::{
     error::{Error, Result},
     likelihood::Likelihood,
     predictive::Predictive,
-    process::{Posterior, Process},
+    process::{Memory, Posterior, Process},
     sites::{Observations, Sites},
 };
 
@@ -526,22 +526,66 @@ struct Conditioned<'a> {
     caches: Vec<Cache>,
 }
 
+/// Context sites whose intermediate results are held at once: memory, never the answer.
+const SITES: usize = 4096;
+
+/// `f(start, len)` for parts of `sites` sites, joined along the axis of sites.
+fn in_parts(sites: usize, f: impl Fn(usize, usize) -> Result<Tensor>) -> Result<Tensor> {
+    if sites <= SITES {
+        return f(0, sites);
+    }
+    let parts = (0..sites).step_by(SITES).map(|start| f(start, SITES.min(sites - start)));
+    Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1)?)
+}
+
 impl Process for TnpKr {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         let features = self.likelihood.features(context)?;
+        let mut tokens = in_parts(context.len(), |start, len| {
+            let part = features.narrow(1, start, len)?;
+            self.tokens(&context.sites.narrow(start, len)?, Some(&part))
+        })?;
         let sites = &context.sites.s;
-        let mut tokens = self.tokens(&context.sites, Some(&features))?;
         let mut caches = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
             let normed = block.before.forward(&tokens)?;
             let cache = block.attention.cache(&normed, sites, &context.mask)?;
             // Nobody reads the context's tokens after the last block.
             if i + 1 < self.blocks.len() {
-                tokens = block.read(&tokens, &normed, sites, &cache)?;
+                tokens = in_parts(context.len(), |start, len| {
+                    let part = |x: &Tensor| x.narrow(1, start, len);
+                    block.read(&part(&tokens)?, &part(&normed)?, &part(sites)?, &cache)
+                })?;
             }
             caches.push(cache);
         }
         Ok(Box::new(Conditioned { model: self, caches }))
+    }
+
+    fn memory(&self, sites: usize) -> Memory {
+        let c = &self.config;
+        let dka = matches!(self.blocks[0].attention, Attention::Dka { .. });
+        let whole = matches!(self.blocks[0].attention, Attention::Softmax { whole: true, .. });
+        let kernel = if dka { 4 * c.features } else { 0 };
+        let widest = self.embed.widest().max(self.decode.widest()).max(c.feed_forward);
+        let (keys, values) = (c.heads * c.key_width, c.heads * c.value_width);
+        // f32s of one token on its way through a block: the stream before and after, normed, and
+        // read; a layer's input, output and activation; queries, and values as read and as cut.
+        let scores = if whole { 5 * c.heads * sites } else { 0 };
+        let token = 6 * c.width + 3 * widest + 2 * keys + 3 * values + kernel + scores + 16;
+        // What a block keeps of a site, and what it takes on the way there. Hidden values of an
+        // MLP are twice a token wide.
+        let kept = if dka { 0 } else { keys + values + 4 };
+        let packing = keys + 3 * values + 2 * c.width + kernel + 16;
+        let summaries = if dka { c.features * c.width } else { 0 };
+        let held = 4 * self.blocks.len() * (sites * kept + summaries);
+        let streams = sites * (4 * c.width + 8);
+        let part = SITES.min(sites) * token;
+        Memory {
+            conditioning: held + 4 * (streams + part.max(sites * packing)),
+            held,
+            target: 4 * (token + 12 * c.head.outputs()),
+        }
     }
 }
 

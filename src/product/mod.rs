@@ -22,25 +22,12 @@ pub mod mean;
 pub mod quantile;
 pub mod sd;
 
-/// A window of the map with its posterior.
-#[derive(Debug, Clone)]
-pub struct Tile {
-    /// Where.
-    pub window: Window,
-    /// Which of its pixels are wanted, row-major.
-    pub valid: Vec<bool>,
-    /// Marginals of the wanted pixels, row-major, outcome units.
-    pub marginals: Marginals,
-}
-
-/// A raster in the making.
-pub trait Product {
+/// A raster in the making. It may move to another thread, and is on one at a time.
+pub trait Product: Send {
     /// The specification it was made from: `quantile:0.025`.
     fn spec(&self) -> Spec;
-    /// Takes the next tile. Each pixel comes once, here or in [`Product::skip`].
-    fn accept(&mut self, tile: &Tile) -> Result<()>;
-    /// Takes a window without a wanted pixel.
-    fn skip(&mut self, window: Window) -> Result<()>;
+    /// Takes the values of a window, row-major, NaN where nothing is wanted. Each pixel comes once.
+    fn accept(&mut self, window: Window, values: &[f32]) -> Result<()>;
     /// Completes the file and says where it is.
     fn finish(self: Box<Self>) -> Result<PathBuf>;
 }
@@ -113,6 +100,12 @@ impl Spec {
     /// Name of the file without its ending: `quantile_0.025`.
     pub fn stem(&self) -> String {
         self.to_string().replace(':', "_")
+    }
+
+    /// The values of the product at every target, in outcome units.
+    pub fn values(&self, marginals: &Marginals) -> Vec<f32> {
+        let (value, parameter) = (self.entry.value, self.parameter);
+        marginals.map(|marginals, i| value(marginals, i, parameter) as f32)
     }
 
     /// Refuses thresholds that the outcome cannot cross.
@@ -250,25 +243,19 @@ impl Outcome {
     }
 }
 
-/// A product that needs only each pixel's own marginals: one value per pixel.
-struct Pixelwise {
+/// A product that is one GeoTIFF.
+struct Single {
     spec: Spec,
     raster: Cog,
 }
 
-impl Product for Pixelwise {
+impl Product for Single {
     fn spec(&self) -> Spec {
         self.spec
     }
 
-    fn accept(&mut self, tile: &Tile) -> Result<()> {
-        let (value, parameter) = (self.spec.entry.value, self.spec.parameter);
-        let values = tile.marginals.map(|marginals, i| value(marginals, i, parameter) as f32);
-        self.raster.write(tile.window, &scatter(&tile.valid, &values)?)
-    }
-
-    fn skip(&mut self, window: Window) -> Result<()> {
-        self.raster.write(window, &vec![f32::NAN; window.len()])
+    fn accept(&mut self, window: Window, values: &[f32]) -> Result<()> {
+        self.raster.write(window, values)
     }
 
     fn finish(self: Box<Self>) -> Result<PathBuf> {
@@ -329,7 +316,7 @@ pub fn open(
         }
         let path = directory.join(format!("{}.tif", spec.stem()));
         let raster = Cog::create(&path, grid, &outcome.band(&spec), &tags)?;
-        products.push(Box::new(Pixelwise { spec, raster }));
+        products.push(Box::new(Single { spec, raster }));
     }
     Ok(products)
 }

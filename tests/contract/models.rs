@@ -196,6 +196,56 @@ fn tiles_never_change_the_map() -> Result<()> {
     })
 }
 
+/// A posterior is asked by several threads at once, in pools of any size: no answer may notice.
+#[test]
+fn threads_never_change_the_map() -> Result<()> {
+    each(|name, entry, likelihood| {
+        let (model, task) = (tiny(entry, likelihood, &mut fresh(1)), batch(likelihood, 12)?.task);
+        let posterior = model.condition(&task.context)?;
+        let (posterior, sites) = (&*posterior, &task.target.sites);
+        let whole = posterior.at(sites)?;
+        std::thread::scope(|scope| -> Result<()> {
+            let asked = [1, 1, 2, 3].map(|threads| {
+                scope.spawn(move || {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    pool.unwrap().install(|| (0..3).map(|_| posterior.at(sites)).collect())
+                })
+            });
+            for answers in asked {
+                let answers: Result<Vec<Predictive>> = answers.join().unwrap();
+                for answer in answers? {
+                    let moved = gap(&answer, &whole);
+                    assert!(moved < ROUNDING, "{name}: threads moved the predictive by {moved:e}");
+                }
+            }
+            Ok(())
+        })
+    })
+}
+
+/// A long context is read in parts, for memory. One that lies across the end of a part, behind
+/// thousands of sites that were not observed, is the one it is alone.
+#[test]
+fn a_context_across_parts_is_one_context() -> Result<()> {
+    // The reference holds its whole score matrix: 4,102 sites squared are too much for a test.
+    for entry in MODELS.iter().filter(|e| e.name != "tnp-kr-full") {
+        let (name, likelihood) = (entry.name, LIKELIHOODS[0]);
+        let task = batch(likelihood, 12)?.rows(0, 1)?.task;
+        let model = tiny(entry, likelihood, &mut fresh(1));
+        let alone = ask(&model, &task.context, &task.target.sites)?;
+        let behind = padded(&task.context, 4090, [0.3, 1.0, 2.0])?;
+        let moved = gap(&alone, &ask(&model, &behind, &task.target.sites)?);
+        assert!(moved < ROUNDING, "{name}: two parts moved the predictive by {moved:e}");
+        // The sites of both parts count: without those of the last, the answer is another.
+        let mut cut = behind.clone();
+        let first = behind.mask.narrow(1, 0, 4096)?;
+        cut.mask = Tensor::cat(&[&first, &Tensor::zeros((1, 6), DType::F32, &CPU)?], 1)?;
+        let moved = gap(&alone, &ask(&model, &cut, &task.target.sites)?);
+        assert!(moved > ROUNDING, "{name}: the sites of the last part do nothing");
+    }
+    Ok(())
+}
+
 /// What is near in memory is not near on the ground: each row of a batch is a survey of its own.
 #[test]
 fn a_row_does_not_see_its_neighbours() -> Result<()> {

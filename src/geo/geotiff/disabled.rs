@@ -19,6 +19,11 @@ fn refuse(path: &Path) -> Error {
         .try_this("rebuild with default features")
 }
 
+/// There is no cache to size.
+pub fn cache(_mebibytes: usize) -> usize {
+    0
+}
+
 /// A raster that cannot be opened in this build.
 pub struct Raster {
     /// The file.

@@ -3,7 +3,7 @@
 use std::{
     fmt::Write as _,
     path::{Path, PathBuf},
-    sync::Once,
+    sync::OnceLock,
 };
 
 use gdal::{
@@ -16,7 +16,7 @@ use gdal::{
 
 use ndarray::Array2;
 
-use super::{Band, Data, Header};
+use super::{Band, CACHE, Data, Header};
 use crate::{
     error::{Error, Result},
     geo::{
@@ -28,14 +28,21 @@ use crate::{
 /// Side of the square blocks of our rasters, pixels.
 const BLOCK: &str = "256";
 
-/// Readies GDAL once: silent, and with a block cache that does not grow with the machine.
+/// Readies GDAL: silent, and with a block cache that does not grow with the machine.
 fn prepare() {
-    static ONCE: Once = Once::new();
+    cache(CACHE);
+}
+
+/// Gives GDAL a block cache of `mebibytes`. The first to ask decides for the whole process, and
+/// [`CACHE`] if a raster is opened before anybody asks; returns what was decided.
+pub fn cache(mebibytes: usize) -> usize {
+    static SIZE: OnceLock<usize> = OnceLock::new();
     crs::quiet();
-    ONCE.call_once(|| {
-        // Set before the first block is read, or GDAL takes 5 % of the memory. Megabytes.
-        let _ = gdal::config::set_config_option("GDAL_CACHEMAX", "64");
-    });
+    *SIZE.get_or_init(|| {
+        // Read by GDAL before its first block; without it, 5 % of the machine's memory.
+        let _ = gdal::config::set_config_option("GDAL_CACHEMAX", &mebibytes.to_string());
+        mebibytes
+    })
 }
 
 fn offset(window: Window) -> (isize, isize) {

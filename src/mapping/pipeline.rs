@@ -1,0 +1,278 @@
+//! The stages of a map, each on threads of its own: read → ask → gather → write.
+//!
+//! Windows are opened in order and written in order, and at most [`WINDOWS`] are between the two:
+//! that is what bounds the memory, and every queue here is as long as it needs to be. The
+//! questions of a window are answered by several threads; one question's whole network runs on
+//! one thread, which needs no waiting between its steps and keeps its intermediate results in
+//! that core's cache.
+
+use std::{
+    any::Any,
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, Sender},
+    },
+    thread,
+};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use super::{Plan, near::Near};
+use crate::{
+    error::{Error, Result},
+    geo::{
+        frame::Frame,
+        grid::{Grid, Window},
+    },
+    process::Posterior,
+    product::{self, Product, Spec},
+    sites::Sites,
+};
+
+/// Windows that are open at a time: one being read, one being asked about, one being written.
+pub(super) const WINDOWS: usize = 3;
+
+/// What every stage may look at.
+pub(super) struct Stage<'a> {
+    pub posterior: &'a dyn Posterior,
+    pub grid: &'a Grid,
+    pub frame: &'a Frame,
+    pub near: Near,
+    pub specs: Vec<Spec>,
+    pub plan: &'a Plan,
+    /// Targets in one question, at most.
+    pub targets: usize,
+}
+
+/// What the mapped pixels hold, outcome units.
+#[derive(Clone, Copy)]
+pub(super) struct Tally {
+    pub pixels: usize,
+    pub lowest: f64,
+    pub total: f64,
+    pub highest: f64,
+    /// Pixels that no site is near.
+    pub far: usize,
+}
+
+impl Tally {
+    const NONE: Tally =
+        Tally { pixels: 0, lowest: f64::INFINITY, total: 0.0, highest: f64::NEG_INFINITY, far: 0 };
+
+    fn and(self, other: Tally) -> Tally {
+        Tally {
+            pixels: self.pixels + other.pixels,
+            lowest: self.lowest.min(other.lowest),
+            total: self.total + other.total,
+            highest: self.highest.max(other.highest),
+            far: self.far + other.far,
+        }
+    }
+}
+
+/// Targets `start …` of a window's wanted pixels.
+struct Question {
+    window: usize,
+    part: usize,
+    start: usize,
+    sites: Sites,
+}
+
+/// A window that is being answered.
+struct Open {
+    window: Window,
+    valid: Vec<bool>,
+    /// Values of the wanted pixels, product by product.
+    values: Vec<Vec<f32>>,
+    tallies: Vec<Option<Tally>>,
+}
+
+/// What the gatherer is told.
+enum News {
+    Opened(Open),
+    Answered { window: usize, part: usize, start: usize, values: Vec<Vec<f32>>, tally: Tally },
+    Failed(Error),
+    Panicked(Box<dyn Any + Send>),
+}
+
+/// Maps every window; returns what the pixels hold.
+pub(super) fn run(
+    stage: &Stage,
+    products: &mut [Box<dyn Product>],
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Tally> {
+    let workers = stage.plan.workers.max(1);
+    let threads = (rayon::current_num_threads() / workers).max(1);
+    thread::scope(|scope| {
+        let (permit, permits) = mpsc::channel();
+        let (tell, told) = mpsc::channel();
+        let (question, questions) = mpsc::channel();
+        let (finish, finished) = mpsc::channel();
+        let questions = Arc::new(Mutex::new(questions));
+        for _ in 0..WINDOWS {
+            let _ = permit.send(());
+        }
+        let news = tell.clone();
+        scope.spawn(move || reported(&news, || stage.read(&permits, &news, question)));
+        for _ in 0..workers {
+            let (news, questions) = (tell.clone(), questions.clone());
+            scope.spawn(move || {
+                reported(&news, || {
+                    // Its own pool: inside it, the parallel steps of the network are plain loops,
+                    // and no thread waits for a step by starting on another question.
+                    let pool = ThreadPoolBuilder::new().num_threads(threads).build();
+                    let pool = pool.map_err(|e| Error::input(format!("no more threads: {e}")))?;
+                    stage.answer(&questions, &news, &pool)
+                })
+            });
+        }
+        drop((tell, questions));
+        let writer = scope.spawn(move || write(products, &finished, &permit));
+        // Whichever stage stops first closes its ends, and the others find that nobody listens.
+        let gathered = stage.gather(told, finish, progress);
+        let written = writer.join().unwrap_or_else(|panic| resume_unwind(panic));
+        let tally = gathered?;
+        written.map(|()| tally)
+    })
+}
+
+/// Runs a stage; what goes wrong is news.
+fn reported(news: &Sender<News>, stage: impl FnOnce() -> Result<()>) {
+    let _ = match catch_unwind(AssertUnwindSafe(stage)) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => news.send(News::Failed(error)),
+        Err(panic) => news.send(News::Panicked(panic)),
+    };
+}
+
+impl Stage<'_> {
+    /// Opens one window after another, and asks about its wanted pixels.
+    fn read(
+        &self,
+        permits: &Receiver<()>,
+        news: &Sender<News>,
+        question: Sender<Question>,
+    ) -> Result<()> {
+        for (index, window) in self.grid.windows(self.plan.tile).enumerate() {
+            if permits.recv().is_err() {
+                break;
+            }
+            let valid = self.grid.valid(window);
+            let (x, y) = self.grid.centres(window, &valid);
+            let parts = x.len().div_ceil(self.targets);
+            let open = Open {
+                window,
+                valid,
+                values: vec![vec![f32::NAN; x.len()]; self.specs.len()],
+                tallies: vec![None; parts],
+            };
+            if news.send(News::Opened(open)).is_err() {
+                break;
+            }
+            if parts == 0 {
+                continue;
+            }
+            let sites = self.frame.sites(&self.grid.crs, &x, &y, &self.plan.device)?;
+            // Parts of one size: no thread is left with a large last one.
+            let each = x.len().div_ceil(parts);
+            for (part, start) in (0..x.len()).step_by(each).enumerate() {
+                let sites = sites.narrow(start, each.min(x.len() - start))?;
+                if question.send(Question { window: index, part, start, sites }).is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers questions until there are no more, or nobody listens.
+    fn answer(
+        &self,
+        questions: &Mutex<Receiver<Question>>,
+        news: &Sender<News>,
+        pool: &ThreadPool,
+    ) -> Result<()> {
+        loop {
+            let next = questions.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok(Question { window, part, start, sites }) = next else { return Ok(()) };
+            let (values, tally) = pool.install(|| self.ask(&sites))?;
+            if news.send(News::Answered { window, part, start, values, tally }).is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The values of every product at `sites`, and what they come to.
+    fn ask(&self, sites: &Sites) -> Result<(Vec<Vec<f32>>, Tally)> {
+        let predictive = self.posterior.at(sites)?;
+        let marginals = self.frame.outcome(predictive.marginals(0, self.plan.of)?);
+        if marginals.len() != sites.len() {
+            return Err(Error::axis("targets asked and answered", sites.len(), marginals.len()));
+        }
+        let values = self.specs.iter().map(|spec| spec.values(&marginals)).collect();
+        let mut tally = Tally { pixels: sites.len(), ..Tally::NONE };
+        for mean in marginals.map(|m, i| m.mean_sd(i).0) {
+            tally.lowest = mean.min(tally.lowest);
+            tally.highest = mean.max(tally.highest);
+            tally.total += mean;
+        }
+        tally.far = sites.host()?[0].iter().filter(|s| !self.near.reaches(s[0], s[1])).count();
+        Ok((values, tally))
+    }
+
+    /// Puts answers in their places, and hands whole windows on in order.
+    fn gather(
+        &self,
+        told: Receiver<News>,
+        finish: Sender<Open>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Tally> {
+        let wanted = self.grid.wanted();
+        let (mut done, mut sum) = (0, Tally::NONE);
+        let mut open: VecDeque<Open> = VecDeque::new();
+        let mut first = 0; // index of the window that `open` starts with
+        for news in told {
+            match news {
+                News::Opened(window) => open.push_back(window),
+                News::Answered { window, part, start, values, tally } => {
+                    let at = &mut open[window - first];
+                    for (whole, values) in at.values.iter_mut().zip(values) {
+                        whole[start..start + values.len()].copy_from_slice(&values);
+                    }
+                    at.tallies[part] = Some(tally);
+                    done += tally.pixels;
+                    progress(done, wanted);
+                }
+                News::Failed(error) => return Err(error),
+                News::Panicked(panic) => resume_unwind(panic),
+            }
+            while open.front().is_some_and(|w| w.tallies.iter().all(Option::is_some)) {
+                let Some(whole) = open.pop_front() else { break };
+                first += 1;
+                // In order of place, so that sums do not depend on who was first.
+                sum = whole.tallies.iter().flatten().fold(sum, |sum, tally| sum.and(*tally));
+                if finish.send(whole).is_err() {
+                    return Ok(sum); // the writer stopped, and says why
+                }
+            }
+        }
+        Ok(sum)
+    }
+}
+
+/// Writes whole windows, and lets as many be opened.
+fn write(
+    products: &mut [Box<dyn Product>],
+    finished: &Receiver<Open>,
+    permit: &Sender<()>,
+) -> Result<()> {
+    for Open { window, valid, values, .. } in finished {
+        for (product, values) in products.iter_mut().zip(values) {
+            product.accept(window, &product::scatter(&valid, &values)?)?;
+        }
+        let _ = permit.send(()); // nobody listens once all windows are open
+    }
+    Ok(())
+}
