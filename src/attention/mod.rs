@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+mod backward;
 pub mod bias;
 mod full;
 mod scan;
@@ -12,7 +13,7 @@ pub mod table;
 
 pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;
-pub use scan::{CHUNK, Start, resoften, scan, soften, softmax_gradient};
+pub use scan::{CHUNK, Start, scan, soften};
 
 /// How softmax attention is computed. All give the same answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -15,6 +15,7 @@ pub mod log;
 pub mod matrix;
 pub mod simd;
 pub mod softmax;
+pub mod softmax_gradient;
 
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
