@@ -13,6 +13,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    attention::Reading,
     error::{Error, Result},
     likelihood::{self, Likelihood},
     model::{self, Problem, params::Params},
@@ -203,8 +204,21 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Input`] if the weights do not fit the recipe in the card.
     pub fn process(&self, device: &Device) -> Result<Box<dyn Process + Send + Sync>> {
+        self.process_reading(device, Reading::default())
+    }
+
+    /// [`Checkpoint::process`] for a model whose contexts are read in a way of their own.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn process_reading(
+        &self,
+        device: &Device,
+        reading: Reading,
+    ) -> Result<Box<dyn Process + Send + Sync>> {
         let recipe = self.recipe()?;
-        let problem = Problem { dim: recipe.tasks()?.dim(), likelihood: self.likelihood()? };
+        let problem =
+            Problem { reading, ..Problem::new(recipe.tasks()?.dim(), self.likelihood()?) };
         let mut params = Params::frozen(self.tensors.clone(), device, DType::F32);
         let process = model::build(recipe.table("model")?, problem, &mut params)?;
         if let Some(extra) = params.unused().first() {

@@ -6,6 +6,8 @@ mod attention;
 mod fused;
 #[path = "contract/models.rs"]
 mod models;
+#[path = "contract/reader.rs"]
+mod reader;
 
 /// The same loops are compiled for several instruction sets. A machine with the best of them would
 /// never run the others, so the laws that hold them to their f64 twins are run again in a child.
@@ -13,7 +15,7 @@ mod models;
 fn every_instruction_set_gives_the_same() {
     let this = std::env::current_exe().unwrap();
     for level in ["portable", "avx2"] {
-        for laws in ["attention::", "fused::"] {
+        for laws in ["attention::", "fused::", "reader::"] {
             let child = std::process::Command::new(&this)
                 .arg(laws)
                 .env("ISOPLETH_SIMD", level)

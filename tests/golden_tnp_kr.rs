@@ -104,7 +104,7 @@ fn sites(n: usize, f: impl Fn(f64) -> [f64; 2]) -> Sites {
 }
 
 fn build(settings: &str, params: &mut Params) -> Box<dyn Process + Send + Sync> {
-    let problem = Problem { dim: 2, likelihood: likelihood::find("gaussian").unwrap() };
+    let problem = Problem::new(2, likelihood::find("gaussian").unwrap());
     model::build(&settings.parse::<toml::Table>().unwrap(), problem, params).unwrap()
 }
 

@@ -56,7 +56,7 @@ fn places(n: usize, seed: u64) -> Sites {
 #[test]
 fn every_process_takes_the_memory_that_it_says() -> Result<()> {
     let gaussian = likelihood::find("gaussian")?;
-    let problem = Problem { dim: 2, likelihood: gaussian };
+    let problem = Problem::new(2, gaussian);
     let kernel = Matern {
         smoothness: Smoothness::ThreeHalves,
         length_scale: 0.5,

@@ -1,9 +1,9 @@
-//! Gradients of scan attention: scores are recomputed from the saved log-sums, never held.
+//! Gradients of scan attention: weights are recomputed, never held.
 //!
 //! One job is one row of the batch, or one head of a row where rows are fewer than threads; a head
 //! is always summed in the same order, so threads change nothing.
 
-use std::ops::Range;
+use std::{f64::consts::LOG2_E, ops::Range};
 
 use rayon::prelude::*;
 
@@ -38,7 +38,8 @@ struct Terms<'a>(&'a Backward<'a>);
 impl softmax_gradient::Terms for Terms<'_> {
     fn add(&self, head: usize, d2: &[f32], scores: &mut [f32]) {
         for (j, term) in self.0.terms.iter().enumerate() {
-            add_term(*term, self.0.param(head, j), d2, scores);
+            let [a, b, c] = self.0.param(head, j);
+            add_term(*term, [powers_of_two(a), b, c], d2, scores);
         }
     }
     fn gradient(&self, head: usize, d2: &[f32], ds: &[f32], sum: &mut [f64]) {
@@ -49,6 +50,11 @@ impl softmax_gradient::Terms for Terms<'_> {
             }
         }
     }
+}
+
+/// As the forward pass rounds it.
+fn powers_of_two(x: f32) -> f32 {
+    (f64::from(x) * LOG2_E) as f32
 }
 
 impl Backward<'_> {
@@ -62,7 +68,7 @@ impl Backward<'_> {
     ///
     /// # Shapes
     /// `q` `[batch, target, head, d]`, `kv` `[batch, context, head, d + w]`; `out` and `grad`
-    /// `[batch, target, head · w + head]`, the log-sums behind the values.
+    /// as [`attend`](crate::fused::softmax::attend) writes its answers.
     pub fn gradients(
         &self,
         batch: usize,
@@ -74,7 +80,7 @@ impl Backward<'_> {
         let Shape { heads, d, w, dim } = self.shape;
         let (targets, context) = (q.len() / (batch * heads * d), self.hidden.len() / batch);
         let (nq, nkv) = (targets * heads * d, context * heads * (d + w));
-        let no = targets * heads * (w + 1);
+        let no = targets * heads * (w + 2);
         let row = |row: usize| {
             let part = |n: usize| row * n..(row + 1) * n;
             Row {
@@ -89,13 +95,14 @@ impl Backward<'_> {
         };
         let place = self.terms.iter().position(|t| *t == Term::Sink);
         let sink: Option<Vec<f32>> =
-            place.map(|j| (0..heads).map(|head| self.param(head, j)[0]).collect());
+            place.map(|j| (0..heads).map(|head| powers_of_two(self.param(head, j)[0])).collect());
         let terms = Terms(self);
         let mut real = self.terms.iter().enumerate().filter(|(_, term)| **term != Term::Sink);
         let (first, more) = (real.next(), real.next().is_some());
         let rbf: Vec<[f32; 2]> = match first {
             Some((j, Term::Rbf)) if !more => {
-                (0..heads).map(|head| self.param(head, j)).map(|[a, b, _]| [a, b]).collect()
+                let pair = |[a, b, _]: [f32; 3]| [powers_of_two(a), powers_of_two(b)];
+                (0..heads).map(|head| pair(self.param(head, j))).collect()
             }
             _ => Vec::new(),
         };

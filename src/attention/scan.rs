@@ -3,24 +3,28 @@
 //! Source: Milakov & Gimelshein (2018), arXiv:1805.02867; the biased form is Jenson et al.,
 //! arXiv:2506.09163. The backward pass recomputes the scores from the saved log-sum.
 
+use std::f64::consts::LOG2_E;
+
 use candle_core::{CpuStorage, Layout, Result as CandleResult, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    Bias, Keys, Metric, Term,
+    Bias, Keys, Metric, Radial, Term,
     backward::Backward,
-    bias::{add_term, arcs, distances_to, geometry},
+    bias::{arcs, geometry},
     full::{biased, hide},
+    reader::{highest_from, terms},
 };
 use crate::{
     error::Result,
-    fused::{self, Host, matrix, simd, slice, softmax},
+    fused::{
+        self, Host, slice,
+        softmax::{self, GROUP, Job, Packed, attend},
+    },
 };
 
 /// Keys per chunk; a memory knob, never the answer.
 pub const CHUNK: usize = 512;
-/// Queries per tile.
-const TILE: usize = 64;
 
 /// Where the running maximum starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -65,7 +69,8 @@ pub fn scan(
     if keys.is_empty() || targets == 0 {
         return Ok(Tensor::zeros((batch, targets, heads, width), q.dtype(), q.device())?);
     }
-    if !fused::applies(q) {
+    // The published start is for reproduction only, and not worth a kernel.
+    if !fused::applies(q) || start == Start::Published {
         return composed(q, sites, keys, bias, chunk, start);
     }
     // Coordinates dimension by dimension, so that distances to one target are a streaming pass.
@@ -84,10 +89,9 @@ pub fn scan(
         hidden: keys.mask.flatten_all()?.to_vec1::<f32>()?.iter().map(|m| *m == 0.0).collect(),
         sink: bias.and_then(Bias::sink),
         metric,
-        chunk: chunk.max(1),
-        start,
     };
-    // The operation returns each head's value and, behind all values, each head's log-sum.
+    // The operation returns each head's value and, behind all values, each head's top and inverse
+    // weight.
     let out = q.contiguous()?.apply_op3(&keys.packed.contiguous()?, &params, op)?;
     Ok(out.narrow(2, 0, heads * width)?.reshape((batch, targets, heads, width))?)
 }
@@ -161,181 +165,76 @@ struct Scan {
     /// Which term is the sink.
     sink: Option<usize>,
     metric: Metric,
-    chunk: usize,
-    start: Start,
 }
 
-simd::vectorised! {
-    /// One row of an online softmax step: scores become weights `exp(score − top)`; returns the
-    /// new maximum and the sum of the weights.
-    pub fn soften(scores: &mut [f32], top: f32) -> (f32, f32) {
-        let mut lanes = [f32::NEG_INFINITY; 16];
-        let body = scores.len() / 16 * 16;
-        for c in scores[..body].chunks_exact(16) {
-            for l in 0..16 {
-                lanes[l] = if c[l] > lanes[l] { c[l] } else { lanes[l] };
-            }
-        }
-        let mut next = top;
-        for v in lanes.iter().chain(&scores[body..]) {
-            next = if *v > next { *v } else { next };
-        }
-        if next == f32::NEG_INFINITY {
-            scores.fill(0.0);
-            return (next, 0.0);
-        }
-        let mut sums = [0.0f32; 16];
-        for c in scores[..body].chunks_exact_mut(16) {
-            for l in 0..16 {
-                c[l] = simd::exp(c[l] - next);
-                sums[l] += c[l];
-            }
-        }
-        let mut sum: f32 = sums.iter().sum();
-        for s in &mut scores[body..] {
-            *s = simd::exp(*s - next);
-            sum += *s;
-        }
-        (next, sum)
-    }
+/// No less than any straight line between a column of coordinates and `sites`.
+fn extent<'a>(columns: impl Iterator<Item = &'a [f32]>, sites: &[f32], dim: usize) -> f64 {
+    let side = |(i, column): (usize, &[f32])| {
+        let xs = column.iter().chain(sites.iter().skip(i).step_by(dim));
+        let ends = (f32::INFINITY, f32::NEG_INFINITY);
+        let (a, b) = xs.fold(ends, |(a, b), x| (a.min(*x), b.max(*x)));
+        f64::from(b - a).powi(2)
+    };
+    columns.enumerate().map(side).sum::<f64>().sqrt()
 }
 
 impl Scan {
-    /// Squared distances from a tile of targets to a chunk of keys, row by row.
-    fn distances(
-        &self,
-        row: usize,
-        first: usize,
-        rows: usize,
-        key: usize,
-        len: usize,
-        d2: &mut [f32],
-    ) {
-        let Dims { targets, context, dim, .. } = self.shape;
-        let columns = &self.columns[row * dim * context..(row + 1) * dim * context];
-        for i in 0..rows {
-            let at = (row * targets + first + i) * dim;
-            let s = &self.sites[at..at + dim];
-            distances_to(s, &columns[key..], context, &mut d2[i * len..(i + 1) * len]);
-        }
-        if self.metric == Metric::GreatCircle {
-            arcs(&mut d2[..rows * len]);
-        }
-    }
-
     fn param(&self, params: &[f32], head: usize, term: usize) -> [f32; 3] {
         let at = (head * self.terms.len() + term) * 3;
         [params[at], params[at + 1], params[at + 2]]
     }
 
-    /// Scores of a tile of queries against a chunk of keys for one head, hidden keys at −∞.
-    #[allow(clippy::too_many_arguments)]
-    fn scores(
-        &self,
-        row: usize,
-        head: usize,
-        rows: usize,
-        key: usize,
-        len: usize,
-        q: &[f32],
-        kv: &[f32],
-        params: &[f32],
-        d2: &[f32],
-        scores: &mut [f32],
-    ) {
-        let Dims { context, heads, d, width, .. } = self.shape;
-        let stride = heads * (d + width);
-        let k = matrix::View::new(&kv[key * stride + head * (d + width)..], len, d, stride);
-        let q = matrix::View::new(&q[head * d..], rows, d, heads * d);
-        matrix::product(scores, len, 0.0, 1.0 / (d as f32).sqrt(), q, k.t(), false);
-        for (j, term) in self.terms.iter().enumerate() {
-            add_term(
-                *term,
-                self.param(params, head, j),
-                &d2[..rows * len],
-                &mut scores[..rows * len],
-            );
-        }
-        let hidden = &self.hidden[row * context + key..row * context + key + len];
-        if hidden.iter().any(|h| *h) {
-            for scores in scores[..rows * len].chunks_exact_mut(len) {
-                for (s, h) in scores.iter_mut().zip(hidden) {
-                    if *h {
-                        *s = f32::NEG_INFINITY;
-                    }
-                }
-            }
-        }
+    /// The bias as the kernel of the forward pass wants it.
+    fn radial(&self, params: &[f32]) -> Radial {
+        let head = |head: usize| {
+            let with =
+                |(j, term): (usize, &Term)| (*term, self.param(params, head, j).map(f64::from));
+            self.terms.iter().enumerate().map(with).collect()
+        };
+        Radial { metric: self.metric, heads: (0..self.shape.heads).map(head).collect() }
     }
 
-    /// One tile of queries against the whole context.
-    fn tile(
-        &self,
-        row: usize,
-        first: usize,
-        q: &[f32],
-        kv: &[f32],
-        params: &[f32],
-        out: &mut [f32],
-    ) {
-        let Dims { context, heads, d, width, .. } = self.shape;
-        let rows = q.len() / (heads * d);
-        let chunk = self.chunk.min(context);
-        let stride = heads * (d + width);
-        let wide = heads * (width + 1);
-        let (floor, epsilon) = self.start.values();
-        let mut d2 = vec![0.0; if self.terms.is_empty() { 0 } else { rows * chunk }];
-        let mut scores = vec![0.0; rows * chunk];
-        let mut top = vec![floor; rows * heads];
-        let mut sum = vec![0.0f32; rows * heads];
-        if let Some(sink) = self.sink {
-            for (at, (top, sum)) in top.iter_mut().zip(&mut sum).enumerate() {
-                let score = self.param(params, at % heads, sink)[0];
-                *top = top.max(score);
-                *sum = (score - *top).exp();
-            }
+    /// One batch row: every query against the whole context.
+    fn row(&self, row: usize, q: &[f32], kv: &[f32], radial: &Radial, out: &mut [f32]) {
+        let Dims { targets, context, heads, d, width, dim } = self.shape;
+        let shape = softmax::Shape { heads, d, w: width, dim };
+        let columns = &self.columns[row * dim * context..(row + 1) * dim * context];
+        let hidden = &self.hidden[row * context..(row + 1) * context];
+        let sites = &self.sites[row * targets * dim..(row + 1) * targets * dim];
+        let seen: Vec<usize> = (0..context).filter(|j| !hidden[*j]).collect();
+        let mut keys = Packed::new(shape, seen.len());
+        let mut place = vec![0.0; dim];
+        for (at, j) in seen.into_iter().enumerate() {
+            place.iter_mut().enumerate().for_each(|(i, x)| *x = columns[i * context + j]);
+            keys.set(at, &place, |head| {
+                kv[(j * heads + head) * (d + width)..][..d + width].split_at(d)
+            });
         }
-        out.fill(0.0);
-        for key in (0..context).step_by(chunk) {
-            let len = chunk.min(context - key);
-            if !self.terms.is_empty() {
-                self.distances(row, first, rows, key, len, &mut d2);
-            }
-            for head in 0..heads {
-                self.scores(row, head, rows, key, len, q, kv, params, &d2, &mut scores);
-                for i in 0..rows {
-                    let at = i * heads + head;
-                    let (next, part) = soften(&mut scores[i * len..(i + 1) * len], top[at]);
-                    let keep = if top[at] == next { 1.0 } else { (top[at] - next).exp() };
-                    sum[at] = sum[at] * keep + part + epsilon;
-                    top[at] = next;
-                    if keep != 1.0 {
-                        let o = i * wide + head * width;
-                        out[o..o + width].iter_mut().for_each(|v| *v *= keep);
-                    }
-                }
-                let v = matrix::View::new(
-                    &kv[key * stride + head * (d + width) + d..],
-                    len,
-                    width,
-                    stride,
-                );
-                let w = matrix::View::new(&scores, rows, len, len);
-                matrix::product(&mut out[head * width..], wide, 1.0, 1.0, w, v, false);
-            }
-        }
-        for i in 0..rows {
-            for head in 0..heads {
-                let at = i * heads + head;
-                let o = i * wide + head * width;
-                if sum[at] > 0.0 {
-                    out[o..o + width].iter_mut().for_each(|v| *v /= sum[at]);
-                }
-                // +∞ as log-sum makes every recomputed weight 0 where no key was observed.
-                out[i * wide + heads * width + head] =
-                    if sum[at] > 0.0 { top[at] + sum[at].ln() } else { f32::INFINITY };
-            }
-        }
+        let terms = terms(radial);
+        let reach = extent(columns.chunks(context.max(1)), sites, dim);
+        let reach = self.metric.distance(reach);
+        let highest: Vec<f32> = (0..heads)
+            .map(|h| (highest_from(radial, h, 0.0, reach) * LOG2_E) as f32 + 1e-3)
+            .collect();
+        let sink: Option<Vec<f32>> =
+            self.sink.map(|_| (0..heads).filter_map(|h| Some(radial.sink(h)? as f32)).collect());
+        let job = Job {
+            keys: &keys,
+            bias: match self.terms.iter().all(|t| *t == Term::Sink) {
+                true => softmax::Bias::None,
+                false => softmax::Bias::Terms(&terms),
+            },
+            highest: &highest,
+            bend: (self.metric == Metric::GreatCircle).then_some(arcs as fn(&mut [f32])),
+            sink: sink.as_deref(),
+            skip: None,
+        };
+        let order: Vec<u32> = (0..targets as u32).collect();
+        out.par_chunks_mut(GROUP * heads * (width + 2)).zip(order.par_chunks(GROUP)).for_each(
+            |(out, rows)| {
+                attend(&job, q, sites, rows, out);
+            },
+        );
     }
 }
 
@@ -355,17 +254,14 @@ impl candle_core::CustomOp3 for Scan {
     ) -> CandleResult<(CpuStorage, Shape)> {
         let (q, kv, params) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
         let Dims { targets, context, heads, d, width, .. } = self.shape;
-        let wide = heads * (width + 1);
+        let wide = heads * (width + 2);
         let batch = l1.dims()[0];
         let mut out = vec![0.0; batch * targets * wide];
+        let radial = self.radial(params);
         out.par_chunks_mut(targets * wide).enumerate().for_each(|(row, out)| {
             let q = &q[row * targets * heads * d..(row + 1) * targets * heads * d];
             let each = context * heads * (d + width);
-            let kv = &kv[row * each..(row + 1) * each];
-            out.par_chunks_mut(TILE * wide)
-                .zip(q.par_chunks(TILE * heads * d))
-                .enumerate()
-                .for_each(|(t, (out, q))| self.tile(row, t * TILE, q, kv, params, out));
+            self.row(row, q, &kv[row * each..(row + 1) * each], &radial, out);
         });
         Ok((CpuStorage::F32(out), Shape::from((batch, targets, wide))))
     }

@@ -62,6 +62,8 @@ pub unsafe trait Lanes: Copy + 'static {
     unsafe fn any_above(a: Self::F, b: Self::F) -> bool;
     /// For 1 ≤ t < 256: which quarter of which octave (0…31), and where in it, from −1 to 1.
     unsafe fn segment(t: Self::F) -> (Self::I, Self::F);
+    /// Whether every `a ≤ b`; false where one is NaN.
+    unsafe fn none_above(a: Self::F, b: Self::F) -> bool;
     unsafe fn load_index(from: *const i32) -> Self::I;
     unsafe fn store_index(to: *mut i32, x: Self::I);
     /// A table of 32 values, in registers where they can hold it.
@@ -194,6 +196,10 @@ unsafe impl Lanes for Portable {
     #[inline(always)]
     unsafe fn any_above(a: [f32; P], b: [f32; P]) -> bool {
         a.iter().zip(b).any(|(a, b)| *a > b)
+    }
+    #[inline(always)]
+    unsafe fn none_above(a: [f32; P], b: [f32; P]) -> bool {
+        a.iter().zip(b).all(|(a, b)| *a <= b)
     }
     #[inline(always)]
     unsafe fn segment(t: [f32; P]) -> ([i32; P], [f32; P]) {
@@ -336,6 +342,10 @@ mod x86 {
             _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0
         }
         #[inline(always)]
+        unsafe fn none_above(a: __m512, b: __m512) -> bool {
+            _mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b) == 0xffff
+        }
+        #[inline(always)]
         unsafe fn segment(t: __m512) -> (__m512i, __m512) {
             let bits = _mm512_castps_si512(t);
             let index = _mm512_srli_epi32::<21>(_mm512_sub_epi32(bits, _mm512_set1_epi32(ONE)));
@@ -435,6 +445,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn any_above(a: __m256, b: __m256) -> bool {
             _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) != 0
+        }
+        #[inline(always)]
+        unsafe fn none_above(a: __m256, b: __m256) -> bool {
+            _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(a, b)) == 0xff
         }
         #[inline(always)]
         unsafe fn segment(t: __m256) -> (__m256i, __m256) {
@@ -544,6 +558,10 @@ mod arm {
         #[inline(always)]
         unsafe fn any_above(a: float32x4_t, b: float32x4_t) -> bool {
             vmaxvq_u32(vcgtq_f32(a, b)) != 0
+        }
+        #[inline(always)]
+        unsafe fn none_above(a: float32x4_t, b: float32x4_t) -> bool {
+            vminvq_u32(vcleq_f32(a, b)) != 0
         }
         #[inline(always)]
         unsafe fn segment(t: float32x4_t) -> (int32x4_t, float32x4_t) {

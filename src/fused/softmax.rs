@@ -4,7 +4,7 @@
 //! the first-level cache: scores by a register-tiled product, weights in place of the scores, and
 //! weights times values. Scores are held in powers of two, so that e never appears.
 
-use std::f32::consts::{LN_2, LOG2_E};
+use std::f32::consts::LOG2_E;
 
 use super::lanes::{self, Aligned, Lanes};
 
@@ -108,16 +108,15 @@ impl Packed {
         &self.data[at..at + self.keys_in(block)]
     }
 
-    /// Writes key number `at`: its site, and per head its key and its value.
+    /// Writes key number `at`: its site `[dim]`, and for each head its key `[d]` and value `[w]`.
     ///
     /// # Panics
     /// If a slice is too short: a bug in this crate.
-    pub fn set(
+    pub fn set<'k>(
         &mut self,
         at: usize,
         site: &[f32],
-        k: impl Fn(usize) -> (usize, usize),
-        kv: &[f32],
+        of: impl Fn(usize) -> (&'k [f32], &'k [f32]),
     ) {
         let Shape { heads, d, w, dim } = self.shape;
         let (block, j) = (at / BLOCK, at % BLOCK);
@@ -126,8 +125,8 @@ impl Packed {
             data[i * BLOCK + j] = *x;
         }
         for head in 0..heads {
-            let (key, value) = k(head);
-            let (key, value) = (&kv[key..key + d], &kv[value..value + w]);
+            let (key, value) = of(head);
+            let (key, value) = (&key[..d], &value[..w]);
             let base = self.shape.head(head);
             let panel = base + (j / PANEL) * PANEL * d + j % PANEL;
             for (i, x) in key.iter().enumerate() {
@@ -180,27 +179,64 @@ pub struct Job<'a> {
     pub bend: Option<fn(&mut [f32])>,
     /// Score of each head's sink.
     pub sink: Option<&'a [f32]>,
+    /// Which blocks need not be read.
+    pub skip: Option<Skip<'a>>,
 }
 
-/// Reads the context for some queries (best no more than [`GROUP`]).
+/// What may be left out.
+#[derive(Clone, Copy)]
+pub struct Skip<'a> {
+    /// Blocks worth a look for queries in a box (`[dim]` of least and most), nearest first, each
+    /// with the squared distance between the box and its own.
+    pub near: &'a (dyn Fn(&[[f32; 2]], &mut Vec<(f32, u32)>) + Sync),
+    /// Squared distance from which on a head reads nothing.
+    pub reach2: &'a [f32],
+    /// Leaves out blocks whose keys each add less than a share of what was read already.
+    pub faint: Option<Faint<'a>>,
+}
+
+/// When a key is too faint to be read.
+#[derive(Clone, Copy)]
+pub struct Faint<'a> {
+    /// The largest bias of a head at or beyond a squared distance, powers of two.
+    pub envelope: &'a (dyn Fn(usize, f32) -> f32 + Sync),
+    /// The longest key of each head.
+    pub longest: &'a [f32],
+    /// Share of the weight below which a key is left out.
+    pub share: f32,
+}
+
+/// Reads the context for the queries numbered `rows` (best no more than [`GROUP`]). Returns how many
+/// pairs of query and key were weighed, over all heads.
 ///
 /// # Shapes
-/// `q` `[target, head, d]`, `sites` `[target, dim]`; `out` `[target, head · w + head]`: each head's
-/// value, then each head's log-sum (+∞ where there was no key).
+/// `q` `[target, head, d]`, `sites` `[target, dim]`; `out` `[row, head · (w + 2)]`: each head's
+/// value, then each head's top t, then each head's inverse weight r, so that the share of a key
+/// of score s (powers of two) is `r 2^(s − t)`. Apart, they keep their digits when scores are
+/// large. r is 0 where there was no key.
 /// # Panics
 /// If a slice is too short: a bug in this crate.
-pub fn attend(job: &Job, q: &[f32], sites: &[f32], out: &mut [f32]) {
+pub fn attend(job: &Job, q: &[f32], sites: &[f32], rows: &[u32], out: &mut [f32]) -> u64 {
     let Shape { heads, d, w, dim } = job.keys.shape;
-    let rows = q.len() / (heads * d);
-    assert!(q.len() == rows * heads * d && sites.len() >= rows * dim, "queries and sites");
-    assert!(out.len() >= rows * heads * (w + 1), "room for the answer");
+    let targets = q.len() / (heads * d);
+    assert!(sites.len() >= targets * dim, "queries and sites");
+    assert!(rows.iter().all(|r| (*r as usize) < targets), "rows that exist");
+    assert!(out.len() >= rows.len() * heads * (w + 2), "room for the answer");
     assert!(job.highest.len() >= heads, "a largest bias for every head");
     if let Bias::Table { table, .. } = job.bias {
         assert!(table.len() >= heads * TABLE[0] * TABLE[1], "a table for every head");
     }
     assert!(job.sink.is_none_or(|s| s.len() >= heads), "a sink for every head");
+    if let Some(skip) = &job.skip {
+        assert!(skip.reach2.len() >= heads, "a reach for every head");
+        assert!(skip.faint.is_none_or(|f| f.longest.len() >= heads), "a norm for every head");
+    }
+    assert!(heads > 0 && dim > 0 && d > 0, "sizes");
+    if rows.is_empty() {
+        return 0;
+    }
     // SAFETY: the slices were checked above, and `Packed` was sized by its shape.
-    lanes::dispatch!(group(job: &Job, q: &[f32], sites: &[f32], out: &mut [f32]))
+    lanes::dispatch!(group(job: &Job, q: &[f32], sites: &[f32], rows: &[u32], out: &mut [f32]) -> u64)
 }
 
 /// Queries of a group, transposed, with what they have gathered so far.
@@ -225,6 +261,8 @@ struct Scratch {
     distance: Aligned<f32>,
     /// `[key, lane]`: segments.
     segment: Aligned<i32>,
+    /// Which blocks of the batch each head reads, one bit a block.
+    reads: Vec<u8>,
 }
 
 /// # Safety
@@ -234,13 +272,13 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
     job: &Job,
     q: &[f32],
     sites: &[f32],
+    rows: &[u32],
     out: &mut [f32],
-) {
+) -> u64 {
     let shape = job.keys.shape;
     let Shape { heads, d, w, dim } = shape;
     let lanes = C * L::N;
-    let rows = q.len() / (heads * d);
-    let tiles = rows.div_ceil(lanes);
+    let tiles = rows.len().div_ceil(lanes);
     let wp = shape.padded();
     let mut state = State {
         q: Aligned::new(0.0, tiles * heads * d * lanes),
@@ -254,15 +292,15 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
     for row in 0..tiles * lanes {
         let (tile, lane) = (row / lanes, row % lanes);
         // Lanes without a query repeat the last one's place, so that they stretch nothing.
-        let from = row.min(rows - 1);
+        let from = rows[row.min(rows.len() - 1)] as usize;
         for (i, x) in sites[from * dim..(from + 1) * dim].iter().enumerate() {
             state.sites[(tile * dim + i) * lanes + lane] = *x;
         }
-        if row >= rows {
+        if row >= rows.len() {
             continue;
         }
         for head in 0..heads {
-            let query = &q[(row * heads + head) * d..][..d];
+            let query = &q[(from * heads + head) * d..][..d];
             let mut norm = 0.0;
             for (i, x) in query.iter().enumerate() {
                 state.q[((tile * heads + head) * d + i) * lanes + lane] = x * scale;
@@ -286,21 +324,67 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
         scores: Aligned::new(0.0, batch),
         distance: Aligned::new(0.0, has(!matches!(job.bias, Bias::None))),
         segment: Aligned::new(0, has(matches!(job.bias, Bias::Table { .. }))),
+        reads: vec![0; heads],
     };
-    let blocks = job.keys.blocks();
-    let mut list = [0usize; BATCH];
-    for first in (0..blocks).step_by(BATCH) {
-        let count = BATCH.min(blocks - first);
-        for (i, b) in list.iter_mut().enumerate() {
-            *b = first + i;
+    let mut pairs = 0;
+    match &job.skip {
+        // Batch by batch for all tiles: the keys stay in the second-level cache.
+        None => {
+            let mut list = [(0.0, 0u32); BATCH];
+            let blocks = job.keys.blocks() as u32;
+            for first in (0..blocks).step_by(BATCH) {
+                let count = BATCH.min((blocks - first) as usize);
+                for (i, b) in list.iter_mut().enumerate() {
+                    b.1 = first + i as u32;
+                }
+                for tile in 0..tiles {
+                    let list = &list[..count];
+                    // SAFETY: the caller's contract; `list` names blocks that exist.
+                    pairs +=
+                        unsafe { step::<L, R, C, U>(job, &mut state, &mut scratch, tile, list) };
+                }
+            }
         }
-        for tile in 0..tiles {
-            // SAFETY: the caller's contract; `list` names blocks that exist.
-            unsafe { step::<L, R, C, U>(job, &mut state, &mut scratch, tile, &list[..count]) };
+        Some(skip) => {
+            let (mut list, mut extent) = (Vec::new(), vec![[0.0; 2]; dim]);
+            for tile in 0..tiles {
+                for (i, extent) in extent.iter_mut().enumerate() {
+                    let xs = &state.sites[(tile * dim + i) * lanes..][..lanes];
+                    let least = xs.iter().fold(f32::INFINITY, |m, x| m.min(*x));
+                    let most = xs.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+                    *extent = [least, most];
+                }
+                list.clear();
+                (skip.near)(&extent, &mut list);
+                let blocks = job.keys.blocks();
+                assert!(list.iter().all(|(_, b)| (*b as usize) < blocks), "blocks that exist");
+                for batch in list.chunks(BATCH) {
+                    // SAFETY: as above.
+                    unsafe {
+                        let all = state.norm.len() / tiles;
+                        if skip.faint.is_some_and(|f| {
+                            (0..heads).all(|h| {
+                                batch[0].0 >= skip.reach2[h]
+                                    || faint::<L, C>(
+                                        &f,
+                                        &state,
+                                        tile * all,
+                                        h,
+                                        batch[0].0,
+                                        f.longest[h],
+                                    )
+                            })
+                        }) {
+                            break; // what follows is farther still
+                        }
+                        pairs += step::<L, R, C, U>(job, &mut state, &mut scratch, tile, batch);
+                    }
+                }
+            }
         }
     }
-    let wide = heads * (w + 1);
-    for row in 0..rows {
+    let wide = heads * (w + 2);
+    for row in 0..rows.len() {
         let (tile, lane) = (row / lanes, row % lanes);
         let out = &mut out[row * wide..(row + 1) * wide];
         for head in 0..heads {
@@ -310,12 +394,42 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
             for (i, o) in out[head * w..(head + 1) * w].iter_mut().enumerate() {
                 *o = state.sum[((tile * heads + head) * wp + i) * lanes + lane] * inverse;
             }
-            out[heads * w + head] = match weight > 0.0 {
-                true => state.top[at] * LN_2 + weight.ln(),
-                false => f32::INFINITY,
-            };
+            out[heads * w + head] = state.top[at];
+            out[heads * (w + 1) + head] = inverse;
         }
     }
+    pairs
+}
+
+/// Whether keys no longer than `longest`, at squared distance `d2` or beyond, are too faint to be
+/// read by any query of a tile whose lanes start at `at`.
+///
+/// # Safety
+/// The state holds that tile.
+#[inline(always)]
+unsafe fn faint<L: Lanes, const C: usize>(
+    f: &Faint,
+    state: &State,
+    at: usize,
+    head: usize,
+    d2: f32,
+    longest: f32,
+) -> bool {
+    let bias = (f.envelope)(head, d2) - f.share.log2();
+    // SAFETY: the caller's contract.
+    unsafe {
+        for c in 0..C {
+            let at = at + (head * C + c) * L::N;
+            let bound =
+                L::fma(L::load(state.norm.as_ptr().add(at)), L::splat(longest), L::splat(bias));
+            let bound = L::exp2(L::sub(bound, L::load(state.top.as_ptr().add(at))));
+            // Asked this way round, so that NaN is read.
+            if !L::none_above(bound, L::load(state.weight.as_ptr().add(at))) {
+                return false;
+            }
+        }
+    }
+    true
 }
 
 /// One batch of blocks against one tile of queries, all heads.
@@ -328,18 +442,46 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
     state: &mut State,
     scratch: &mut Scratch,
     tile: usize,
-    blocks: &[usize],
-) {
+    blocks: &[(f32, u32)],
+) -> u64 {
     let keys = job.keys;
     let shape = keys.shape;
     let Shape { heads, d, w: _, dim } = shape;
     let (lanes, wp) = (C * L::N, shape.padded());
+    let mut pairs = 0;
+    let mut any = 0u8;
+    for head in 0..heads {
+        let mut reads = 0u8;
+        for (i, (d2, b)) in blocks.iter().enumerate() {
+            let left_out = job.skip.is_some_and(|skip| {
+                let norm = keys.norm(*b as usize, head);
+                // SAFETY: the caller's contract.
+                *d2 >= skip.reach2[head]
+                    || skip.faint.is_some_and(|f| unsafe {
+                        faint::<L, C>(&f, state, tile * heads * lanes, head, *d2, norm)
+                    })
+            });
+            if !left_out {
+                reads |= 1 << i;
+                pairs += (keys.keys_in(*b as usize) * lanes) as u64;
+            }
+        }
+        scratch.reads[head] = reads;
+        any |= reads;
+    }
+    if any == 0 {
+        return 0;
+    }
     // SAFETY: every offset below stays inside what `group` and `Packed::new` allocated.
     unsafe {
         if !matches!(job.bias, Bias::None) {
-            distances::<L, C, U>(job, &state.sites[tile * dim * lanes..], scratch, blocks);
+            distances::<L, C, U>(job, &state.sites[tile * dim * lanes..], scratch, blocks, any);
         }
         for head in 0..heads {
+            let reads = scratch.reads[head];
+            if reads == 0 {
+                continue;
+            }
             let at = tile * heads + head;
             let q = state.q.as_ptr().add(at * d * lanes);
             let top = state.top.as_mut_ptr().add(at * lanes);
@@ -350,8 +492,8 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
 
             // Could any score overflow against the running maximum? Usually a bound says no.
             let mut longest = 0.0f32;
-            for b in blocks {
-                longest = longest.max(keys.norms[b * heads + head]);
+            for (_, b) in blocks.iter().enumerate().filter(|(i, _)| reads >> i & 1 == 1) {
+                longest = longest.max(keys.norm(b.1 as usize, head));
             }
             let mut raise = false;
             for c in 0..C {
@@ -363,8 +505,12 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 raise |= L::any_above(bound, L::load(top.add(c * L::N)));
             }
 
-            for (i, b) in blocks.iter().enumerate() {
-                let len = keys.keys_in(*b);
+            for i in 0..blocks.len() {
+                if reads >> i & 1 == 0 {
+                    continue;
+                }
+                let b = blocks[i].1 as usize;
+                let len = keys.keys_in(b);
                 let k = keys.data.as_ptr().add(b * shape.block() + shape.head(head));
                 for r in (0..len).step_by(R) {
                     let mut acc = [[L::splat(0.0); C]; R];
@@ -377,10 +523,10 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                         }
                     }
                 }
-            }
-            if let Bias::Terms(add) = job.bias {
-                let n = (blocks.len() - 1) * BLOCK + keys.keys_in(blocks[blocks.len() - 1]);
-                add(head, &scratch.distance[..n * lanes], &mut scratch.scores[..n * lanes]);
+                if let Bias::Terms(add) = job.bias {
+                    let rows = i * BLOCK * lanes..(i * BLOCK + len) * lanes;
+                    add(head, &scratch.distance[rows.clone()], &mut scratch.scores[rows]);
+                }
             }
             let scores = scratch.scores.as_mut_ptr();
             let table = match job.bias {
@@ -394,8 +540,11 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
             if raise {
                 // Two passes: complete the scores and find their maximum, then weigh.
                 let mut next = tops;
-                for (i, b) in blocks.iter().enumerate() {
-                    for j in i * BLOCK..i * BLOCK + keys.keys_in(*b) {
+                for i in 0..blocks.len() {
+                    if reads >> i & 1 == 0 {
+                        continue;
+                    }
+                    for j in i * BLOCK..i * BLOCK + keys.keys_in(blocks[i].1 as usize) {
                         let mut s = gather::<L, C>(scores, j * lanes);
                         if !table.is_null() {
                             s = radial::<L, C>(table, scratch, j * lanes, s);
@@ -420,8 +569,11 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
             }
             let table = if raise { std::ptr::null() } else { table };
             let mut weights = [L::splat(0.0); C];
-            for (i, b) in blocks.iter().enumerate() {
-                let (first, len) = (i * BLOCK, keys.keys_in(*b));
+            for i in 0..blocks.len() {
+                if reads >> i & 1 == 0 {
+                    continue;
+                }
+                let (first, len) = (i * BLOCK, keys.keys_in(blocks[i].1 as usize));
                 let whole = len - len % (U / C);
                 for j in (first..first + whole).step_by(U / C) {
                     weigh::<L, C, U>(table, scratch, scores, j * lanes, &tops, &mut weights);
@@ -441,11 +593,15 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                         *x = L::load(sum.add((first + r) * lanes + c * L::N));
                     }
                 }
-                for (i, b) in blocks.iter().enumerate() {
+                for i in 0..blocks.len() {
+                    if reads >> i & 1 == 0 {
+                        continue;
+                    }
+                    let b = blocks[i].1 as usize;
                     let base = b * shape.block() + shape.head(head) + BLOCK * d;
                     let v = keys.data.as_ptr().add(base + first);
                     let p = scores.add(i * BLOCK * lanes);
-                    lanes::tile::<L, R, C>(keys.keys_in(*b), v, wp, p, lanes, &mut acc);
+                    lanes::tile::<L, R, C>(keys.keys_in(b), v, wp, p, lanes, &mut acc);
                 }
                 for (r, row) in acc.iter().enumerate() {
                     for (c, x) in row.iter().enumerate() {
@@ -455,6 +611,7 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
             }
         }
     }
+    pairs
 }
 
 /// `U` vectors from `at` on.
@@ -545,14 +702,19 @@ unsafe fn distances<L: Lanes, const C: usize, const U: usize>(
     job: &Job,
     sites: &[f32],
     scratch: &mut Scratch,
-    blocks: &[usize],
+    blocks: &[(f32, u32)],
+    reads: u8,
 ) {
     let (keys, lanes) = (job.keys, C * L::N);
     let shape = keys.shape;
     // SAFETY: offsets stay inside the block, the tile's sites and the scratch.
     unsafe {
-        for (i, b) in blocks.iter().enumerate() {
-            let len = keys.keys_in(*b);
+        for i in 0..blocks.len() {
+            if reads >> i & 1 == 0 {
+                continue;
+            }
+            let b = blocks[i].1 as usize;
+            let len = keys.keys_in(b);
             let columns = keys.data.as_ptr().add(b * shape.block());
             let steps = U / C;
             let whole = len - len % steps;

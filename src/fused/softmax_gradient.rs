@@ -1,4 +1,4 @@
-//! The gradient of softmax attention, recomputed from the log-sums: the inner loops.
+//! The gradient of softmax attention, by recomputation: the inner loops.
 //!
 //! A tile of queries meets a block of keys in five register-tiled products that stay in the
 //! first-level cache. Lanes run along queries while weights are recomputed (`S = K Qᵀ`,
@@ -7,7 +7,7 @@
 //!
 //! Source: Dao et al. (2022), arXiv:2205.14135, algorithm 4.
 
-use std::{f32::consts::LOG2_E, mem, ops::Range};
+use std::{f32::consts::LOG2_E, f64::consts::LN_2, mem, ops::Range};
 
 use super::{
     lanes::{self, Aligned, Lanes},
@@ -26,7 +26,7 @@ const PANEL: usize = 8;
 pub enum Bias<'a> {
     /// Not at all.
     None,
-    /// `a exp(−b d²)`: a and b of every head.
+    /// `a 2^(−b d²)`: a and b of every head, powers of two.
     Rbf(&'a [[f32; 2]]),
     /// Any other way.
     Terms(&'a dyn Terms),
@@ -34,9 +34,10 @@ pub enum Bias<'a> {
 
 /// A distance bias with a gradient.
 pub trait Terms: Sync {
-    /// Adds the bias of `head` to `scores`, given squared distances.
+    /// Adds the bias of `head` to `scores`, powers of two, given squared distances.
     fn add(&self, head: usize, d2: &[f32], scores: &mut [f32]);
-    /// Adds to `sum` the gradient of the parameters of `head`, given that of the scores.
+    /// Adds to `sum` the gradient of the parameters of `head`, given that of the scores (as
+    /// exponents of e).
     fn gradient(&self, head: usize, d2: &[f32], ds: &[f32], sum: &mut [f64]);
 }
 
@@ -51,7 +52,7 @@ pub struct Job<'a> {
     pub bias: Bias<'a>,
     /// Squared chords to squared distances, in place, where the metric is not Euclidean.
     pub bend: Option<fn(&mut [f32])>,
-    /// Score of each head's sink.
+    /// Score of each head's sink, powers of two.
     pub sink: Option<&'a [f32]>,
 }
 
@@ -68,10 +69,10 @@ pub struct Row<'a> {
     pub columns: &'a [f32],
     /// `[context]`
     pub hidden: &'a [bool],
-    /// `[target, head · w + head]`: each head's value, then each head's log-sum (+∞ where there
-    /// was no key).
+    /// `[target, head · (w + 2)]`, as [`attend`](super::softmax::attend) wrote it: each head's
+    /// value, each head's top, each head's inverse weight.
     pub out: &'a [f32],
-    /// `[target, head · w + head]`; that of the log-sums is not read.
+    /// `[target, head · (w + 2)]`; only that of the values is read.
     pub grad: &'a [f32],
 }
 
@@ -94,7 +95,7 @@ pub struct Gradient<'a> {
 pub fn gradient(job: &Job, row: &Row, scratch: &mut Aligned<f32>, to: &mut Gradient) {
     let Shape { heads, d, w, dim } = job.shape;
     let (targets, context) = (row.q.len() / (heads * d), row.hidden.len());
-    let wide = heads * (w + 1);
+    let wide = heads * (w + 2);
     assert!(job.heads.end <= heads, "heads that exist");
     assert!(row.q.len() == targets * heads * d && row.sites.len() >= targets * dim, "queries");
     assert!(row.kv.len() >= context * heads * (d + w), "keys and values");
@@ -122,8 +123,6 @@ struct Block<'a> {
     p: &'a mut [f32],
     /// `[key, lane]`: gradients of weights, then of scores.
     ds: &'a mut [f32],
-    /// `[key, lane]`
-    bias: &'a mut [f32],
 }
 
 /// # Safety
@@ -140,7 +139,7 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
     let (dp, wp) = (d.next_multiple_of(L::N), w.next_multiple_of(L::N));
     let heads = job.heads.len();
     let targets = row.q.len() / (all * d);
-    let wide = all * (w + 1);
+    let wide = all * (w + 2);
     let observed: Vec<usize> = (0..row.hidden.len()).filter(|j| !row.hidden[*j]).collect();
     let n = observed.len();
     if n == 0 {
@@ -169,16 +168,16 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
         has(biased, CHUNK * lanes),
         BLOCK * lanes,
         BLOCK * lanes,
-        has(matches!(job.bias, Bias::Terms(_)), BLOCK * lanes),
+        heads * lanes,
     ];
     let needed = sizes.iter().map(|s| s.next_multiple_of(16)).sum();
     if scratch.len() < needed {
         *scratch = Aligned::new(0.0, needed);
     }
     let mut arena = &mut scratch[..];
-    let [k, v, dk, dv, qt, gt, q, g, dq, log_sums, means, sites, d2, p, ds, bias] =
+    let [k, v, dk, dv, qt, gt, q, g, dq, tops, inverses, sites, d2, p, ds, means] =
         sizes.map(|size| take(&mut arena, size));
-    let mut block = Block { d2, p, ds, bias };
+    let mut block = Block { d2, p, ds };
     k.fill(0.0);
     v.fill(0.0);
     dk.fill(0.0);
@@ -200,7 +199,9 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
             }
         }
         dq.fill(0.0);
-        log_sums.fill(f32::INFINITY);
+        // Far above any score: weight 0.
+        tops.fill(f32::INFINITY);
+        inverses.fill(0.0);
         means.fill(0.0);
         for lane in 0..lanes {
             // Lanes without a query repeat the last one's place.
@@ -218,7 +219,11 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 q[(h * lanes + lane) * dp..][..d].copy_from_slice(query);
                 g[(h * lanes + lane) * wp..][..w].copy_from_slice(grad);
                 means[h * lanes + lane] = out.iter().zip(grad).map(|(o, g)| o * g).sum();
-                log_sums[h * lanes + lane] = row.out[at * wide + all * w + head] * LOG2_E;
+                let inverse = row.out[at * wide + all * (w + 1) + head];
+                if inverse > 0.0 {
+                    inverses[h * lanes + lane] = inverse;
+                    tops[h * lanes + lane] = row.out[at * wide + all * w + head];
+                }
             }
             let (q, g) = (&q[h * lanes * dp..], &g[h * lanes * wp..]);
             for i in 0..d {
@@ -234,7 +239,7 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
             if let Some(sink) = job.sink {
                 // Value 0 leaves only the softmax term: ds = −w · (o · g).
                 for lane in h * lanes..h * lanes + rows {
-                    let weight = (sink[head] * LOG2_E - log_sums[lane]).exp2();
+                    let weight = inverses[lane] * (sink[head] - tops[lane]).exp2();
                     to.sink[h] -= f64::from(weight * means[lane]);
                 }
             }
@@ -263,7 +268,8 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
                     gt: &gt[queries * w..],
                     q: &q[queries * dp..],
                     g: &g[queries * wp..],
-                    log_sums: &log_sums[queries..],
+                    tops: &tops[queries..],
+                    inverses: &inverses[queries..],
                     means: &means[queries..],
                 };
                 let sums = Sums {
@@ -332,7 +338,9 @@ struct Tile<'a> {
     /// `[lane, padded w]`
     g: &'a [f32],
     /// `[lane]`, powers of two.
-    log_sums: &'a [f32],
+    tops: &'a [f32],
+    /// `[lane]`
+    inverses: &'a [f32],
     /// `[lane]`: o · g.
     means: &'a [f32],
 }
@@ -366,13 +374,12 @@ unsafe fn chunk<L: Lanes, const R: usize, const C: usize, const U: usize, const 
     };
     // SAFETY: the caller's contract.
     unsafe {
-        let mut log_sums = [L::splat(0.0); C];
-        let mut means = [L::splat(0.0); C];
-        for c in 0..C {
-            log_sums[c] = L::load(tile.log_sums.as_ptr().add(c * L::N));
-            means[c] = L::load(tile.means.as_ptr().add(c * L::N));
+        let mut lane = [[L::splat(0.0); C]; 3];
+        for (to, from) in lane.iter_mut().zip([tile.tops, tile.inverses, tile.means]) {
+            for (c, to) in to.iter_mut().enumerate() {
+                *to = L::load(from.as_ptr().add(c * L::N));
+            }
         }
-        let constants = [a * LOG2_E, -b * LOG2_E];
         let mut slopes = [[L::splat(0.0); U]; 2];
         for from in (0..len).step_by(BLOCK) {
             let count = BLOCK.min(len - from);
@@ -388,18 +395,18 @@ unsafe fn chunk<L: Lanes, const R: usize, const C: usize, const U: usize, const 
                 store::<L, R, C>(&acc, ds.add(r * lanes), lanes);
             }
             if let Bias::Terms(terms) = job.bias {
-                block.bias.fill(0.0);
-                terms.add(head, &d2[..count * lanes], &mut block.bias[..count * lanes]);
+                let p = block.p.get_unchecked_mut(..count * lanes);
+                terms.add(head, &d2[..count * lanes], p);
             }
-            let from_bias = block.bias.as_ptr();
+            let p = block.p.as_mut_ptr();
             let whole = count - count % (U / C);
             for j in (0..whole).step_by(U / C) {
-                let at = [d2.as_ptr(), from_bias, p, ds];
-                weigh::<L, C, U, U, KIND>(at, j * lanes, constants, &log_sums, &means, &mut slopes);
+                let at = [d2.as_ptr(), p, ds];
+                weigh::<L, C, U, U, KIND>(at, j * lanes, [a, b], &lane, &mut slopes);
             }
             for j in whole..count {
-                let at = [d2.as_ptr(), from_bias, p, ds];
-                weigh::<L, C, C, U, KIND>(at, j * lanes, constants, &log_sums, &means, &mut slopes);
+                let at = [d2.as_ptr(), p, ds];
+                weigh::<L, C, C, U, KIND>(at, j * lanes, [a, b], &lane, &mut slopes);
             }
             if let Bias::Terms(terms) = job.bias {
                 let ds = block.ds.get_unchecked(..count * lanes);
@@ -421,7 +428,8 @@ unsafe fn chunk<L: Lanes, const R: usize, const C: usize, const U: usize, const 
         }
         if KIND == RBF {
             let mut host = [0.0f32; 64];
-            for (slopes, (sum, sign)) in slopes.iter().zip(sum.iter_mut().zip([1.0, -f64::from(a)]))
+            for (slopes, (sum, sign)) in
+                slopes.iter().zip(sum.iter_mut().zip([1.0, -f64::from(a) * LN_2]))
             {
                 for (u, x) in slopes.iter().enumerate() {
                     L::store(host.as_mut_ptr().add(u * L::N), *x);
@@ -438,18 +446,18 @@ fn has(kind: usize, x: usize) -> usize {
     if kind == NONE { 0 } else { x }
 }
 
-/// Scores become weights `2^(score + bias − log-sum)`, and gradients of weights those of scores,
-/// `V` vectors at once. Pointers: squared distances, biases, scores, gradients.
+/// Scores become weights `2^(score + bias − top) / sum`, and gradients of weights those of scores,
+/// `V` vectors at once. Pointers: squared distances, scores, gradients. Of every lane: top, inverse
+/// weight and mean.
 ///
 /// # Safety
 /// All hold vectors from `at` on.
 #[inline(always)]
 unsafe fn weigh<L: Lanes, const C: usize, const V: usize, const U: usize, const KIND: usize>(
-    [d2, bias, p, ds]: [*const f32; 4],
+    [d2, p, ds]: [*const f32; 3],
     at: usize,
     [a, b]: [f32; 2],
-    log_sums: &[L::F; C],
-    means: &[L::F; C],
+    [tops, inverses, means]: &[[L::F; C]; 3],
     slopes: &mut [[L::F; U]; 2],
 ) {
     // SAFETY: the caller's contract.
@@ -457,26 +465,25 @@ unsafe fn weigh<L: Lanes, const C: usize, const V: usize, const U: usize, const 
         let mut s = [L::splat(0.0); V];
         let (mut square, mut e) = (s, s);
         for u in 0..V {
-            s[u] = L::sub(L::load(p.add(at + u * L::N)), log_sums[u % C]);
+            s[u] = L::load(p.add(at + u * L::N));
         }
         if KIND == RBF {
             for u in 0..V {
                 square[u] = L::load(d2.add(at + u * L::N));
-                e[u] = L::min(L::mul(square[u], L::splat(b)), L::splat(126.0));
+                e[u] = L::min(L::mul(square[u], L::splat(-b)), L::splat(126.0));
             }
             e = L::exp2_each::<V>(e);
             for u in 0..V {
                 s[u] = L::fma(e[u], L::splat(a), s[u]);
             }
         }
-        if KIND == TERMS {
-            for u in 0..V {
-                s[u] = L::fma(L::load(bias.add(at + u * L::N)), L::splat(LOG2_E), s[u]);
-            }
+        for u in 0..V {
+            s[u] = L::sub(s[u], tops[u % C]);
         }
-        let weights = L::exp2_each::<V>(s);
+        let mut weights = L::exp2_each::<V>(s);
         for u in 0..V {
             let at = at + u * L::N;
+            weights[u] = L::mul(weights[u], inverses[u % C]);
             let d = L::mul(weights[u], L::sub(L::load(ds.add(at)), means[u % C]));
             L::store(p.cast_mut().add(at), weights[u]);
             L::store(ds.cast_mut().add(at), d);

@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use crate::{
+    attention::Reading,
     error::{Error, Result},
     likelihood::Likelihood,
     process::Process,
@@ -24,6 +25,15 @@ pub struct Problem {
     pub dim: usize,
     /// How observations arise.
     pub likelihood: &'static dyn Likelihood,
+    /// How a context is read by a model that is only asked.
+    pub reading: Reading,
+}
+
+impl Problem {
+    /// A problem whose contexts are read without loss.
+    pub fn new(dim: usize, likelihood: &'static dyn Likelihood) -> Self {
+        Problem { dim, likelihood, reading: Reading::default() }
+    }
 }
 
 /// Builds a model from its `[model]` table.

@@ -17,8 +17,9 @@ use super::{
     settings,
 };
 use crate::{
-    attention::{Bias, CHUNK, Keys, Metric, Start, Term, full, scan},
+    attention::{Bias, CHUNK, Keys, Metric, Reader, Reading, Start, Term, full, scan},
     error::{Error, Result},
+    fused,
     likelihood::Likelihood,
     predictive::Predictive,
     process::{Memory, Posterior, Process},
@@ -245,7 +246,7 @@ impl TnpKr {
             blocks: (0..config.blocks)
                 .map(|i| {
                     let mut scope = scope.at(&format!("block.{i}"));
-                    Block::new(&mut scope, &config, kind, problem.dim, &init)
+                    Block::new(&mut scope, &config, kind, problem, &init)
                 })
                 .collect::<Result<_>>()?,
             norm: Norm::new(&mut scope.at("norm"), config.width)?,
@@ -307,10 +308,10 @@ struct Block {
 }
 
 impl Block {
-    fn new(scope: &mut Scope, c: &Config, kind: Kind, dim: usize, init: &Init) -> Result<Self> {
+    fn new(scope: &mut Scope, c: &Config, kind: Kind, p: Problem, init: &Init) -> Result<Self> {
         Ok(Block {
             before: Norm::new(&mut scope.at("before"), c.width)?,
-            attention: Attention::new(&mut scope.at("attention"), c, kind, dim, init)?,
+            attention: Attention::new(&mut scope.at("attention"), c, kind, p, init)?,
             between: Norm::new(&mut scope.at("between"), c.width)?,
             feed_forward: Mlp::new(
                 &mut scope.at("feed_forward"),
@@ -338,6 +339,8 @@ impl Block {
 /// A layer's context, ready to be read by any number of targets.
 enum Cache {
     Keys(Keys),
+    /// Packed to be read and not to be learnt from.
+    Reader(Reader),
     /// `[batch, features, width]`
     Kernel(Tensor),
 }
@@ -353,6 +356,7 @@ enum Attention {
         heads: usize,
         whole: bool,
         start: Start,
+        reading: Reading,
     },
     Dka {
         phi: Mlp,
@@ -437,9 +441,9 @@ impl RawBias {
 }
 
 impl Attention {
-    fn new(scope: &mut Scope, c: &Config, kind: Kind, dim: usize, init: &Init) -> Result<Self> {
+    fn new(scope: &mut Scope, c: &Config, kind: Kind, p: Problem, init: &Init) -> Result<Self> {
         if kind == Kind::Dka {
-            let phi = [dim + c.width, c.features, c.features];
+            let phi = [p.dim + c.width, c.features, c.features];
             return Ok(Attention::Dka {
                 phi: Mlp::new(&mut scope.at("phi"), &phi, Activation::Gelu, init)?,
                 psi: Mlp::new(
@@ -466,18 +470,25 @@ impl Attention {
             heads: c.heads,
             whole: kind == Kind::Full,
             start: if c.published_start { Start::Published } else { Start::Exact },
+            reading: p.reading,
         })
     }
 
     /// What targets will read: from the context's normalised tokens `[batch, context, width]`.
     fn cache(&self, normed: &Tensor, sites: &Tensor, mask: &Tensor) -> Result<Cache> {
         match self {
-            Attention::Softmax { key, value, heads, .. } => {
+            Attention::Softmax { key, value, heads, bias, whole, start, reading, .. } => {
                 let split = |x: Tensor| -> Result<Tensor> {
                     let (batch, len, width) = x.dims3()?;
                     Ok(x.reshape((batch, len, *heads, width / heads))?)
                 };
                 let (k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
+                let asked = !k.track_op() && fused::applies(&k);
+                if asked && !whole && *start == Start::Exact {
+                    let bias = bias.as_ref().map(|b| b.bias()?.collapse()).transpose()?;
+                    let reader = Reader::new(&k, &v, sites, mask, bias.as_ref(), *reading)?;
+                    return Ok(Cache::Reader(reader));
+                }
                 Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
             }
             Attention::Dka { phi, psi, width, .. } => {
@@ -506,6 +517,12 @@ impl Attention {
                     false => scan(&q, sites, keys, bias.as_ref(), CHUNK, *start)?,
                 };
                 out.forward(&read.flatten_from(D::Minus2)?)
+            }
+            (Attention::Softmax { query, out, heads, .. }, Cache::Reader(reader)) => {
+                let q = query.forward(normed)?;
+                let (batch, len, width) = q.dims3()?;
+                let q = q.reshape((batch, len, *heads, width / heads))?;
+                out.forward(&reader.read(&q, sites)?.flatten_from(D::Minus2)?)
             }
             (Attention::Dka { phi, norm, width, .. }, Cache::Kernel(a)) => {
                 let q = kernel_features(phi, normed, sites, *width)?;

@@ -355,7 +355,7 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
     }
     settings.check()?;
     let tasks = recipe.tasks()?;
-    let problem = Problem { dim: tasks.dim(), likelihood: tasks.likelihood() };
+    let problem = Problem::new(tasks.dim(), tasks.likelihood());
     let mut params = Params::new(options.seed, &options.device, DType::F32);
     let process = model::build(recipe.table("model")?, problem, &mut params)?;
     let mut optimiser = Optimiser::new(settings.optimiser, settings.decay, params.vars());

@@ -26,7 +26,7 @@ fn table(entry: &Entry) -> toml::Table {
 }
 
 fn tiny(entry: &Entry, likelihood: &'static dyn Likelihood, params: &mut Params) -> Model {
-    (entry.build)(&table(entry), Problem { dim: 2, likelihood }, params).unwrap()
+    (entry.build)(&table(entry), Problem::new(2, likelihood), params).unwrap()
 }
 
 fn fresh(seed: u64) -> Params {
@@ -498,7 +498,7 @@ fn without_locations_only_distances_matter() -> Result<()> {
             for embed in [false, true] {
                 let mut settings = table(entry);
                 settings.insert("embed_location".into(), embed.into());
-                let problem = Problem { dim: 2, likelihood: *likelihood };
+                let problem = Problem::new(2, *likelihood);
                 let model = (entry.build)(&settings, problem, &mut fresh(1))?;
                 let shift = Tensor::new(&[[[4f32, -2.0]]], &CPU)?;
                 let moved =
@@ -544,7 +544,7 @@ fn models_on_the_globe_have_no_seam() -> Result<()> {
         ("tnp-kr-dka", "features = 4", "measures no distance"),
     ] {
         let settings = format!("kind = '{kind}'\nmetric = 'great-circle'\n{setting}");
-        let problem = Problem { dim: 2, likelihood };
+        let problem = Problem::new(2, likelihood);
         let built = model::build(&settings.parse().unwrap(), problem, &mut fresh(1));
         let Err(error) = built else { panic!("{settings}") };
         assert!(error.to_string().contains(why), "{error}");
@@ -562,7 +562,7 @@ fn terms_start_with_widths_of_their_own() -> Result<()> {
                 term.name()
             );
             let mut params = fresh(1);
-            let problem = Problem { dim: 2, likelihood: LIKELIHOODS[0] };
+            let problem = Problem::new(2, LIKELIHOODS[0]);
             model::build(&settings.parse().unwrap(), problem, &mut params)?;
             let raw = host(params.vars()["block.0.attention.bias"].as_tensor());
             let name = format!("{}, {constraint}", term.name());
@@ -603,7 +603,7 @@ fn models_work_on_a_line() -> Result<()> {
         );
         let tasks = Tasks::new(&recipe.parse().unwrap())?;
         let task = tasks.batch(1, 0, 2, 9)?.task;
-        let problem = Problem { dim: tasks.dim(), likelihood };
+        let problem = Problem::new(tasks.dim(), likelihood);
         let built = (entry.build)(&table(entry), problem, &mut fresh(1));
         if table(entry).contains_key("metric") {
             let Err(error) = built else { panic!("{name}: a great circle on a line") };
@@ -622,13 +622,13 @@ fn unknown_settings_are_refused() -> Result<()> {
         let known = table(entry).keys().next().unwrap().clone();
         let mut settings = table(entry);
         settings.insert(format!("{known}x"), 1.into());
-        let built = (entry.build)(&settings, Problem { dim: 2, likelihood }, &mut fresh(1));
+        let built = (entry.build)(&settings, Problem::new(2, likelihood), &mut fresh(1));
         let Err(error) = built else { panic!("{name}: an unknown setting was swallowed") };
         assert!(error.help().unwrap().contains(&format!("`{known}`")), "{name}: {error}");
         Ok(())
     })?;
     let known: Vec<&str> = MODELS.iter().map(|e| e.name).collect();
-    let problem = Problem { dim: 2, likelihood: LIKELIHOODS[0] };
+    let problem = Problem::new(2, LIKELIHOODS[0]);
     let misspelt = "kind = 'tnp-kar'".parse().unwrap();
     let Err(error) = model::build(&misspelt, problem, &mut fresh(1)) else { panic!("{known:?}") };
     assert_eq!(error.help().unwrap(), "did you mean `tnp-kr`?");
