@@ -20,6 +20,11 @@ const BLOCK: usize = 64;
 const CHUNK: usize = 256;
 /// Rows are padded to a multiple of this: no register tile has more.
 const PANEL: usize = 8;
+/// A key this many powers of two below the heaviest has no weight: 1e-24 is no digit of a sum, and
+/// what it is multiplied with must not become denormal, which costs a hundred times as much.
+const LEAST: f32 = -80.0;
+/// 2 to the power [`LEAST`].
+const NOTHING: f32 = 1.0 / (1u128 << 80) as f32;
 
 /// How a score depends on distance.
 #[derive(Clone, Copy)]
@@ -470,7 +475,9 @@ unsafe fn weigh<L: Lanes, const C: usize, const V: usize, const U: usize, const 
         if KIND == RBF {
             for u in 0..V {
                 square[u] = L::load(d2.add(at + u * L::N));
-                e[u] = L::min(L::mul(square[u], L::splat(-b)), L::splat(126.0));
+                // Bounded below: denormal numbers cost a hundred times others.
+                e[u] = L::max(L::mul(square[u], L::splat(-b)), L::splat(-64.0));
+                e[u] = L::min(e[u], L::splat(126.0));
             }
             e = L::exp2_each::<V>(e);
             for u in 0..V {
@@ -478,19 +485,19 @@ unsafe fn weigh<L: Lanes, const C: usize, const V: usize, const U: usize, const 
             }
         }
         for u in 0..V {
-            s[u] = L::sub(s[u], tops[u % C]);
+            s[u] = L::max(L::sub(s[u], tops[u % C]), L::splat(LEAST - 2.0));
         }
         let mut weights = L::exp2_each::<V>(s);
         for u in 0..V {
             let at = at + u * L::N;
+            weights[u] = L::max(L::sub(weights[u], L::splat(NOTHING)), L::splat(0.0));
             weights[u] = L::mul(weights[u], inverses[u % C]);
             let d = L::mul(weights[u], L::sub(L::load(ds.add(at)), means[u % C]));
             L::store(p.cast_mut().add(at), weights[u]);
             L::store(ds.cast_mut().add(at), d);
             if KIND == RBF {
-                let d = L::mul(d, e[u]);
-                slopes[0][u] = L::add(slopes[0][u], d);
-                slopes[1][u] = L::fma(d, square[u], slopes[1][u]);
+                slopes[0][u] = L::fma(d, e[u], slopes[0][u]);
+                slopes[1][u] = L::fma(d, L::mul(e[u], square[u]), slopes[1][u]);
             }
         }
     }
