@@ -23,12 +23,16 @@ pub fn open(name: &str) -> Result<Device> {
     }
 }
 
-/// Processor and thread count.
-pub fn describe() -> String {
+/// The processor, in the words of the system.
+pub fn processor() -> String {
     let model = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
         let line = text.lines().find(|l| l.starts_with("model name"))?;
         Some(line.split(':').nth(1)?.trim().to_string())
     });
-    let threads = rayon::current_num_threads();
-    format!("{}, {threads} threads", model.unwrap_or_else(|| std::env::consts::ARCH.into()))
+    model.unwrap_or_else(|| std::env::consts::ARCH.into())
+}
+
+/// Processor and thread count.
+pub fn describe() -> String {
+    format!("{}, {} threads", processor(), rayon::current_num_threads())
 }

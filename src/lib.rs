@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod baseline;
+mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod device;

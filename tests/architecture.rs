@@ -16,6 +16,7 @@ const LAYERS: &[&[&str]] = &[
     &["recipe"],
     &["checkpoint"],
     &["train", "mapping", "picture"],
+    &["bench"],
     &["cli"],
 ];
 /// The words are one vocabulary and may refer to each other.

@@ -40,13 +40,13 @@ pub fn full(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> Res
         top = top.broadcast_maximum(&sink.detach())?;
     }
     let weights = scores.broadcast_sub(&top)?.exp()?;
-    let weights = weights.broadcast_mul(&mask)?;
     let mut sum = weights.sum_keepdim(D::Minus1)?;
     if let Some(sink) = &sink {
         sum = (sum + top.neg()?.broadcast_add(sink)?.exp()?)?;
     }
-    let empty = sum.eq(0.0)?.to_dtype(sum.dtype())?;
-    let out = weights.matmul(&v)?.broadcast_div(&(sum + empty)?)?;
+    let out = weights.matmul(&v)?.broadcast_div(&sum)?;
+    // Where no key may be read they all weigh the same, and nothing was seen.
+    let out = out.broadcast_mul(&mask.max_keepdim(D::Minus1)?)?;
     Ok(out.transpose(1, 2)?.contiguous()?)
 }
 
@@ -71,7 +71,7 @@ pub(super) fn biased(
     Ok((hide(&scores, &mask)?, mask))
 }
 
-/// Scores far below all others where `mask` is 0; no gradient flows there.
+/// Finite scores, far below all others where `mask` is 0.
 pub(super) fn hide(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
-    Ok(scores.broadcast_mul(mask)?.broadcast_add(&((mask - 1.0)? * 1e30)?)?)
+    Ok(scores.broadcast_add(&((mask - 1.0)? * 1e30)?)?)
 }

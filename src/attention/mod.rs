@@ -10,7 +10,7 @@ pub mod bias;
 mod full;
 mod reader;
 mod scan;
-pub mod table;
+mod table;
 
 pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;

@@ -53,6 +53,11 @@ impl Tally {
     pub fn skipped(&self) -> f64 {
         if self.all == 0 { 0.0 } else { 1.0 - self.read.min(self.all) as f64 / self.all as f64 }
     }
+
+    /// What was added since `earlier`.
+    pub fn since(self, earlier: Tally) -> Tally {
+        Tally { read: self.read - earlier.read, all: self.all - earlier.all }
+    }
 }
 
 impl std::ops::Add for Tally {
@@ -68,6 +73,7 @@ pub struct Reader {
     shape: Shape,
     bias: Option<Radial>,
     sink: Option<Vec<f32>>,
+    bumps: Option<Vec<[f32; 2]>>,
     /// Squared straight line from which on each head reads nothing.
     reach2: Vec<f32>,
     envelope: Envelope,
@@ -160,6 +166,7 @@ impl Reader {
             rows,
             shape,
             envelope: Envelope::new(heads, bias.as_ref()),
+            bumps: bias.as_ref().and_then(bumps),
             bias,
             sink,
             reach2,
@@ -217,12 +224,15 @@ impl Reader {
         }
         let tabled = self.tabled(row.boxes.reach(points, dim))?;
         let add;
-        let bias = match (&self.bias, &tabled.table) {
-            (None, _) => softmax::Bias::None,
-            (Some(_), Some(table)) => {
-                softmax::Bias::Table { scale: table.scale, table: &table.coefficients }
-            }
-            (Some(radial), None) => {
+        let bias = match (&self.bias, &self.bumps, &tabled.table) {
+            (None, ..) => softmax::Bias::None,
+            (_, Some(bumps), _) => softmax::Bias::Bump(bumps),
+            (_, _, Some(table)) => softmax::Bias::Table {
+                scale: table.scale,
+                squared: table.squared,
+                table: &table.coefficients,
+            },
+            (Some(radial), ..) => {
                 add = terms(radial);
                 softmax::Bias::Terms(&add)
             }
@@ -245,6 +255,7 @@ impl Reader {
             bias,
             highest: &tabled.highest,
             bend: match self.bias.as_ref().map(|b| b.metric) {
+                // A table of the globe is one of chords.
                 Some(Metric::GreatCircle) if tabled.table.is_none() => Some(arcs),
                 _ => None,
             },
@@ -297,9 +308,10 @@ impl Reader {
                 };
                 // No two points of the globe are farther apart than 2.
                 let whole = radial.metric == Metric::GreatCircle && reach == 2.0;
+                let tabulated = || Table::new(heads, reach, |h, x| radial.at_straight(h, x));
                 Tabled {
                     reach: if whole { f64::MAX } else { reach },
-                    table: Table::new(heads, reach, |h, x| radial.at_straight(h, x)),
+                    table: if self.bumps.is_some() { None } else { tabulated() },
                     highest: (0..heads).map(|h| highest(h) + 1e-3).collect(),
                 }
             }
@@ -327,6 +339,21 @@ pub(super) fn terms(radial: &Radial) -> impl Fn(usize, &[f32], &mut [f32]) + Syn
             add_term(*term, [(a * LOG2_E) as f32, *b as f32, *c as f32], d2, scores);
         }
     }
+}
+
+/// Amplitude and width of every head, powers of two, if its bias is one bump and nothing else.
+pub(super) fn bumps(radial: &Radial) -> Option<Vec<[f32; 2]>> {
+    let one = |head: &Vec<(Term, [f64; 3])>| {
+        let mut terms = head.iter().filter(|(term, _)| *term != Term::Sink);
+        match (terms.next(), terms.next()) {
+            // A bump turned inside out grows without bound: left to the careful way.
+            (Some((Term::Rbf, [a, b, _])), None) if *b >= 0.0 => {
+                Some([(a * LOG2_E) as f32, (b * LOG2_E) as f32])
+            }
+            _ => None,
+        }
+    };
+    radial.heads.iter().map(one).collect()
 }
 
 /// No less than the bias of `head` anywhere from distance `from` to `to`.

@@ -13,7 +13,7 @@ use super::{
     backward::Backward,
     bias::{arcs, geometry},
     full::{biased, hide},
-    reader::{highest_from, terms},
+    reader::{bumps, highest_from, terms},
 };
 use crate::{
     error::Result,
@@ -210,7 +210,7 @@ impl Scan {
                 kv[(j * heads + head) * (d + width)..][..d + width].split_at(d)
             });
         }
-        let terms = terms(radial);
+        let (bumps, terms) = (bumps(radial), terms(radial));
         let reach = extent(columns.chunks(context.max(1)), sites, dim);
         let reach = self.metric.distance(reach);
         let highest: Vec<f32> = (0..heads)
@@ -220,9 +220,10 @@ impl Scan {
             self.sink.map(|_| (0..heads).filter_map(|h| Some(radial.sink(h)? as f32)).collect());
         let job = Job {
             keys: &keys,
-            bias: match self.terms.iter().all(|t| *t == Term::Sink) {
-                true => softmax::Bias::None,
-                false => softmax::Bias::Terms(&terms),
+            bias: match &bumps {
+                _ if self.terms.iter().all(|t| *t == Term::Sink) => softmax::Bias::None,
+                Some(bumps) => softmax::Bias::Bump(bumps),
+                None => softmax::Bias::Terms(&terms),
             },
             highest: &highest,
             bend: (self.metric == Metric::GreatCircle).then_some(arcs as fn(&mut [f32])),

@@ -1,7 +1,8 @@
 //! A table of the distance bias, so that its cost does not depend on its terms.
 //!
-//! Octaves of `1 + scale · distance`, each in four segments, each with a polynomial of degree 5
-//! through Chebyshev points: dense near zero, where kernels bend. Built in f64, checked between
+//! Octaves of `1 + scale · distance`, each in four segments, or of `1 + scale · distance²`, each in
+//! two; in every segment a polynomial of degree 5 through Chebyshev points. So the table is dense
+//! near zero, where kernels bend. Built in f64, checked between
 //! its points as the kernel evaluates it; a bias that it cannot follow is evaluated term by term.
 
 use std::f64::consts::{LOG2_E, PI};
@@ -15,22 +16,37 @@ const CHECKS: usize = 13;
 
 /// The bias of every head over a range of distances.
 pub struct Table {
-    /// Positions per model unit.
+    /// t for distance 1, less 1.
     pub scale: f32,
+    /// Whether distances are squared: cheaper, where the bias is smooth in them.
+    pub squared: bool,
     /// `[head, coefficient, segment]`, powers of two.
     pub coefficients: Aligned<f32>,
-    /// Largest error found, powers of two (relative to |bias| where that is above 1).
-    pub error: f64,
 }
 
 impl Table {
     /// Tabulates `bias(head, distance)` for distances up to `reach`, or says that it cannot.
     pub fn new(heads: usize, reach: f64, bias: impl Fn(usize, f64) -> f64) -> Option<Table> {
+        [true, false].into_iter().find_map(|squared| Table::over(heads, reach, squared, &bias))
+    }
+
+    fn over(
+        heads: usize,
+        reach: f64,
+        squared: bool,
+        bias: &impl Fn(usize, f64) -> f64,
+    ) -> Option<Table> {
         let [order, segments] = TABLE;
-        let scale = (254.9 / reach.max(1e-20)) as f32;
+        let parts = if squared { 2 } else { 4 };
+        // A little less than the octaves hold, for the rounding of t.
+        let most = 2f64.powi((segments / parts) as i32) * 0.999 - 1.0;
+        let reach = reach.max(1e-15);
+        let scale = (most / if squared { reach * reach } else { reach }) as f32;
         if !scale.is_finite() {
             return None;
         }
+        // Segments are numbered by the bits of t: that of t = 1 is not the first.
+        let start = (1f32.to_bits() >> if squared { 22 } else { 21 }) as usize;
         let nodes: Vec<f64> =
             (0..order).map(|i| (PI * (i as f64 + 0.5) / order as f64).cos()).collect();
         let to_powers = monomials(&nodes);
@@ -38,22 +54,26 @@ impl Table {
         let mut error = 0.0f64;
         for head in 0..heads {
             for segment in 0..segments {
-                let distance = |within: f64| {
-                    let quarter = (segment % 4) as f64 + 0.5 * (within + 1.0);
-                    let t = f64::from(1u32 << (segment / 4)) * (1.0 + 0.25 * quarter);
-                    (t - 1.0) / f64::from(scale)
+                let value = |within: f64| {
+                    let part = (segment % parts) as f64 + 0.5 * (within + 1.0);
+                    let octave = 2f64.powi((segment / parts) as i32);
+                    let t = octave * (1.0 + part / parts as f64);
+                    let x = (t - 1.0) / f64::from(scale);
+                    // The last segments reach a little farther than asked.
+                    let distance = if squared { x.sqrt() } else { x };
+                    bias(head, distance) * LOG2_E
                 };
-                let values: Vec<f64> =
-                    nodes.iter().map(|x| bias(head, distance(*x)) * LOG2_E).collect();
+                let values: Vec<f64> = nodes.iter().map(|x| value(*x)).collect();
                 let mut powers = vec![0.0f32; order];
+                let at = (start + segment) % segments;
                 for (k, power) in powers.iter_mut().enumerate() {
                     let sum: f64 = values.iter().zip(&to_powers).map(|(v, row)| v * row[k]).sum();
                     *power = sum as f32;
-                    coefficients[(head * order + k) * segments + segment] = *power;
+                    coefficients[(head * order + k) * segments + at] = *power;
                 }
                 for i in 0..CHECKS {
                     let x = 2.0 * i as f64 / (CHECKS - 1) as f64 - 1.0;
-                    let truth = bias(head, distance(x)) * LOG2_E;
+                    let truth = value(x);
                     let found = powers.iter().rev().fold(0.0f32, |p, c| p.mul_add(x as f32, *c));
                     error = error.max((f64::from(found) - truth).abs() / truth.abs().max(1.0));
                     if !truth.is_finite() || error > TOLERANCE {
@@ -62,12 +82,7 @@ impl Table {
                 }
             }
         }
-        Some(Table { scale, coefficients, error })
-    }
-
-    /// The largest distance in the table.
-    pub fn reach(&self) -> f64 {
-        254.9 / f64::from(self.scale)
+        Some(Table { scale, squared, coefficients })
     }
 }
 
@@ -102,8 +117,8 @@ mod tests {
     fn smooth_biases_are_followed_and_others_are_declined() {
         let rbf = |_: usize, d: f64| 1.3 * (-d * d / 0.01).exp();
         let table = Table::new(2, 3.0, rbf).expect("an RBF of width 0.1 in a range of 3");
-        assert!(table.error < TOLERANCE, "{}", table.error);
-        assert!(Table::new(1, 3.0, |_, d| -40.0 * d).is_some());
+        assert!(table.squared, "smooth in the square");
+        assert!(!Table::new(1, 3.0, |_, d| -40.0 * d).expect("straight").squared, "a corner at 0");
         assert!(Table::new(1, 3.0, |_, d| -800.0 * d * d).is_some());
         assert!(Table::new(1, 3.0, |_, d| if d < 1.0 { 0.0 } else { 1.0 }).is_none(), "a step");
         assert!(Table::new(1, 3.0, |_, d| (1.0 - d).ln()).is_none(), "−∞ beyond 1");

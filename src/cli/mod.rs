@@ -7,6 +7,7 @@ use std::{
 
 use crate::error::{Error, Result};
 
+pub mod bench;
 pub mod calibrate;
 pub mod inspect;
 pub mod list;
@@ -42,6 +43,7 @@ enum Command {
     Train(train::Args),
     Calibrate(calibrate::Args),
     Inspect(inspect::Args),
+    Bench(Box<bench::Args>),
     List(list::Args),
 }
 
@@ -58,6 +60,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Train(args) => train::run(args),
         Command::Calibrate(args) => calibrate::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::List(args) => list::run(args),
     }
 }

@@ -7,6 +7,11 @@ use super::{Host, applies, simd, slice};
 
 const ROOT: f32 = 0.797_884_6; // √(2/π)
 const CUBIC: f32 = 0.044_715;
+/// e⁻²ᵘ is 2 to the power of `x (FIRST + THIRD x²)`: −2 √(2/π) log₂e, and that times 0.044715.
+pub(super) const FIRST: f32 = -2.302_208_2;
+pub(super) const THIRD: f32 = -0.102_943_24;
+/// From this power of two on GELU is 0 to any purpose.
+pub(super) const MOST: f32 = 126.0;
 
 /// `½ x (1 + tanh(√(2/π) (x + 0.044715 x³)))`, elementwise.
 ///
@@ -22,12 +27,21 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 
 struct Gelu;
 
+/// `½ (1 + tanh u) = 1 / (1 + e⁻²ᵘ)`, `u = √(2/π) (x + 0.044715 x³)`: one exponential, no sign.
+#[inline(always)]
+fn gate(x: f32) -> f32 {
+    let t = x * (x * x).mul_add(THIRD, FIRST);
+    let near = if t < MOST { t } else { MOST };
+    let near = if near > -MOST { near } else { -MOST };
+    let gate = 1.0 / (1.0 + simd::exp2(near));
+    if t < MOST { gate } else { 0.0 }
+}
+
 simd::vectorised! {
     /// `out = gelu(x)`.
     pub fn forward(x: &[f32], out: &mut [f32]) {
         for (o, &x) in out.iter_mut().zip(x) {
-            let t = simd::tanh(ROOT * x * (CUBIC * x).mul_add(x, 1.0));
-            *o = 0.5 * x * (1.0 + t);
+            *o = x * gate(x);
         }
     }
 }
@@ -36,9 +50,9 @@ simd::vectorised! {
     /// `out = g · gelu′(x)`.
     pub fn backward(x: &[f32], g: &[f32], out: &mut [f32]) {
         for ((o, &x), &g) in out.iter_mut().zip(x).zip(g) {
-            let t = simd::tanh(ROOT * x * (CUBIC * x).mul_add(x, 1.0));
-            let inner = ROOT * (3.0 * CUBIC * x).mul_add(x, 1.0);
-            *o = g * 0.5 * (1.0 + t + x * (1.0 - t * t) * inner);
+            let gate = gate(x);
+            let slope = 2.0 * ROOT * x * (3.0 * CUBIC * x).mul_add(x, 1.0); // 2 x u′
+            *o = g * (gate * (1.0 - gate)).mul_add(slope, gate);
         }
     }
 }

@@ -3,6 +3,9 @@
 //! Loops that LLVM vectorises by itself use [`super::simd::vectorised`]; kernels whose registers
 //! must be laid out by hand are generic over [`Lanes`] and entered through [`dispatch`].
 
+// Loops count by index: adaptors and closures may be left out of line, without the instruction set.
+#![allow(clippy::needless_range_loop)]
+
 /// A vector unit: `N` values of f32 at once.
 ///
 /// # Safety
@@ -43,25 +46,41 @@ pub unsafe trait Lanes: Copy + 'static {
             x
         }
     }
+    /// 1/x to 2e-7 relative, for 2⁻¹²⁶ ≤ |x| ≤ 2¹²⁶.
+    unsafe fn recip(x: Self::F) -> Self::F;
     /// 2ˣ to 2e-7 relative; 0 far below.
     unsafe fn exp2(x: Self::F) -> Self::F;
-    /// [`Lanes::exp2`] of several vectors, step by step side by side: one alone would wait for
-    /// itself at every step.
+    /// [`Lanes::exp2`] of several vectors, but never less than 2⁻¹⁰⁰: processors take 150 cycles for
+    /// a number too small to be normal. Step by step side by side: one alone would wait for itself
+    /// at every step.
     #[inline(always)]
     unsafe fn exp2_each<const U: usize>(x: [Self::F; U]) -> [Self::F; U] {
         // SAFETY: the same contract.
         unsafe {
             let mut x = x;
             for x in &mut x {
-                *x = Self::exp2(*x);
+                *x = Self::exp2(Self::max(*x, Self::splat(LEAST)));
             }
             x
         }
     }
+    /// Turns `N` rows of `N` values, `from_step` apart, into columns: rows `to_step` apart.
+    #[inline(always)]
+    unsafe fn turn(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+        // SAFETY: the same contract.
+        unsafe {
+            for i in 0..Self::N {
+                for j in 0..Self::N {
+                    *to.add(j * to_step + i) = *from.add(i * from_step + j);
+                }
+            }
+        }
+    }
     /// Whether any `a > b`.
     unsafe fn any_above(a: Self::F, b: Self::F) -> bool;
-    /// For 1 ≤ t < 256: which quarter of which octave (0…31), and where in it, from −1 to 1.
-    unsafe fn segment(t: Self::F) -> (Self::I, Self::F);
+    /// For t ≥ 1: in which part of its octave it lies, counted through the octaves, modulo 32; and
+    /// where in that part, from −1 to 1. An octave has `2^(23 − SHIFT)` parts: 4 for 21, 2 for 22.
+    unsafe fn segment<const SHIFT: u32>(t: Self::F) -> (Self::I, Self::F);
     /// Whether every `a ≤ b`; false where one is NaN.
     unsafe fn none_above(a: Self::F, b: Self::F) -> bool;
     unsafe fn load_index(from: *const i32) -> Self::I;
@@ -106,13 +125,19 @@ impl<T> std::ops::DerefMut for Aligned<T> {
 const EXP2: [f32; 6] =
     [0.999_999_94, 0.693_153_1, 0.240_153_61, 0.055_826_318, 0.008_989_34, 0.001_877_576_7];
 /// The same on [−½, ½].
-const EXP2_CENTRED: [f32; 6] =
+pub(super) const EXP2_CENTRED: [f32; 6] =
     [1.000_000_1, 0.693_146_94, 0.240_221_2, 0.055_507_13, 0.009_675_541, 0.001_327_647_2];
+/// Exponents below are raised to it by [`Lanes::exp2_each`].
+const LEAST: f32 = -100.0;
 /// 1.5 · 2²³: adding and subtracting it rounds to an integer.
 const ROUND: f32 = 12_582_912.0;
-/// Bits of a float below the octave and its quarter.
-const WITHIN: i32 = 0x001f_ffff;
 const ONE: i32 = 0x3f80_0000;
+
+/// Takes what is left of a number in [1, 2) after [`Lanes::segment`] cut off its part to −1 … 1.
+const fn stretch(shift: u32) -> [f32; 2] {
+    let parts = (1u32 << (23 - shift)) as f32;
+    [2.0 * parts, -2.0 * parts - 1.0]
+}
 
 /// Plain arrays: what every machine has.
 #[derive(Clone, Copy)]
@@ -180,6 +205,10 @@ unsafe impl Lanes for Portable {
         each!(i => x[i].sqrt())
     }
     #[inline(always)]
+    unsafe fn recip(x: [f32; P]) -> [f32; P] {
+        each!(i => 1.0 / x[i])
+    }
+    #[inline(always)]
     unsafe fn exp2(x: [f32; P]) -> [f32; P] {
         each!(i => {
             let near = if x[i] > -126.0 { x[i] } else { -126.0 };
@@ -202,10 +231,11 @@ unsafe impl Lanes for Portable {
         a.iter().zip(b).all(|(a, b)| *a <= b)
     }
     #[inline(always)]
-    unsafe fn segment(t: [f32; P]) -> ([i32; P], [f32; P]) {
-        let index = t.map(|t| (t.to_bits() as i32 - ONE) >> 21);
-        let within = each!(i => f32::from_bits((t[i].to_bits() as i32 & WITHIN | ONE) as u32));
-        (index, each!(i => within[i] * 8.0 - 9.0))
+    unsafe fn segment<const SHIFT: u32>(t: [f32; P]) -> ([i32; P], [f32; P]) {
+        let below = (1u32 << SHIFT) - 1;
+        let [by, less] = stretch(SHIFT);
+        let index = t.map(|t| (t.to_bits() >> SHIFT & 31) as i32);
+        (index, each!(i => f32::from_bits(t[i].to_bits() & below | ONE as u32) * by + less))
     }
     #[inline(always)]
     unsafe fn load_index(from: *const i32) -> [i32; P] {
@@ -232,7 +262,14 @@ pub use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{EXP2, EXP2_CENTRED, Lanes, ONE, ROUND, WITHIN};
+    use super::{EXP2, EXP2_CENTRED, LEAST, Lanes, ONE, ROUND, stretch};
+
+    /// Where 2ˣ is a normal number, NaN included.
+    #[inline(always)]
+    unsafe fn above(x: __m512) -> __mmask16 {
+        // SAFETY: only called by kernels for AVX-512.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(x, _mm512_set1_ps(-126.0)) }
+    }
 
     /// 16 values; AVX-512 F, BW, DQ and VL.
     #[derive(Clone, Copy)]
@@ -311,19 +348,27 @@ mod x86 {
             d
         }
         #[inline(always)]
+        unsafe fn recip(x: __m512) -> __m512 {
+            let y = _mm512_rcp14_ps(x);
+            let rest = _mm512_fnmadd_ps(x, y, _mm512_set1_ps(1.0));
+            _mm512_fmadd_ps(rest, y, y)
+        }
+        #[inline(always)]
         unsafe fn exp2(x: __m512) -> __m512 {
             let f = _mm512_reduce_ps::<1>(x); // x − ⌊x⌋
             let mut p = _mm512_set1_ps(EXP2[5]);
             for c in EXP2[..5].iter().rev() {
                 p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(*c));
             }
-            _mm512_scalef_ps(p, x) // p · 2^⌊x⌋
+            // p · 2^⌊x⌋, and 0 where that would be denormal: the processor takes 150 cycles for those.
+            _mm512_maskz_scalef_ps(above(x), p, x)
         }
         #[inline(always)]
         unsafe fn exp2_each<const U: usize>(x: [__m512; U]) -> [__m512; U] {
-            let mut f = x;
-            for f in &mut f {
-                *f = _mm512_reduce_ps::<1>(*f);
+            let (mut x, mut f) = (x, x);
+            for u in 0..U {
+                x[u] = _mm512_max_ps(_mm512_set1_ps(LEAST), x[u]); // NaN stays
+                f[u] = _mm512_reduce_ps::<1>(x[u]);
             }
             let mut p = [_mm512_set1_ps(EXP2[5]); U];
             for c in EXP2[..5].iter().rev() {
@@ -338,6 +383,40 @@ mod x86 {
             p
         }
         #[inline(always)]
+        unsafe fn turn(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+            let mut x = [_mm512_setzero_ps(); 16];
+            let mut y = x;
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = _mm512_loadu_ps(from.add(i * from_step));
+            }
+            for i in 0..8 {
+                y[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+                y[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+            }
+            for i in 0..16 {
+                // Columns i % 4 + {0, 4, 8, 12} of four rows.
+                let first = _mm512_castps_pd(y[i / 4 * 4 + i % 4 / 2]);
+                let second = _mm512_castps_pd(y[i / 4 * 4 + i % 4 / 2 + 2]);
+                x[i] = _mm512_castpd_ps(match i % 2 {
+                    0 => _mm512_unpacklo_pd(first, second),
+                    _ => _mm512_unpackhi_pd(first, second),
+                });
+            }
+            for q in 0..4 {
+                let even = _mm512_shuffle_f32x4::<0x88>(x[q], x[q + 4]);
+                let odd = _mm512_shuffle_f32x4::<0xdd>(x[q], x[q + 4]);
+                let even_below = _mm512_shuffle_f32x4::<0x88>(x[q + 8], x[q + 12]);
+                let odd_below = _mm512_shuffle_f32x4::<0xdd>(x[q + 8], x[q + 12]);
+                y[q] = _mm512_shuffle_f32x4::<0x88>(even, even_below);
+                y[q + 4] = _mm512_shuffle_f32x4::<0x88>(odd, odd_below);
+                y[q + 8] = _mm512_shuffle_f32x4::<0xdd>(even, even_below);
+                y[q + 12] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_below);
+            }
+            for (i, y) in y.iter().enumerate() {
+                _mm512_storeu_ps(to.add(i * to_step), *y);
+            }
+        }
+        #[inline(always)]
         unsafe fn any_above(a: __m512, b: __m512) -> bool {
             _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0
         }
@@ -346,17 +425,18 @@ mod x86 {
             _mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b) == 0xffff
         }
         #[inline(always)]
-        unsafe fn segment(t: __m512) -> (__m512i, __m512) {
+        unsafe fn segment<const SHIFT: u32>(t: __m512) -> (__m512i, __m512) {
             let bits = _mm512_castps_si512(t);
-            let index = _mm512_srli_epi32::<21>(_mm512_sub_epi32(bits, _mm512_set1_epi32(ONE)));
-            // (bits & WITHIN) | ONE
+            // (bits & below) | ONE; a look-up takes its index modulo 32 by itself.
             let within = _mm512_ternarylogic_epi32::<0xea>(
                 bits,
-                _mm512_set1_epi32(WITHIN),
+                _mm512_set1_epi32((1 << SHIFT) - 1),
                 _mm512_set1_epi32(ONE),
             );
+            let [by, less] = stretch(SHIFT);
             let within = _mm512_castsi512_ps(within);
-            (index, _mm512_fmadd_ps(within, _mm512_set1_ps(8.0), _mm512_set1_ps(-9.0)))
+            let within = _mm512_fmadd_ps(within, _mm512_set1_ps(by), _mm512_set1_ps(less));
+            (_mm512_srli_epi32::<SHIFT>(bits), within)
         }
         #[inline(always)]
         unsafe fn load_index(from: *const i32) -> __m512i {
@@ -429,6 +509,10 @@ mod x86 {
             _mm256_sqrt_ps(x)
         }
         #[inline(always)]
+        unsafe fn recip(x: __m256) -> __m256 {
+            _mm256_div_ps(_mm256_set1_ps(1.0), x)
+        }
+        #[inline(always)]
         unsafe fn exp2(x: __m256) -> __m256 {
             let least = _mm256_set1_ps(-126.0);
             let near = _mm256_max_ps(x, least);
@@ -443,6 +527,55 @@ mod x86 {
             _mm256_and_ps(p, _mm256_cmp_ps::<_CMP_GT_OQ>(x, least))
         }
         #[inline(always)]
+        unsafe fn turn(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+            let mut x = [_mm256_setzero_ps(); 8];
+            let mut y = x;
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = _mm256_loadu_ps(from.add(i * from_step));
+            }
+            for i in 0..4 {
+                y[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+                y[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+            }
+            for i in 0..8 {
+                // Columns i % 4 + {0, 4} of four rows.
+                let first = _mm256_castps_pd(y[i / 4 * 4 + i % 4 / 2]);
+                let second = _mm256_castps_pd(y[i / 4 * 4 + i % 4 / 2 + 2]);
+                x[i] = _mm256_castpd_ps(match i % 2 {
+                    0 => _mm256_unpacklo_pd(first, second),
+                    _ => _mm256_unpackhi_pd(first, second),
+                });
+            }
+            for q in 0..4 {
+                let (low, high) = (to.add(q * to_step), to.add((q + 4) * to_step));
+                _mm256_storeu_ps(low, _mm256_permute2f128_ps::<0x20>(x[q], x[q + 4]));
+                _mm256_storeu_ps(high, _mm256_permute2f128_ps::<0x31>(x[q], x[q + 4]));
+            }
+        }
+        #[inline(always)]
+        unsafe fn exp2_each<const U: usize>(x: [__m256; U]) -> [__m256; U] {
+            let least = _mm256_set1_ps(LEAST);
+            let round = _mm256_set1_ps(ROUND);
+            let (mut shifted, mut f) = (x, x);
+            for u in 0..U {
+                let near = _mm256_max_ps(least, x[u]); // NaN stays
+                shifted[u] = _mm256_add_ps(near, round);
+                f[u] = _mm256_sub_ps(near, _mm256_sub_ps(shifted[u], round));
+            }
+            let mut p = [_mm256_set1_ps(EXP2_CENTRED[5]); U];
+            for c in EXP2_CENTRED[..5].iter().rev() {
+                let c = _mm256_set1_ps(*c);
+                for (p, f) in p.iter_mut().zip(&f) {
+                    *p = _mm256_fmadd_ps(*p, *f, c);
+                }
+            }
+            for u in 0..U {
+                let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted[u]));
+                p[u] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p[u]), power));
+            }
+            p
+        }
+        #[inline(always)]
         unsafe fn any_above(a: __m256, b: __m256) -> bool {
             _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) != 0
         }
@@ -451,15 +584,15 @@ mod x86 {
             _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(a, b)) == 0xff
         }
         #[inline(always)]
-        unsafe fn segment(t: __m256) -> (__m256i, __m256) {
+        unsafe fn segment<const SHIFT: u32>(t: __m256) -> (__m256i, __m256) {
             let bits = _mm256_castps_si256(t);
-            let index = _mm256_srli_epi32::<21>(_mm256_sub_epi32(bits, _mm256_set1_epi32(ONE)));
-            let within = _mm256_or_si256(
-                _mm256_and_si256(bits, _mm256_set1_epi32(WITHIN)),
-                _mm256_set1_epi32(ONE),
-            );
+            let below = _mm256_set1_epi32((1 << SHIFT) - 1);
+            let within = _mm256_or_si256(_mm256_and_si256(bits, below), _mm256_set1_epi32(ONE));
+            let [by, less] = stretch(SHIFT);
             let within = _mm256_castsi256_ps(within);
-            (index, _mm256_fmadd_ps(within, _mm256_set1_ps(8.0), _mm256_set1_ps(-9.0)))
+            let within = _mm256_fmadd_ps(within, _mm256_set1_ps(by), _mm256_set1_ps(less));
+            let index = _mm256_srl_epi32(bits, _mm_cvtsi32_si128(SHIFT as i32));
+            (_mm256_and_si256(index, _mm256_set1_epi32(31)), within)
         }
         #[inline(always)]
         unsafe fn load_index(from: *const i32) -> __m256i {
@@ -487,7 +620,7 @@ pub use arm::Neon;
 mod arm {
     use std::arch::aarch64::*;
 
-    use super::{EXP2_CENTRED, Lanes, ONE, ROUND, WITHIN};
+    use super::{EXP2_CENTRED, Lanes, ONE, ROUND, stretch};
 
     /// 4 values; every 64-bit ARM has them.
     #[derive(Clone, Copy)]
@@ -542,6 +675,10 @@ mod arm {
             vsqrtq_f32(x)
         }
         #[inline(always)]
+        unsafe fn recip(x: float32x4_t) -> float32x4_t {
+            vdivq_f32(vdupq_n_f32(1.0), x)
+        }
+        #[inline(always)]
         unsafe fn exp2(x: float32x4_t) -> float32x4_t {
             let least = vdupq_n_f32(-126.0);
             let near = vmaxq_f32(x, least);
@@ -564,12 +701,15 @@ mod arm {
             vminvq_u32(vcleq_f32(a, b)) != 0
         }
         #[inline(always)]
-        unsafe fn segment(t: float32x4_t) -> (int32x4_t, float32x4_t) {
+        unsafe fn segment<const SHIFT: u32>(t: float32x4_t) -> (int32x4_t, float32x4_t) {
             let bits = vreinterpretq_s32_f32(t);
-            let index = vshrq_n_s32::<21>(vsubq_s32(bits, vdupq_n_s32(ONE)));
-            let within = vorrq_s32(vandq_s32(bits, vdupq_n_s32(WITHIN)), vdupq_n_s32(ONE));
+            let below = vdupq_n_s32((1 << SHIFT) - 1);
+            let within = vorrq_s32(vandq_s32(bits, below), vdupq_n_s32(ONE));
+            let [by, less] = stretch(SHIFT);
             let within = vreinterpretq_f32_s32(within);
-            (index, vfmaq_f32(vdupq_n_f32(-9.0), within, vdupq_n_f32(8.0)))
+            let within = vfmaq_f32(vdupq_n_f32(less), within, vdupq_n_f32(by));
+            let index = vshlq_s32(bits, vdupq_n_s32(-(SHIFT as i32)));
+            (vandq_s32(index, vdupq_n_s32(31)), within)
         }
         #[inline(always)]
         unsafe fn load_index(from: *const i32) -> int32x4_t {
@@ -609,7 +749,7 @@ macro_rules! dispatch {
         #[target_feature(enable = "avx2,fma")]
         #[allow(clippy::too_many_arguments)]
         unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
-            unsafe { $kernel::<lanes::Avx2, 4, 3, 3>($($arg),*) }
+            unsafe { $kernel::<lanes::Avx2, 4, 2, 4>($($arg),*) }
         }
         // SAFETY: the instruction set was detected on this machine; the rest is the caller's.
         unsafe {

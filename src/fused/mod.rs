@@ -5,25 +5,65 @@
 //! composed one elsewhere (f64, other devices); tests hold the two to each other. All `unsafe`
 //! of the crate lives in this folder.
 
+use std::cell::Cell;
+
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
+pub mod ceiling;
 mod gelu;
-pub mod lanes;
+pub(crate) mod lanes;
 mod layer_norm;
 mod linear;
 pub mod log;
 pub mod matrix;
+pub mod mlp;
 pub mod simd;
-pub mod softmax;
-pub mod softmax_gradient;
+pub(crate) mod softmax;
+pub(crate) mod softmax_gradient;
 
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 
-/// Whether the fused operations apply: f32 on the CPU.
+/// Whether the fused operations apply: f32 on the CPU, and nobody asked for the [`plain`] ones.
 pub fn applies(x: &Tensor) -> bool {
-    x.device().is_cpu() && x.dtype() == DType::F32
+    x.device().is_cpu() && x.dtype() == DType::F32 && !is_plain()
+}
+
+thread_local! {
+    static PLAIN: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `work` on the composed twins, if `wanted`: stock candle, for comparison and for tests.
+///
+/// The choice belongs to this thread and ends with `work`. It is made when an operation runs
+/// forward, and its gradient follows, on whatever thread that runs. Work that crosses to other
+/// threads hands the choice on with [`is_plain`].
+///
+/// ```
+/// use isopleth::fused;
+/// let inside = fused::plain(true, || (fused::is_plain(), fused::plain(false, fused::is_plain)));
+/// assert_eq!((inside, fused::is_plain()), ((true, false), false));
+/// ```
+pub fn plain<T>(wanted: bool, work: impl FnOnce() -> T) -> T {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            PLAIN.set(self.0);
+        }
+    }
+    let _restore = Restore(PLAIN.replace(wanted));
+    work()
+}
+
+/// Whether this thread is inside [`plain`].
+pub fn is_plain() -> bool {
+    PLAIN.get()
+}
+
+/// Whether `x` is only asked: f32 on the CPU, and nothing is recorded for gradients.
+pub fn asked(x: &Tensor) -> bool {
+    applies(x) && !x.track_op()
 }
 
 /// The values of a contiguous f32 tensor inside an operation.

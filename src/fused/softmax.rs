@@ -4,6 +4,9 @@
 //! the first-level cache: scores by a register-tiled product, weights in place of the scores, and
 //! weights times values. Scores are held in powers of two, so that e never appears.
 
+// Loops count by index: adaptors and closures may be left out of line, without the instruction set.
+#![allow(clippy::needless_range_loop)]
+
 use std::f32::consts::LOG2_E;
 
 use super::lanes::{self, Aligned, Lanes};
@@ -20,6 +23,8 @@ pub const GROUP: usize = 192;
 pub const TABLE: [usize; 2] = [6, 32];
 /// Stands for a running maximum of −∞, so that differences stay numbers.
 const LOWEST: f32 = -1e30;
+/// Less than any key within reach adds to the weight of all.
+const NOTHING: f32 = 1e-15;
 /// A score may exceed the running maximum by this many powers of two before it is raised.
 const HEADROOM: f32 = 60.0;
 
@@ -139,32 +144,33 @@ impl Packed {
             *longest = longest.max(norm);
         }
     }
-
-    /// Reads key number `at` of `head` back: key, then value.
-    pub fn get(&self, at: usize, head: usize) -> (Vec<f32>, &[f32]) {
-        let (block, j) = (at / BLOCK, at % BLOCK);
-        let base = block * self.shape.block() + self.shape.head(head);
-        let panel = base + (j / PANEL) * PANEL * self.shape.d + j % PANEL;
-        let key = (0..self.shape.d).map(|i| self.data[panel + i * PANEL]).collect();
-        let values = base + BLOCK * self.shape.d + j * self.shape.padded();
-        (key, &self.data[values..values + self.shape.w])
-    }
 }
+
+/// Adds the bias of a head: `(head, squared distances, scores)`.
+pub type AddBias<'a> = dyn Fn(usize, &[f32], &mut [f32]) + Sync + 'a;
+/// Fills a list of blocks near a box.
+pub type Near<'a> = dyn Fn(&[[f32; 2]], &mut Vec<(f32, u32)>) + Sync + 'a;
 
 /// How a score depends on distance.
 #[derive(Clone, Copy)]
 pub enum Bias<'a> {
     /// Not at all.
     None,
-    /// Through a table: `t = 1 + scale · distance`, four segments an octave, eight octaves.
+    /// Through a table of 32 segments: the octaves of `t = 1 + scale · distance`, four segments
+    /// each, or of `t = 1 + scale · distance²`, two each.
     Table {
-        /// Per model unit.
+        /// t for distance 1, less 1.
         scale: f32,
-        /// `[head, coefficient, segment]`, powers of two; the constant coefficient first.
+        /// Whether distances are squared.
+        squared: bool,
+        /// `[head, coefficient, segment]`, powers of two; the constant coefficient first, and
+        /// segments counted from that of t = 1 on, modulo 32, as [`Lanes::segment`] counts.
         table: &'a [f32],
     },
+    /// `a 2^(−b · squared distance)`: `[head, (a, b)]`, powers of two. One term without a table.
+    Bump(&'a [[f32; 2]]),
     /// Added by the caller: `(head, squared distances, scores)`, scores in powers of two.
-    Terms(&'a (dyn Fn(usize, &[f32], &mut [f32]) + Sync)),
+    Terms(&'a AddBias<'a>),
 }
 
 /// A context, and queries to read it.
@@ -188,7 +194,7 @@ pub struct Job<'a> {
 pub struct Skip<'a> {
     /// Blocks worth a look for queries in a box (`[dim]` of least and most), nearest first, each
     /// with the squared distance between the box and its own.
-    pub near: &'a (dyn Fn(&[[f32; 2]], &mut Vec<(f32, u32)>) + Sync),
+    pub near: &'a Near<'a>,
     /// Squared distance from which on a head reads nothing.
     pub reach2: &'a [f32],
     /// Leaves out blocks whose keys each add less than a share of what was read already.
@@ -225,6 +231,9 @@ pub fn attend(job: &Job, q: &[f32], sites: &[f32], rows: &[u32], out: &mut [f32]
     assert!(job.highest.len() >= heads, "a largest bias for every head");
     if let Bias::Table { table, .. } = job.bias {
         assert!(table.len() >= heads * TABLE[0] * TABLE[1], "a table for every head");
+    }
+    if let Bias::Bump(bumps) = job.bias {
+        assert!(bumps.len() >= heads, "a bump for every head");
     }
     assert!(job.sink.is_none_or(|s| s.len() >= heads), "a sink for every head");
     if let Some(skip) = &job.skip {
@@ -390,7 +399,8 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
         for head in 0..heads {
             let at = (tile * heads + head) * lanes + lane;
             let weight = state.weight[at];
-            let inverse = if weight > 0.0 { 1.0 / weight } else { 0.0 };
+            // The nearest key weighs 1; far ones, and those out of reach, 2⁻¹⁰⁰.
+            let inverse = if weight < NOTHING { 0.0 } else { 1.0 / weight };
             for (i, o) in out[head * w..(head + 1) * w].iter_mut().enumerate() {
                 *o = state.sum[((tile * heads + head) * wp + i) * lanes + lane] * inverse;
             }
@@ -529,9 +539,12 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 }
             }
             let scores = scratch.scores.as_mut_ptr();
-            let table = match job.bias {
-                Bias::Table { table, .. } => table.as_ptr().add(head * TABLE[0] * TABLE[1]),
-                _ => std::ptr::null(),
+            let curve = match job.bias {
+                Bias::Table { table, .. } => {
+                    Curve::Table(table.as_ptr().add(head * TABLE[0] * TABLE[1]))
+                }
+                Bias::Bump(bumps) => Curve::Bump(bumps[head]),
+                Bias::None | Bias::Terms(_) => Curve::Flat,
             };
             let mut tops = [L::splat(0.0); C];
             for (c, t) in tops.iter_mut().enumerate() {
@@ -545,10 +558,12 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                         continue;
                     }
                     for j in i * BLOCK..i * BLOCK + keys.keys_in(blocks[i].1 as usize) {
-                        let mut s = gather::<L, C>(scores, j * lanes);
-                        if !table.is_null() {
-                            s = radial::<L, C>(table, scratch, j * lanes, s);
-                        }
+                        let s = gather::<L, C>(scores, j * lanes);
+                        let s = match curve {
+                            Curve::Flat => s,
+                            Curve::Table(table) => radial::<L, C>(table, scratch, j * lanes, s),
+                            Curve::Bump(bump) => bumped::<L, C>(bump, scratch, j * lanes, s),
+                        };
                         for (c, s) in s.iter().enumerate() {
                             L::store(scores.add(j * lanes + c * L::N), *s);
                             next[c] = L::max(*s, next[c]);
@@ -567,7 +582,7 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 }
                 tops = next;
             }
-            let table = if raise { std::ptr::null() } else { table };
+            let curve = if raise { Curve::Flat } else { curve };
             let mut weights = [L::splat(0.0); C];
             for i in 0..blocks.len() {
                 if reads >> i & 1 == 0 {
@@ -575,11 +590,32 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 }
                 let (first, len) = (i * BLOCK, keys.keys_in(blocks[i].1 as usize));
                 let whole = len - len % (U / C);
-                for j in (first..first + whole).step_by(U / C) {
-                    weigh::<L, C, U>(table, scratch, scores, j * lanes, &tops, &mut weights);
+                // One loop for each kind of curve: a choice inside would be made for every vector.
+                // (A macro, since closures do not inherit the instruction set.)
+                macro_rules! weigh {
+                    (|$at:ident, $s:ident| $four:expr, $one:expr) => {{
+                        for j in (first..first + whole).step_by(U / C) {
+                            let $at = j * lanes;
+                            let $s = shifted::<L, C, U>(scores, $at, &tops);
+                            weigh::<L, C, U>($four, scores, $at, &mut weights);
+                        }
+                        for j in first + whole..first + len {
+                            let $at = j * lanes;
+                            let $s = shifted::<L, C, C>(scores, $at, &tops);
+                            weigh::<L, C, C>($one, scores, $at, &mut weights);
+                        }
+                    }};
                 }
-                for j in first + whole..first + len {
-                    weigh::<L, C, C>(table, scratch, scores, j * lanes, &tops, &mut weights);
+                match curve {
+                    Curve::Flat => weigh!(|at, s| s, s),
+                    Curve::Table(table) => weigh!(
+                        |at, s| radial::<L, U>(table, scratch, at, s),
+                        radial::<L, C>(table, scratch, at, s)
+                    ),
+                    Curve::Bump(bump) => weigh!(
+                        |at, s| bumped::<L, U>(bump, scratch, at, s),
+                        bumped::<L, C>(bump, scratch, at, s)
+                    ),
                 }
             }
             for (c, p) in weights.iter().enumerate() {
@@ -630,39 +666,84 @@ unsafe fn gather<L: Lanes, const U: usize>(from: *const f32, at: usize) -> [L::F
     }
 }
 
-/// Scores become weights `2^(score + bias − top)`, `U` vectors at once, and are added up.
+/// How a head's scores depend on distance.
+#[derive(Clone, Copy)]
+enum Curve {
+    Flat,
+    Table(*const f32),
+    Bump([f32; 2]),
+}
+
+/// `U` vectors of scores less their tops.
 ///
 /// # Safety
-/// `table` is null or holds a head's coefficients; `at` and the following are in the scratch.
+/// They exist.
 #[inline(always)]
-unsafe fn weigh<L: Lanes, const C: usize, const U: usize>(
-    table: *const f32,
-    scratch: &Scratch,
-    scores: *mut f32,
+unsafe fn shifted<L: Lanes, const C: usize, const U: usize>(
+    scores: *const f32,
     at: usize,
     tops: &[L::F; C],
-    weights: &mut [L::F; C],
-) {
+) -> [L::F; U] {
     // SAFETY: the caller's contract.
     unsafe {
         let mut s = gather::<L, U>(scores, at);
         for (u, s) in s.iter_mut().enumerate() {
             *s = L::sub(*s, tops[u % C]);
         }
-        if !table.is_null() {
-            s = radial::<L, U>(table, scratch, at, s);
+        s
+    }
+}
+
+/// Scores become weights, powers of two of them, `U` vectors at once, and are added up.
+///
+/// # Safety
+/// `at` and the following are in the scratch.
+#[inline(always)]
+unsafe fn weigh<L: Lanes, const C: usize, const U: usize>(
+    s: [L::F; U],
+    scores: *mut f32,
+    at: usize,
+    weights: &mut [L::F; C],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let p = L::exp2_each::<U>(s);
+        for u in 0..U {
+            weights[u % C] = L::add(weights[u % C], p[u]);
+            L::store(scores.add(at + u * L::N), p[u]);
         }
-        for (u, p) in L::exp2_each::<U>(s).into_iter().enumerate() {
-            weights[u % C] = L::add(weights[u % C], p);
-            L::store(scores.add(at + u * L::N), p);
+    }
+}
+
+/// Scores with one bump added, `U` vectors side by side.
+///
+/// # Safety
+/// `at` and the following are in the scratch.
+#[inline(always)]
+unsafe fn bumped<L: Lanes, const U: usize>(
+    [a, b]: [f32; 2],
+    scratch: &Scratch,
+    at: usize,
+    scores: [L::F; U],
+) -> [L::F; U] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut x = gather::<L, U>(scratch.distance.as_ptr(), at);
+        for x in &mut x {
+            *x = L::mul(*x, L::splat(-b));
         }
+        let mut x = L::exp2_each::<U>(x);
+        for (x, s) in x.iter_mut().zip(&scores) {
+            *x = L::fma(*x, L::splat(a), *s);
+        }
+        x
     }
 }
 
 /// Scores with the bias of a head's table added, `U` vectors side by side.
 ///
 /// # Safety
-/// As [`weigh`].
+/// `table` holds a head's coefficients; `at` and the following are in the scratch.
 #[inline(always)]
 unsafe fn radial<L: Lanes, const U: usize>(
     table: *const f32,
@@ -729,13 +810,23 @@ unsafe fn distances<L: Lanes, const C: usize, const U: usize>(
             if let Some(bend) = job.bend {
                 bend(&mut scratch.distance[rows.clone()]);
             }
-            if let Bias::Table { scale, .. } = job.bias {
+            if let Bias::Table { scale, squared, .. } = job.bias {
                 let whole = rows.len() - rows.len() % (U * L::N);
-                for at in (rows.start..rows.start + whole).step_by(U * L::N) {
-                    place::<L, U>(scratch, scale, at);
-                }
-                for at in (rows.start + whole..rows.end).step_by(L::N) {
-                    place::<L, 1>(scratch, scale, at);
+                let (body, tail) = (rows.start..rows.start + whole, rows.start + whole..rows.end);
+                if squared {
+                    for at in body.step_by(U * L::N) {
+                        place::<L, U, 22>(scratch, scale, at);
+                    }
+                    for at in tail.step_by(L::N) {
+                        place::<L, 1, 22>(scratch, scale, at);
+                    }
+                } else {
+                    for at in body.step_by(U * L::N) {
+                        place::<L, U, 21>(scratch, scale, at);
+                    }
+                    for at in tail.step_by(L::N) {
+                        place::<L, 1, 21>(scratch, scale, at);
+                    }
                 }
             }
         }
@@ -775,16 +866,21 @@ unsafe fn chords<L: Lanes, const C: usize, const U: usize>(
 /// # Safety
 /// As [`step`].
 #[inline(always)]
-unsafe fn place<L: Lanes, const U: usize>(scratch: &mut Scratch, scale: f32, at: usize) {
+unsafe fn place<L: Lanes, const U: usize, const SHIFT: u32>(
+    scratch: &mut Scratch,
+    scale: f32,
+    at: usize,
+) {
     // SAFETY: the caller's contract.
     unsafe {
         let to = scratch.distance.as_mut_ptr().add(at);
-        let d = L::sqrt_each::<U>(gather::<L, U>(to, 0));
+        let mut d = gather::<L, U>(to, 0);
+        if SHIFT == 21 {
+            d = L::sqrt_each::<U>(d);
+        }
         let (one, scale) = (L::splat(1.0), L::splat(scale));
-        // The last number below 256, where the table ends.
-        let last = L::splat(255.999_98);
         for (u, d) in d.iter().enumerate() {
-            let (segment, within) = L::segment(L::min(L::fma(*d, scale, one), last));
+            let (segment, within) = L::segment::<SHIFT>(L::fma(*d, scale, one));
             L::store(to.add(u * L::N), within);
             L::store_index(scratch.segment.as_mut_ptr().add(at + u * L::N), segment);
         }

@@ -101,8 +101,9 @@ impl Process for Cnp {
     }
 
     fn memory(&self, sites: usize) -> Memory {
-        // A layer's input, output and activation, beside what entered and its parts.
-        let each = 4 * (8 * self.encode.widest().max(self.decode.widest()) + 16);
+        // What enters, its parts and what comes out; nothing between is held by a model that is
+        // only asked.
+        let each = 4 * (3 * self.encode.widest().max(self.decode.widest()) + 16);
         Memory { conditioning: sites * each, held: 4 * self.encode.widest(), target: each + 256 }
     }
 }

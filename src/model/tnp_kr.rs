@@ -6,20 +6,24 @@
 //! with distinct widths (identical ones stay identical for ever), widths are positive, the running
 //! maximum starts at −∞, and a head may have a sink so that it can tell how much data is near.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{
     Entry, Problem,
     head::Head,
-    layer::{Activation, Dense, Mlp, Norm},
+    layer::{Activation, Chain, Dense, Mlp, Norm, Summary},
     params::{Init, Params, Scope},
     settings,
 };
 use crate::{
     attention::{Bias, CHUNK, Keys, Metric, Reader, Reading, Start, Term, full, scan},
     error::{Error, Result},
-    fused,
+    fused::{
+        self, Host,
+        matrix::{self, View},
+    },
     likelihood::Likelihood,
     predictive::Predictive,
     process::{Memory, Posterior, Process},
@@ -276,7 +280,7 @@ impl TnpKr {
             parts.push(sites.s.clone());
         }
         parts.push(features.cloned().unwrap_or(blank));
-        self.embed_norm.forward(&self.embed.forward(&Tensor::cat(&parts, 2)?)?)
+        Chain::new(&Tensor::cat(&parts, 2)?).mlp(&self.embed).norm(&self.embed_norm).run()
     }
 }
 
@@ -322,17 +326,23 @@ impl Block {
         })
     }
 
-    /// Tokens after reading the context: `tokens` raw, `normed` after the first norm.
-    fn read(
-        &self,
-        tokens: &Tensor,
-        normed: &Tensor,
-        sites: &Tensor,
-        cache: &Cache,
-    ) -> Result<Tensor> {
-        let tokens = (tokens + self.attention.read(normed, sites, cache)?)?;
-        let fed = self.feed_forward.forward(&self.between.forward(&tokens)?)?;
-        Ok((tokens + fed)?)
+    /// Tokens `[batch, site, width]` after reading the context.
+    fn read(&self, tokens: &Tensor, sites: &Tensor, cache: &Cache) -> Result<Tensor> {
+        match (&self.attention, cache) {
+            (Attention::Dka { phi, norm, .. }, Cache::Kernel(summary)) => {
+                let chain = Chain::new(tokens).keep().norm(&self.before).join(sites);
+                self.fed(chain.summary(phi, summary).norm(norm).add_kept())
+            }
+            _ => {
+                let read = self.attention.read(&self.before.forward(tokens)?, sites, cache)?;
+                self.fed(Chain::new(&read).plus(tokens))
+            }
+        }
+    }
+
+    /// `x + feed_forward(between(x))`.
+    fn fed(&self, x: Chain) -> Result<Tensor> {
+        x.keep().norm(&self.between).mlp(&self.feed_forward).add_kept().run()
     }
 }
 
@@ -341,8 +351,8 @@ enum Cache {
     Keys(Keys),
     /// Packed to be read and not to be learnt from.
     Reader(Reader),
-    /// `[batch, features, width]`
-    Kernel(Tensor),
+    /// `Σ φ(k) ψ(k)ᵀ / (n √d)`, `[batch, features, width]`
+    Kernel(Summary),
 }
 
 enum Attention {
@@ -483,8 +493,7 @@ impl Attention {
                     Ok(x.reshape((batch, len, *heads, width / heads))?)
                 };
                 let (k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
-                let asked = !k.track_op() && fused::applies(&k);
-                if asked && !whole && *start == Start::Exact {
+                if fused::asked(&k) && !whole && *start == Start::Exact {
                     let bias = bias.as_ref().map(|b| b.bias()?.collapse()).transpose()?;
                     let reader = Reader::new(&k, &v, sites, mask, bias.as_ref(), *reading)?;
                     return Ok(Cache::Reader(reader));
@@ -492,11 +501,8 @@ impl Attention {
                 Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
             }
             Attention::Dka { phi, psi, width, .. } => {
-                let mask = mask.unsqueeze(2)?;
-                let n = mask.sum_keepdim(1)?.maximum(1.0)?; // [batch, 1, 1]
-                let k = kernel_features(phi, normed, sites, *width)?.broadcast_mul(&mask)?;
-                let v = psi.forward(normed)?.broadcast_mul(&mask)?.broadcast_div(&n)?;
-                Ok(Cache::Kernel(k.transpose(1, 2)?.contiguous()?.matmul(&v)?))
+                let matrix = summarise(phi, psi, normed, sites, mask, *width)?;
+                Ok(Cache::Kernel(Summary::new(matrix, phi)?))
             }
         }
     }
@@ -524,19 +530,67 @@ impl Attention {
                 let q = q.reshape((batch, len, *heads, width / heads))?;
                 out.forward(&reader.read(&q, sites)?.flatten_from(D::Minus2)?)
             }
-            (Attention::Dka { phi, norm, width, .. }, Cache::Kernel(a)) => {
-                let q = kernel_features(phi, normed, sites, *width)?;
-                norm.forward(&q.matmul(a)?)
-            }
             _ => unreachable!("a cache is read by the attention that made it"),
         }
     }
 }
 
-/// φ(x, s): learned features of token and place, `[batch, site, features]`.
-fn kernel_features(phi: &Mlp, normed: &Tensor, sites: &Tensor, width: usize) -> Result<Tensor> {
-    Ok((phi.forward(&Tensor::cat(&[sites, normed], 2)?)? / (width as f64).powf(0.25))?)
+/// `Σ φ(k, s) ψ(k)ᵀ / (n √d)` over observed sites, `[batch, features, width]`. The published
+/// features are divided by d^¼, those of context and targets alike: hence the √d.
+fn summarise(
+    phi: &Mlp,
+    psi: &Mlp,
+    normed: &Tensor,
+    sites: &Tensor,
+    mask: &Tensor,
+    width: usize,
+) -> Result<Tensor> {
+    let n = mask.sum_keepdim(1)?.maximum(1.0)?.unsqueeze(2)?; // [batch, 1, 1]
+    let scale = (n * (width as f64).sqrt())?;
+    let part = |start: usize, len: usize| -> Result<[Tensor; 2]> {
+        let part = |x: &Tensor| x.narrow(1, start, len);
+        let (normed, mask) = (part(normed)?, part(mask)?.unsqueeze(2)?);
+        let k = Chain::new(&normed).join(&part(sites)?).mlp(phi).run()?;
+        // A site that is hidden has no value: its features do not matter then.
+        Ok([k, Chain::new(&normed).mlp(psi).scale(&mask).run()?])
+    };
+    let (batch, len, _) = normed.dims3()?;
+    if !fused::asked(normed) {
+        let [k, v] = part(0, len)?;
+        return Ok(k.transpose(1, 2)?.contiguous()?.matmul(&v)?.broadcast_div(&scale)?);
+    }
+    // Sums of f32 over few sites, and sums of those in f64 and in a fixed order.
+    let spans: Vec<Vec<f64>> = (0..len.div_ceil(SITES))
+        .into_par_iter()
+        .map(|span| {
+            let mut sum = Vec::new();
+            for start in (span * SITES..len.min((span + 1) * SITES)).step_by(SUMMED) {
+                let [k, v] = part(start, SUMMED.min(len - start))?;
+                let (rows, features, width) = (k.dim(1)?, k.dim(2)?, v.dim(2)?);
+                sum.resize(batch * features * width, 0.0);
+                let (k, v) = (Host::of(&k)?, Host::of(&v)?);
+                let mut some = vec![0.0; features * width];
+                for (item, sum) in sum.chunks_exact_mut(features * width).enumerate() {
+                    let k = View::new(&k[item * rows * features..], rows, features, features);
+                    let v = View::new(&v[item * rows * width..], rows, width, width);
+                    matrix::product(&mut some, width, 0.0, 1.0, k.t(), v, false);
+                    sum.iter_mut().zip(&some).for_each(|(sum, x)| *sum += f64::from(*x));
+                }
+            }
+            Ok(sum)
+        })
+        .collect::<Result<_>>()?;
+    let (features, width) = (phi.outputs(), psi.outputs());
+    let mut total = vec![0.0; batch * features * width];
+    for span in spans {
+        total.iter_mut().zip(span).for_each(|(total, x)| *total += x);
+    }
+    let total = Tensor::from_vec(total, (batch, features, width), normed.device())?;
+    Ok(total.broadcast_div(&scale.to_dtype(DType::F64)?)?.to_dtype(normed.dtype())?)
 }
+
+/// Sites whose products are summed in f32.
+const SUMMED: usize = 512;
 
 struct Conditioned<'a> {
     model: &'a TnpKr,
@@ -545,20 +599,26 @@ struct Conditioned<'a> {
 
 /// Context sites whose intermediate results are held at once: memory, never the answer.
 const SITES: usize = 4096;
+/// The same for targets.
+const TARGETS: usize = 16_384;
 
-/// `f(start, len)` for parts of `sites` sites, joined along the axis of sites.
-fn in_parts(sites: usize, f: impl Fn(usize, usize) -> Result<Tensor>) -> Result<Tensor> {
-    if sites <= SITES {
+/// `f(start, len)` for parts of `sites` sites, `most` at a time, joined along the axis of sites.
+fn in_parts(
+    sites: usize,
+    most: usize,
+    f: impl Fn(usize, usize) -> Result<Tensor>,
+) -> Result<Tensor> {
+    if sites <= most {
         return f(0, sites);
     }
-    let parts = (0..sites).step_by(SITES).map(|start| f(start, SITES.min(sites - start)));
+    let parts = (0..sites).step_by(most).map(|start| f(start, most.min(sites - start)));
     Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1)?)
 }
 
 impl Process for TnpKr {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         let features = self.likelihood.features(context)?;
-        let mut tokens = in_parts(context.len(), |start, len| {
+        let mut tokens = in_parts(context.len(), SITES, |start, len| {
             let part = features.narrow(1, start, len)?;
             self.tokens(&context.sites.narrow(start, len)?, Some(&part))
         })?;
@@ -569,9 +629,9 @@ impl Process for TnpKr {
             let cache = block.attention.cache(&normed, sites, &context.mask)?;
             // Nobody reads the context's tokens after the last block.
             if i + 1 < self.blocks.len() {
-                tokens = in_parts(context.len(), |start, len| {
+                tokens = in_parts(context.len(), SITES, |start, len| {
                     let part = |x: &Tensor| x.narrow(1, start, len);
-                    block.read(&part(&tokens)?, &part(&normed)?, &part(sites)?, &cache)
+                    block.read(&part(&tokens)?, &part(sites)?, &cache)
                 })?;
             }
             caches.push(cache);
@@ -583,23 +643,28 @@ impl Process for TnpKr {
         let c = &self.config;
         let dka = matches!(self.blocks[0].attention, Attention::Dka { .. });
         let whole = matches!(self.blocks[0].attention, Attention::Softmax { whole: true, .. });
-        let kernel = if dka { 4 * c.features } else { 0 };
-        let widest = self.embed.widest().max(self.decode.widest()).max(c.feed_forward);
         let (keys, values) = (c.heads * c.key_width, c.heads * c.value_width);
-        // f32s of one token on its way through a block: the stream before and after, normed, and
-        // read; a layer's input, output and activation; queries, and values as read and as cut.
+        // f32s of one token on its way through a block of a model that is only asked: the stream
+        // before and after, normed, and read; queries, and values as read and as cut. What the
+        // layers have between is never held.
         let scores = if whole { 5 * c.heads * sites } else { 0 };
-        let token = 6 * c.width + 3 * widest + 2 * keys + 3 * values + kernel + scores + 16;
+        let read = if dka { 0 } else { 2 * keys + 3 * values + scores };
+        let token = 4 * c.width + read + 16;
         // What a block keeps of a site, and what it takes on the way there. Hidden values of an
         // MLP are twice a token wide.
         let kept = if dka { 0 } else { keys + values + 4 };
-        let packing = keys + 3 * values + 2 * c.width + kernel + 16;
-        let summaries = if dka { c.features * c.width } else { 0 };
-        let held = 4 * self.blocks.len() * (sites * kept + summaries);
+        let packing = if dka { 0 } else { keys + 3 * values + 2 * c.width + 16 };
+        // A block's context may be one matrix, kept as it is and as it is read. On the way there
+        // are sums in f64, and for each thread the features of some sites.
+        let matrix = if dka { c.features * c.width } else { 0 };
+        let features = if dka { SUMMED.min(sites) * (c.features + 3 * c.width) } else { 0 };
+        let threads = rayon::current_num_threads();
+        let summing = threads * (features + 3 * matrix) + 2 * matrix * sites.div_ceil(SITES);
+        let held = 4 * self.blocks.len() * (sites * kept + 2 * matrix);
         let streams = sites * (4 * c.width + 8);
         let part = SITES.min(sites) * token;
         Memory {
-            conditioning: held + 4 * (streams + part.max(sites * packing)),
+            conditioning: held + 4 * (streams + part.max(sites * packing + summing)),
             held,
             target: 4 * (token + 12 * c.head.outputs()),
         }
@@ -609,12 +674,23 @@ impl Process for TnpKr {
 impl Posterior for Conditioned<'_> {
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let model = self.model;
-        let mut tokens = model.tokens(targets, None)?;
-        for (block, cache) in model.blocks.iter().zip(&self.caches) {
-            let normed = block.before.forward(&tokens)?;
-            tokens = block.read(&tokens, &normed, &targets.s, cache)?;
-        }
-        let raw = model.decode.forward(&model.norm.forward(&tokens)?)?;
+        let raw = in_parts(targets.len(), TARGETS, |start, len| {
+            let targets = targets.narrow(start, len)?;
+            let mut tokens = model.tokens(&targets, None)?;
+            for (block, cache) in model.blocks.iter().zip(&self.caches) {
+                tokens = block.read(&tokens, &targets.s, cache)?;
+            }
+            Chain::new(&tokens).norm(&model.norm).mlp(&model.decode).run()
+        })?;
         model.config.head.predictive(model.likelihood.link(), &raw)
+    }
+
+    fn tally(&self) -> Option<[u64; 2]> {
+        let one = |cache: &Cache| match cache {
+            Cache::Reader(reader) => Some(reader.tally()),
+            _ => None,
+        };
+        let tally = self.caches.iter().filter_map(one).reduce(|a, b| a + b)?;
+        Some([tally.read, tally.all])
     }
 }

@@ -19,6 +19,7 @@ use crate::{
     baseline::ExactGp,
     checkpoint::{self, Card, Checkpoint},
     error::{Error, Result},
+    fused,
     model::{self, Problem, params::Params},
     predictive::{Of, Predictive},
     process::Process,
@@ -208,15 +209,19 @@ fn answer(process: &dyn Process, batch: &Batch, device: &Device) -> Result<Predi
 
 /// A batch cut into parts, each on a thread of its own with serial operations inside: at these
 /// sizes that keeps every core busy, where threads inside each operation mostly wait.
-struct Parts {
+pub(crate) struct Parts {
     pools: Vec<rayon::ThreadPool>,
 }
 
 impl Parts {
-    fn new(count: usize, device: &Device) -> Result<Self> {
+    pub(crate) fn new(count: usize, device: &Device) -> Result<Self> {
         let count = if device.is_cpu() { count } else { 1 };
         // With one part the operations may use all threads.
-        let threads = if count == 1 { 0 } else { 1 };
+        Self::with_threads(count, if count == 1 { 0 } else { 1 })
+    }
+
+    /// `count` parts of `threads` threads each; 0 for all there are.
+    pub(crate) fn with_threads(count: usize, threads: usize) -> Result<Self> {
         let pool = |_| {
             rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
@@ -227,7 +232,7 @@ impl Parts {
     }
 
     /// Loss of the whole batch, and each part's gradients of its share of it.
-    fn step(
+    pub(crate) fn step(
         &self,
         process: &(dyn Process + Send + Sync),
         batch: &Batch,
@@ -244,6 +249,8 @@ impl Parts {
             let value = (loss(&predictive, &part, kind, device)? * share)?;
             Ok((f64::from(value.to_scalar::<f32>()?), value.backward()?))
         };
+        let plain = fused::is_plain();
+        let part = |i: usize| fused::plain(plain, || part(i));
         let parts: Vec<Result<(f64, GradStore)>> = std::thread::scope(|scope| {
             let part = &part;
             let running: Vec<_> = self.pools[..count]

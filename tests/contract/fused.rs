@@ -1,10 +1,18 @@
 //! Laws of fused layers: in value and gradient they equal their composed f64 twins, which agree with
 //! finite differences, for any width and for inputs that are not contiguous.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use isopleth::{
-    Stream,
+    Observations, Sites, Stream,
     fused::{gelu, layer_norm, linear},
+    likelihood,
+    model::{
+        MODELS, Problem,
+        layer::{Activation, Chain, Dense, Mlp, Norm, Summary},
+        params::{Init, Params},
+    },
 };
 
 const CPU: Device = Device::Cpu;
@@ -198,5 +206,274 @@ fn nothing_in_nothing_out() -> Result<()> {
     assert_eq!(linear(&x, &w, &b)?.dims(), [2, 0, 3]);
     assert_eq!(layer_norm(&x, &four, &four)?.dims(), [2, 0, 4]);
     assert_eq!(gelu(&x)?.dims(), [2, 0, 4]);
+    Ok(())
+}
+
+/// Layers of every sort, and what they read.
+struct Net {
+    before: Norm,
+    phi: Mlp,
+    inner: Norm,
+    feed: Mlp,
+    out: Dense,
+    summary: Summary,
+    x: Tensor,
+    sites: Tensor,
+    mask: Tensor,
+}
+
+/// Weights and inputs that are the same for every kind of number.
+struct Drawn {
+    weights: BTreeMap<String, Tensor>,
+    inputs: [Tensor; 4],
+    widths: [usize; 4],
+}
+
+impl Drawn {
+    /// `widths`: of a token, a place, hidden features and the output.
+    fn new(batch: usize, sites: usize, widths: [usize; 4]) -> Self {
+        let [width, dim, hidden, _] = widths;
+        let mut rng = Stream::new(7, "run", (sites * 64 + width) as u64);
+        let mut params = Params::new(1, &CPU, DType::F64);
+        layers(&mut params, widths);
+        let weights = params.vars().iter().map(|(path, var)| {
+            let fan = var.dims().iter().rev().nth(1).copied().unwrap_or(2) as f64;
+            (path.clone(), normal(&mut rng, var.dims(), fan.powf(-0.5)))
+        });
+        let weights = weights.collect();
+        let inputs = [
+            normal(&mut rng, &[batch, sites, width], 1.0),
+            normal(&mut rng, &[batch, sites, dim], 1.0),
+            normal(&mut rng, &[batch, hidden, width], (hidden as f64).powf(-0.5)),
+            (normal(&mut rng, &[batch, sites, 1], 1.0)).ge(0.0).unwrap(),
+        ];
+        Drawn { weights, inputs, widths }
+    }
+
+    /// Only asked: nothing of it may learn.
+    fn net(&self, dtype: DType) -> Net {
+        let mut params = Params::frozen(self.weights.clone(), &CPU, dtype);
+        let (before, phi, inner, feed, out) = layers(&mut params, self.widths);
+        let [x, sites, matrix, mask] = self.inputs.each_ref().map(|x| x.to_dtype(dtype).unwrap());
+        let summary = Summary::new(matrix, &phi).unwrap();
+        Net { before, phi, inner, feed, out, summary, x, sites, mask }
+    }
+}
+
+fn layers(
+    params: &mut Params,
+    [width, dim, hidden, out]: [usize; 4],
+) -> (Norm, Mlp, Norm, Mlp, Dense) {
+    let (mut scope, init) = (params.scope(), Init::Orthogonal);
+    let (phi, feed) = ([dim + width, hidden, hidden], [width, 2 * hidden, width]);
+    (
+        Norm::new(&mut scope.at("before"), width).unwrap(),
+        Mlp::new(&mut scope.at("phi"), &phi, Activation::Gelu, &init).unwrap(),
+        Norm::new(&mut scope.at("inner"), width).unwrap(),
+        Mlp::new(&mut scope.at("feed"), &feed, Activation::Relu, &init).unwrap(),
+        Dense::new(&mut scope.at("out"), width, out, &init).unwrap(),
+    )
+}
+
+impl Net {
+    /// Runs that use each step, alone and together.
+    fn runs(&self) -> [(&'static str, Chain<'_>); 6] {
+        let x = || Chain::new(&self.x);
+        let features = || x().join(&self.sites).mlp(&self.phi);
+        let block = x().keep().norm(&self.before).join(&self.sites);
+        let block = block.summary(&self.phi, &self.summary).norm(&self.inner).add_kept();
+        let block = block.keep().norm(&self.before).mlp(&self.feed).add_kept();
+        [
+            ("dense", x().dense(&self.out)),
+            ("norm", x().norm(&self.before).plus(&self.x)),
+            ("features", features().scale(&self.mask)),
+            ("features, joined", features().join(&self.sites).join(&self.x)),
+            ("feed forward", x().mlp(&self.feed).plus(&self.x)),
+            ("block", block.dense(&self.out)),
+        ]
+    }
+}
+
+/// What a model does when it is only asked, against the same layers one by one in f64.
+#[test]
+fn a_run_equals_its_twin() -> isopleth::Result<()> {
+    let mut worst = 0f64;
+    for (batch, sites) in [(1, 1), (1, 5), (1, 31), (1, 32), (2, 33), (3, 100), (1, 259), (2, 300)]
+    {
+        for widths in [[1, 1, 1, 1], [3, 2, 7, 5], [8, 1, 9, 16], [17, 2, 33, 3], [64, 2, 128, 66]]
+        {
+            let drawn = Drawn::new(batch, sites, widths);
+            let (fast, twin) = (drawn.net(DType::F32), drawn.net(DType::F64));
+            for ((name, fast), (_, twin)) in fast.runs().iter().zip(twin.runs()) {
+                // Few numbers may be nearly equal, and a norm makes much of their rounding.
+                if widths[0] < 8 && ["norm", "block"].contains(name) {
+                    continue;
+                }
+                let twin = twin.composed()?;
+                let (fast, plain) = (fast.run()?, fast.composed()?);
+                assert_eq!(fast.dims(), twin.dims(), "{name}");
+                let apart = relative(&host(&fast), &host(&twin));
+                let plain = relative(&host(&plain), &host(&twin));
+                worst = worst.max(apart);
+                let what = format!("{name} of {batch} × {sites}, {widths:?}");
+                // Where rounding is made much of, as much as of the plain layers' rounding.
+                assert!(
+                    apart < 2e-6f64.max(2.0 * plain),
+                    "{what}: off by {apart:e}, plain {plain:e}"
+                );
+            }
+        }
+    }
+    println!("at most {worst:e} from the twin");
+    Ok(())
+}
+
+/// Rows do not meet, nor does it matter which thread takes which.
+#[test]
+fn a_row_is_the_same_in_any_company() -> isopleth::Result<()> {
+    let drawn = Drawn::new(1, 300, [17, 2, 33, 3]);
+    let net = drawn.net(DType::F32);
+    let whole: Vec<Vec<f64>> =
+        net.runs().iter().map(|(_, run)| Ok(host(&run.run()?))).collect::<isopleth::Result<_>>()?;
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        for ((name, run), whole) in net.runs().iter().zip(&whole) {
+            assert_eq!(&host(&pool.install(|| run.run())?), whole, "{name}, {threads} threads");
+        }
+    }
+    for (start, len) in [(0, 1), (31, 2), (255, 45)] {
+        let mut part = drawn.net(DType::F32);
+        for x in [&mut part.x, &mut part.sites, &mut part.mask] {
+            *x = x.narrow(1, start, len)?;
+        }
+        for ((name, run), whole) in part.runs().iter().zip(&whole) {
+            let part = host(&run.run()?);
+            let width = part.len() / len;
+            assert_eq!(
+                part,
+                whole[start * width..(start + len) * width],
+                "{name}, {start} + {len}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Far out GELU is the line or 0, and a number that is none stays in its row.
+#[test]
+fn a_run_of_huge_tiny_and_missing_numbers() -> isopleth::Result<()> {
+    let drawn = Drawn::new(1, 40, [9, 2, 8, 3]);
+    let (mut fast, mut twin) = (drawn.net(DType::F32), drawn.net(DType::F64));
+    let sizes: Vec<f64> = (0..40).map(|i| 10f64.powi(i - 20)).collect();
+    let sizes = Tensor::from_vec(sizes, (1, 40, 1), &CPU)?;
+    twin.x = twin.x.broadcast_mul(&sizes)?;
+    fast.x = twin.x.to_dtype(DType::F32)?;
+    // The variance of the largest is more than f32 holds.
+    for ((name, fast), (_, twin)) in fast.runs().iter().zip(twin.runs()) {
+        let (fast, twin) = (fast.run()?, twin.composed()?);
+        let width = fast.dim(2)?;
+        for (row, (a, b)) in
+            host(&fast).chunks(width).zip(host(&twin).chunks(width)).enumerate().take(38)
+        {
+            let top = b.iter().fold(0f64, |m, v| m.max(v.abs()));
+            let apart = a.iter().zip(b).fold(0f64, |m, (a, b)| m.max((a - b).abs()));
+            assert!(apart <= 5e-6 * top.max(0.1), "{name}, row {row}: {a:?} for {b:?}");
+        }
+    }
+    let whole = drawn.net(DType::F32);
+    let mut holed = drawn.net(DType::F32);
+    let mut values = host(&holed.x);
+    values[9 * 20 + 4] = f64::NAN;
+    holed.x = Tensor::from_vec(values, (1, 40, 9), &CPU)?.to_dtype(DType::F32)?;
+    for ((name, holed), (_, whole)) in holed.runs().iter().zip(whole.runs()) {
+        let (holed, whole) = (host(&holed.run()?), host(&whole.run()?));
+        let width = whole.len() / 40;
+        for (row, (a, b)) in holed.chunks(width).zip(whole.chunks(width)).enumerate() {
+            match row {
+                // What is joined from elsewhere is still there.
+                20 => assert!(a.iter().any(|v| v.is_nan()), "{name}: {a:?}"),
+                _ => assert_eq!(a, b, "{name}, row {row}"),
+            }
+            if row == 20 && !name.contains("joined") {
+                assert!(a.iter().all(|v| v.is_nan()), "{name}: {a:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_run_of_nothing_and_of_what_does_not_fit() -> isopleth::Result<()> {
+    let drawn = Drawn::new(2, 3, [9, 2, 8, 3]);
+    let mut net = drawn.net(DType::F32);
+    let other = Drawn::new(2, 4, [9, 2, 8, 3]).net(DType::F32);
+    let another = Drawn::new(2, 3, [8, 2, 8, 3]).net(DType::F32);
+    for x in [&other.x, &another.x, &net.sites] {
+        assert!(Chain::new(&net.x).plus(x).run().is_err(), "{:?}", x.dims());
+        assert!(Chain::new(x).keep().mlp(&net.feed).plus(&net.x).run().is_err(), "{:?}", x.dims());
+    }
+    assert!(Chain::new(&net.x).summary(&net.phi, &net.summary).run().is_err());
+    let summary = Summary::new(net.x.clone(), &net.phi)?;
+    assert!(Chain::new(&net.x).join(&net.sites).summary(&net.phi, &summary).run().is_err());
+    for x in [&mut net.x, &mut net.sites, &mut net.mask] {
+        *x = x.narrow(1, 0, 0)?;
+    }
+    for (name, run) in net.runs() {
+        let empty = run.run()?;
+        assert_eq!(empty.dims()[..2], [2, 0], "{name}");
+    }
+    Ok(())
+}
+
+/// A layer that learns is never read from what was packed before it learned.
+#[test]
+fn a_layer_that_learns_is_read_as_it_is() -> isopleth::Result<()> {
+    let mut params = Params::new(3, &CPU, DType::F32);
+    let (_, mlp, ..) = layers(&mut params, [4, 1, 5, 2]);
+    let x = Tensor::ones((1, 3, 5), DType::F32, &CPU)?;
+    let before = mlp.forward(&x)?;
+    assert!(before.track_op(), "gradients are recorded");
+    for var in params.vars().values() {
+        var.set(&(var.as_tensor() + 1.0)?)?;
+    }
+    assert_ne!(host(&before), host(&mlp.forward(&x)?));
+    Ok(())
+}
+
+/// Models as they are asked, against the same ones as they learn, and against f64.
+#[test]
+fn an_asked_model_equals_one_that_learns() -> isopleth::Result<()> {
+    let problem = Problem::new(2, likelihood::find("gaussian")?);
+    let places = |n: usize, seed: u64| -> isopleth::Result<Sites> {
+        let xy = Stream::new(seed, "places", 0).normals(4 * n);
+        Ok(Sites::new(Tensor::from_vec(xy, (2, n, 2), &CPU)?))
+    };
+    for entry in MODELS {
+        let settings: toml::Table = entry.tiny.parse().unwrap();
+        let mut params = Params::new(5, &CPU, DType::F64);
+        (entry.build)(&settings, problem, &mut params)?;
+        let weights: BTreeMap<String, Tensor> =
+            params.vars().iter().map(|(p, v)| (p.clone(), v.as_tensor().clone())).collect();
+        // More sites than are summed at once, where that is the model's way.
+        let n = if entry.name.contains("dka") { 5000 } else { 40 };
+        let (context, targets) = (places(n, 1)?, places(70, 2)?);
+        let y = context.s.narrow(2, 0, 1)?.sin()?;
+        let mask: Vec<f64> = (0..2 * n).map(|i| f64::from(i % 3 > 0 || i > n)).collect();
+        let mask = Tensor::from_vec(mask, (2, n), &CPU)?;
+        let ask = |params: &mut Params, dtype: DType| -> isopleth::Result<Vec<f64>> {
+            let process = (entry.build)(&settings, problem, params)?;
+            let sites = |x: &Sites| isopleth::Result::Ok(Sites::new(x.s.to_dtype(dtype)?));
+            let mut context = Observations::new(sites(&context)?, y.to_dtype(dtype)?, None)?;
+            context.mask = mask.to_dtype(dtype)?;
+            let predictive = process.condition(&context)?.at(&sites(&targets)?)?;
+            Ok([host(&predictive.mean), host(&predictive.surface_sd)].concat())
+        };
+        let truth = ask(&mut Params::frozen(weights.clone(), &CPU, DType::F64), DType::F64)?;
+        let asked = ask(&mut Params::frozen(weights.clone(), &CPU, DType::F32), DType::F32)?;
+        let learning = ask(&mut Params::saved(weights, &CPU, DType::F32), DType::F32)?;
+        let (asked, learning) = (relative(&asked, &truth), relative(&learning, &truth));
+        println!("{}: asked {asked:e}, learning {learning:e}", entry.name);
+        assert!(asked < 1e-5 && learning < 1e-5, "{}: {asked:e}, {learning:e}", entry.name);
+    }
     Ok(())
 }

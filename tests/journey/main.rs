@@ -2,6 +2,7 @@
 
 use std::process::{Command, Stdio};
 
+mod bench;
 mod calibrate;
 mod inspect;
 #[cfg(feature = "gdal")]
