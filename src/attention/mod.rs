@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+mod backward;
 pub mod bias;
 mod full;
 mod reader;
@@ -14,7 +15,7 @@ mod table;
 pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;
 pub use reader::{Reader, Reading, Tally};
-pub use scan::{CHUNK, Start, resoften, scan, softmax_gradient};
+pub use scan::{CHUNK, Start, scan};
 
 /// How softmax attention is computed. All give the same answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

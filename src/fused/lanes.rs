@@ -31,6 +31,7 @@ pub unsafe trait Lanes: Copy + 'static {
     /// `a b + c`, rounded once where the machine can.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
     /// √x for x ≥ 0, to 2e-7 relative.
     unsafe fn sqrt(x: Self::F) -> Self::F;
     /// [`Lanes::sqrt`] of several vectors, side by side.
@@ -196,6 +197,10 @@ unsafe impl Lanes for Portable {
         each!(i => if a[i] > b[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
+    unsafe fn min(a: [f32; P], b: [f32; P]) -> [f32; P] {
+        each!(i => if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
     unsafe fn sqrt(x: [f32; P]) -> [f32; P] {
         each!(i => x[i].sqrt())
     }
@@ -309,6 +314,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn max(a: __m512, b: __m512) -> __m512 {
             _mm512_max_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn min(a: __m512, b: __m512) -> __m512 {
+            _mm512_min_ps(a, b)
         }
         #[inline(always)]
         unsafe fn sqrt(x: __m512) -> __m512 {
@@ -492,6 +501,10 @@ mod x86 {
             _mm256_max_ps(a, b)
         }
         #[inline(always)]
+        unsafe fn min(a: __m256, b: __m256) -> __m256 {
+            _mm256_min_ps(a, b)
+        }
+        #[inline(always)]
         unsafe fn sqrt(x: __m256) -> __m256 {
             _mm256_sqrt_ps(x)
         }
@@ -652,6 +665,10 @@ mod arm {
         #[inline(always)]
         unsafe fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t {
             vmaxq_f32(a, b)
+        }
+        #[inline(always)]
+        unsafe fn min(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+            vminq_f32(a, b)
         }
         #[inline(always)]
         unsafe fn sqrt(x: float32x4_t) -> float32x4_t {

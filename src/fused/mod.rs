@@ -19,6 +19,7 @@ pub mod matrix;
 pub mod mlp;
 pub mod simd;
 pub(crate) mod softmax;
+pub(crate) mod softmax_gradient;
 
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
