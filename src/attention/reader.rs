@@ -223,6 +223,7 @@ impl Reader {
             return Ok(());
         }
         let tabled = self.tabled(row.boxes.reach(points, dim))?;
+        let compact = self.reach2.iter().any(|r| r.is_finite());
         let add;
         let bias = match (&self.bias, &self.bumps, &tabled.table) {
             (None, ..) => softmax::Bias::None,
@@ -234,10 +235,9 @@ impl Reader {
             },
             (Some(radial), ..) => {
                 add = terms(radial);
-                softmax::Bias::Terms(&add)
+                softmax::Bias::Terms { add: &add, compact }
             }
         };
-        let compact = self.reach2.iter().any(|r| r.is_finite());
         let farthest = self.reach2.iter().fold(0.0f32, |m, r| m.max(*r));
         let sparse = compact || self.reading.lose > 0.0;
         let near = |tile: &[[f32; 2]], list: &mut Vec<(f32, u32)>| {

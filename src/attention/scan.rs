@@ -211,6 +211,7 @@ impl Scan {
             });
         }
         let (bumps, terms) = (bumps(radial), terms(radial));
+        let compact = self.terms.contains(&Term::Wendland);
         let reach = extent(columns.chunks(context.max(1)), sites, dim);
         let reach = self.metric.distance(reach);
         let highest: Vec<f32> = (0..heads)
@@ -223,7 +224,7 @@ impl Scan {
             bias: match &bumps {
                 _ if self.terms.iter().all(|t| *t == Term::Sink) => softmax::Bias::None,
                 Some(bumps) => softmax::Bias::Bump(bumps),
-                None => softmax::Bias::Terms(&terms),
+                None => softmax::Bias::Terms { add: &terms, compact },
             },
             highest: &highest,
             bend: (self.metric == Metric::GreatCircle).then_some(arcs as fn(&mut [f32])),

@@ -169,8 +169,13 @@ pub enum Bias<'a> {
     },
     /// `a 2^(−b · squared distance)`: `[head, (a, b)]`, powers of two. One term without a table.
     Bump(&'a [[f32; 2]]),
-    /// Added by the caller: `(head, squared distances, scores)`, scores in powers of two.
-    Terms(&'a AddBias<'a>),
+    /// Added by the caller, powers of two.
+    Terms {
+        /// Adds it.
+        add: &'a AddBias<'a>,
+        /// Whether it may be −∞.
+        compact: bool,
+    },
 }
 
 /// A context, and queries to read it.
@@ -432,7 +437,9 @@ unsafe fn faint<L: Lanes, const C: usize>(
             let at = at + (head * C + c) * L::N;
             let bound =
                 L::fma(L::load(state.norm.as_ptr().add(at)), L::splat(longest), L::splat(bias));
-            let bound = L::exp2(L::sub(bound, L::load(state.top.as_ptr().add(at))));
+            let bound = L::sub(bound, L::load(state.top.as_ptr().add(at)));
+            // More than any weight, and not more than a float can hold. (NaN stays.)
+            let bound = L::exp2(L::min(L::splat(126.0), bound));
             // Asked this way round, so that NaN is read.
             if !L::none_above(bound, L::load(state.weight.as_ptr().add(at))) {
                 return false;
@@ -533,7 +540,7 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                         }
                     }
                 }
-                if let Bias::Terms(add) = job.bias {
+                if let Bias::Terms { add, .. } = job.bias {
                     let rows = i * BLOCK * lanes..(i * BLOCK + len) * lanes;
                     add(head, &scratch.distance[rows.clone()], &mut scratch.scores[rows]);
                 }
@@ -544,7 +551,7 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                     Curve::Table(table.as_ptr().add(head * TABLE[0] * TABLE[1]))
                 }
                 Bias::Bump(bumps) => Curve::Bump(bumps[head]),
-                Bias::None | Bias::Terms(_) => Curve::Flat,
+                Bias::None | Bias::Terms { .. } => Curve::Flat,
             };
             let mut tops = [L::splat(0.0); C];
             for (c, t) in tops.iter_mut().enumerate() {
@@ -583,6 +590,7 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 tops = next;
             }
             let curve = if raise { Curve::Flat } else { curve };
+            let compact = matches!(job.bias, Bias::Terms { compact: true, .. });
             let mut weights = [L::splat(0.0); C];
             for i in 0..blocks.len() {
                 if reads >> i & 1 == 0 {
@@ -607,6 +615,12 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                     }};
                 }
                 match curve {
+                    Curve::Flat if compact => {
+                        for j in first..first + len {
+                            let s = shifted::<L, C, C>(scores, j * lanes, &tops);
+                            weigh_or_not::<L, C>(s, scores, j * lanes, &mut weights);
+                        }
+                    }
                     Curve::Flat => weigh!(|at, s| s, s),
                     Curve::Table(table) => weigh!(
                         |at, s| radial::<L, U>(table, scratch, at, s),
@@ -711,6 +725,27 @@ unsafe fn weigh<L: Lanes, const C: usize, const U: usize>(
         for u in 0..U {
             weights[u % C] = L::add(weights[u % C], p[u]);
             L::store(scores.add(at + u * L::N), p[u]);
+        }
+    }
+}
+
+/// [`weigh`] where a score of −∞ must weigh nothing at all, one vector after the other.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn weigh_or_not<L: Lanes, const C: usize>(
+    s: [L::F; C],
+    scores: *mut f32,
+    at: usize,
+    weights: &mut [L::F; C],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        for c in 0..C {
+            let p = L::exp2(s[c]);
+            weights[c] = L::add(weights[c], p);
+            L::store(scores.add(at + c * L::N), p);
         }
     }
 }

@@ -7,6 +7,9 @@
 //!
 //! Source: Dao et al. (2022), arXiv:2205.14135, algorithm 4.
 
+// Loops count by index: adaptors and closures may be left out of line, without the instruction set.
+#![allow(clippy::needless_range_loop)]
+
 use std::{f32::consts::LOG2_E, f64::consts::LN_2, mem, ops::Range};
 
 use super::{

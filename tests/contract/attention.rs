@@ -555,6 +555,7 @@ fn gradients_equal_autograd_of_the_reference() {
 
 /// Batches, heads, key width and value width, then targets and context: around the vectors, tiles,
 /// panels, blocks and chunks of the kernel.
+#[allow(clippy::type_complexity)]
 const SIZES: [((usize, usize, usize, usize), [usize; 2]); 8] = [
     ((1, 1, 1, 1), [1, 1]),
     ((2, 3, 5, 7), [1, 40]),
