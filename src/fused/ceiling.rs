@@ -168,9 +168,14 @@ unsafe fn powers<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 }
             }
         }
-        let mut first = [0.0f32; 16];
-        L::store(first.as_mut_ptr(), sums[0]);
-        first[0]
+        // Every sum is asked for, or the compiler leaves it out.
+        let mut sum = L::splat(0.0);
+        for u in 0..U {
+            sum = L::add(sum, sums[u]);
+        }
+        let mut lanes = [0.0f32; 16];
+        L::store(lanes.as_mut_ptr(), sum);
+        lanes.iter().sum()
     }
 }
 

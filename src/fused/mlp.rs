@@ -404,15 +404,15 @@ unsafe fn gelu<L: Lanes, const U: usize>(x: *mut f32, count: usize) {
                 x[u] = L::load(at.add(u * L::N));
                 t[u] = L::mul(x[u], x[u]);
             }
-            for u in 0..U {
-                t[u] = L::fma(t[u], third, first);
+            for t in &mut t {
+                *t = L::fma(*t, third, first);
             }
             for u in 0..U {
                 t[u] = L::min(most, L::mul(t[u], x[u]));
             }
             t = L::exp2_each::<U>(t);
-            for u in 0..U {
-                t[u] = L::recip(L::add(t[u], one));
+            for t in &mut t {
+                *t = L::recip(L::add(*t, one));
             }
             for u in 0..U {
                 L::store(at.add(u * L::N), L::mul(t[u], x[u]));
@@ -439,12 +439,12 @@ unsafe fn norm<L: Lanes, const C: usize>(x: *mut f32, scale: &[f32], shift: &[f3
             let mut sums = [[zero; C]; S];
             let whole = width - width % S;
             for i in (0..whole).step_by(S) {
-                for s in 0..S {
+                for (s, sums) in sums.iter_mut().enumerate() {
                     for c in 0..C {
                         let x = L::sub(L::load(x.add((i + s) * lanes + c * L::N)), mean[c]);
-                        sums[s][c] = match round {
-                            0 => L::add(sums[s][c], x),
-                            _ => L::fma(x, x, sums[s][c]),
+                        sums[c] = match round {
+                            0 => L::add(sums[c], x),
+                            _ => L::fma(x, x, sums[c]),
                         };
                     }
                 }
@@ -458,15 +458,17 @@ unsafe fn norm<L: Lanes, const C: usize>(x: *mut f32, scale: &[f32], shift: &[f3
                     };
                 }
             }
-            for c in 0..C {
-                let sum = L::add(L::add(sums[0][c], sums[1][c]), L::add(sums[2][c], sums[3][c]));
-                sums[0][c] = L::mul(sum, inverse);
+            let [a, b, c, d] = sums;
+            let mut moment = a;
+            for k in 0..C {
+                let sum = L::add(L::add(a[k], b[k]), L::add(c[k], d[k]));
+                moment[k] = L::mul(sum, inverse);
             }
             if round == 0 {
-                mean = sums[0];
+                mean = moment;
                 continue;
             }
-            let mut rate = sums[0];
+            let mut rate = moment;
             for rate in &mut rate {
                 *rate = L::recip(L::sqrt(L::add(*rate, L::splat(EPSILON as f32))));
             }

@@ -35,7 +35,7 @@ const WORKER: usize = 24 << 20;
 
 /// What no account shows: libraries being paged in, the other stages, and GDAL while it finishes a
 /// raster, which took 48 MiB.
-const SLACK: usize = 64 << 20;
+const SLACK: usize = 80 << 20;
 
 /// What a programme that has read a small survey holds, where the system does not say, bytes.
 pub const RESIDENT: usize = 96 << 20;

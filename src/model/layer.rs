@@ -20,7 +20,7 @@ use crate::{
 pub struct Dense {
     weight: Tensor,
     bias: Tensor,
-    packed: OnceLock<Packed>,
+    packed: OnceLock<Box<Packed>>,
 }
 
 impl Dense {
@@ -69,9 +69,10 @@ impl Dense {
             let (weight, bias) = (self.weight.contiguous()?, self.bias.contiguous()?);
             let (inputs, outputs) = weight.dims2()?;
             let bias = Host::of(&bias)?;
-            let _ = self.packed.set(Packed::new(&Host::of(&weight)?, inputs, outputs, Some(&bias)));
+            let packed = Packed::new(&Host::of(&weight)?, inputs, outputs, Some(&bias));
+            let _ = self.packed.set(Box::new(packed));
         }
-        Ok(self.packed.get())
+        Ok(self.packed.get().map(Box::as_ref))
     }
 }
 

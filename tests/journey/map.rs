@@ -278,12 +278,9 @@ fn memory_and_threads_never_change_the_map() {
         products.iter().map(|p| pixels(&out.join(format!("{p}.tif")))).collect()
     };
     let usual = maps("usual", "2", &[]);
-    let same = |a: &f64, b: &f64| a.to_bits() == b.to_bits();
-    let again = maps("again", "2", &[]).concat();
-    let differ = usual.concat().iter().zip(&again).filter(|(a, b)| !same(a, b)).count();
-    assert_eq!(differ, 0, "values differ between two runs of one command");
     for (name, threads, more) in [
-        ("one-thread", "1", &[][..]),
+        ("again", "2", &[][..]),
+        ("one-thread", "1", &[]),
         ("three-threads", "3", &[]),
         ("small-tiles", "2", &["--tile", "64"]),
         ("little-memory", "2", &["--tile", "64", "--memory", "200MiB"]),
