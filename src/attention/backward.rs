@@ -67,20 +67,20 @@ impl Backward<'_> {
     /// the parameters.
     ///
     /// # Shapes
-    /// `q` `[batch, target, head, d]`, `kv` `[batch, context, head, d + w]`; `out` and `grad`
-    /// as [`attend`](crate::fused::softmax::attend) writes its answers.
+    /// `q` `[batch, target, head, d]`, `kv` `[batch, context, head, d + w]`, `out` and `grad`
+    /// `[batch, target, head, w]`, `marks` `[batch, target, 2 · head]`: tops and inverse weights.
     pub fn gradients(
         &self,
         batch: usize,
         q: &[f32],
         kv: &[f32],
-        out: &[f32],
+        [out, marks]: [&[f32]; 2],
         grad: &[f32],
     ) -> [Vec<f32>; 3] {
         let Shape { heads, d, w, dim } = self.shape;
         let (targets, context) = (q.len() / (batch * heads * d), self.hidden.len() / batch);
         let (nq, nkv) = (targets * heads * d, context * heads * (d + w));
-        let no = targets * heads * (w + 2);
+        let no = targets * heads * w;
         let row = |row: usize| {
             let part = |n: usize| row * n..(row + 1) * n;
             Row {
@@ -90,6 +90,7 @@ impl Backward<'_> {
                 columns: &self.columns[part(dim * context)],
                 hidden: &self.hidden[part(context)],
                 out: &out[part(no)],
+                marks: &marks[part(targets * 2 * heads)],
                 grad: &grad[part(no)],
             }
         };

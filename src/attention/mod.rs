@@ -15,6 +15,7 @@ mod table;
 pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;
 pub use reader::{Reader, Reading, Tally};
+pub(crate) use scan::scan_joined;
 pub use scan::{CHUNK, Start, scan};
 
 /// How softmax attention is computed. All give the same answer.
@@ -63,6 +64,17 @@ impl Keys {
             sites: sites.contiguous()?,
             mask: mask.contiguous()?,
         })
+    }
+
+    /// The same from what is packed already: `[batch, context, head, d + w]`, keys `width` wide.
+    pub(crate) fn joined(
+        packed: Tensor,
+        width: usize,
+        sites: &Tensor,
+        mask: &Tensor,
+    ) -> Result<Self> {
+        let (sites, mask) = (sites.contiguous()?, mask.contiguous()?);
+        Ok(Keys { packed, width, sites, mask })
     }
 
     /// Keys `[batch, context, head, d]`.

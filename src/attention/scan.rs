@@ -3,7 +3,7 @@
 //! Source: Milakov & Gimelshein (2018), arXiv:1805.02867; the biased form is Jenson et al.,
 //! arXiv:2506.09163. The backward pass recomputes the scores from the saved log-sum.
 
-use std::f64::consts::LOG2_E;
+use std::{f64::consts::LOG2_E, sync::OnceLock};
 
 use candle_core::{CpuStorage, Layout, Result as CandleResult, Shape, Tensor};
 use rayon::prelude::*;
@@ -64,15 +64,29 @@ pub fn scan(
     chunk: usize,
     start: Start,
 ) -> Result<Tensor> {
-    let (batch, targets, heads, d) = q.dims4()?;
-    let width = keys.value_width();
+    let (batch, targets, heads, _) = q.dims4()?;
+    let shape = (batch, targets, heads, keys.value_width());
     if keys.is_empty() || targets == 0 {
-        return Ok(Tensor::zeros((batch, targets, heads, width), q.dtype(), q.device())?);
+        return Ok(Tensor::zeros(shape, q.dtype(), q.device())?);
     }
     // The published start is for reproduction only, and not worth a kernel.
     if !fused::applies(q) || start == Start::Published {
         return composed(q, sites, keys, bias, chunk, start);
     }
+    Ok(scan_joined(&q.flatten_from(2)?, sites, keys, bias)?.reshape(shape)?)
+}
+
+/// [`scan`] from the exact start, for f32 on the CPU, with heads joined: `q` `[batch, target,
+/// head · d]`, answer `[batch, target, head · w]`.
+pub(crate) fn scan_joined(
+    q: &Tensor,
+    sites: &Tensor,
+    keys: &Keys,
+    bias: Option<&Bias>,
+) -> Result<Tensor> {
+    let (_, targets, wide) = q.dims3()?;
+    let (d, width) = (keys.width, keys.value_width());
+    let heads = wide / d;
     // Coordinates dimension by dimension, so that distances to one target are a streaming pass.
     let metric = bias.map_or(Metric::Euclidean, |b| b.metric);
     let (sites, places) = (geometry(sites, metric)?, geometry(&keys.sites, metric)?);
@@ -89,11 +103,9 @@ pub fn scan(
         hidden: keys.mask.flatten_all()?.to_vec1::<f32>()?.iter().map(|m| *m == 0.0).collect(),
         sink: bias.and_then(Bias::sink),
         metric,
+        marks: OnceLock::new(),
     };
-    // The operation returns each head's value and, behind all values, each head's top and inverse
-    // weight.
-    let out = q.contiguous()?.apply_op3(&keys.packed.contiguous()?, &params, op)?;
-    Ok(out.narrow(2, 0, heads * width)?.reshape((batch, targets, heads, width))?)
+    Ok(q.contiguous()?.apply_op3(&keys.packed.contiguous()?, &params, op)?)
 }
 
 /// The same recurrence from tensor operations: any device, any precision, with gradients.
@@ -165,6 +177,8 @@ struct Scan {
     /// Which term is the sink.
     sink: Option<usize>,
     metric: Metric,
+    /// `[batch, target, 2 · head]`: tops and inverse weights, for the gradient.
+    marks: OnceLock<Vec<f32>>,
 }
 
 /// No less than any straight line between a column of coordinates and `sites`.
@@ -195,7 +209,15 @@ impl Scan {
     }
 
     /// One batch row: every query against the whole context.
-    fn row(&self, row: usize, q: &[f32], kv: &[f32], radial: &Radial, out: &mut [f32]) {
+    fn row(
+        &self,
+        row: usize,
+        q: &[f32],
+        kv: &[f32],
+        radial: &Radial,
+        out: &mut [f32],
+        marks: &mut [f32],
+    ) {
         let Dims { targets, context, heads, d, width, dim } = self.shape;
         let shape = softmax::Shape { heads, d, w: width, dim };
         let columns = &self.columns[row * dim * context..(row + 1) * dim * context];
@@ -232,11 +254,19 @@ impl Scan {
             skip: None,
         };
         let order: Vec<u32> = (0..targets as u32).collect();
-        out.par_chunks_mut(GROUP * heads * (width + 2)).zip(order.par_chunks(GROUP)).for_each(
-            |(out, rows)| {
-                attend(&job, q, sites, rows, out);
-            },
-        );
+        let (wide, all) = (heads * width, heads * (width + 2));
+        out.par_chunks_mut(GROUP * wide)
+            .zip(marks.par_chunks_mut(GROUP * 2 * heads))
+            .zip(order.par_chunks(GROUP))
+            .for_each_init(Vec::new, |both: &mut Vec<f32>, ((out, marks), rows)| {
+                both.resize(rows.len() * all, 0.0);
+                attend(&job, q, sites, rows, both);
+                let rows = out.chunks_exact_mut(wide).zip(marks.chunks_exact_mut(2 * heads));
+                for (both, (out, marks)) in both.chunks_exact(all).zip(rows) {
+                    out.copy_from_slice(&both[..wide]);
+                    marks.copy_from_slice(&both[wide..]);
+                }
+            });
     }
 }
 
@@ -256,16 +286,21 @@ impl candle_core::CustomOp3 for Scan {
     ) -> CandleResult<(CpuStorage, Shape)> {
         let (q, kv, params) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
         let Dims { targets, context, heads, d, width, .. } = self.shape;
-        let wide = heads * (width + 2);
+        let (nq, nkv) = (targets * heads * d, context * heads * (d + width));
+        let (no, nm) = (targets * heads * width, targets * heads * 2);
         let batch = l1.dims()[0];
-        let mut out = vec![0.0; batch * targets * wide];
+        let (mut out, mut marks) = (vec![0.0; batch * no], vec![0.0; batch * nm]);
         let radial = self.radial(params);
-        out.par_chunks_mut(targets * wide).enumerate().for_each(|(row, out)| {
-            let q = &q[row * targets * heads * d..(row + 1) * targets * heads * d];
-            let each = context * heads * (d + width);
-            self.row(row, q, &kv[row * each..(row + 1) * each], &radial, out);
-        });
-        Ok((CpuStorage::F32(out), Shape::from((batch, targets, wide))))
+        out.par_chunks_mut(no).zip(marks.par_chunks_mut(nm)).enumerate().for_each(
+            |(row, (out, marks))| {
+                let (q, kv) = (&q[row * nq..(row + 1) * nq], &kv[row * nkv..(row + 1) * nkv]);
+                self.row(row, q, kv, &radial, out, marks);
+            },
+        );
+        // Asked again, it would find the same.
+        let _ = self.marks.set(marks);
+        let shape = Shape::from((batch, targets, heads * width));
+        Ok((CpuStorage::F32(out), shape))
     }
 
     fn bwd(
@@ -289,8 +324,11 @@ impl candle_core::CustomOp3 for Scan {
             columns: &self.columns,
             hidden: &self.hidden,
         };
-        let [dq, dkv, dparams] =
-            backward.gradients(self.hidden.len() / self.shape.context, &qs, &kvs, &os, &gs);
+        let Some(marks) = self.marks.get() else {
+            candle_core::bail!("a gradient follows its forward pass")
+        };
+        let batch = q.dims()[0];
+        let [dq, dkv, dparams] = backward.gradients(batch, &qs, &kvs, [&os, marks], &gs);
         let tensor =
             |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), q.device());
         let dparams = (!self.terms.is_empty()).then(|| tensor(dparams, params)).transpose()?;

@@ -13,6 +13,7 @@ pub mod ceiling;
 mod gelu;
 pub(crate) mod lanes;
 mod layer_norm;
+pub(crate) mod learn;
 mod linear;
 pub mod log;
 pub mod matrix;

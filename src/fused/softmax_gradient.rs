@@ -77,10 +77,12 @@ pub struct Row<'a> {
     pub columns: &'a [f32],
     /// `[context]`
     pub hidden: &'a [bool],
-    /// `[target, head · (w + 2)]`, as [`attend`](super::softmax::attend) wrote it: each head's
-    /// value, each head's top, each head's inverse weight.
+    /// `[target, head, w]`
     pub out: &'a [f32],
-    /// `[target, head · (w + 2)]`; only that of the values is read.
+    /// `[target, 2 · head]`: each head's top and each head's inverse weight, as
+    /// [`attend`](super::softmax::attend) wrote them behind the values.
+    pub marks: &'a [f32],
+    /// `[target, head, w]`
     pub grad: &'a [f32],
 }
 
@@ -103,12 +105,13 @@ pub struct Gradient<'a> {
 pub fn gradient(job: &Job, row: &Row, scratch: &mut Aligned<f32>, to: &mut Gradient) {
     let Shape { heads, d, w, dim } = job.shape;
     let (targets, context) = (row.q.len() / (heads * d), row.hidden.len());
-    let wide = heads * (w + 2);
+    let wide = heads * w;
     assert!(job.heads.end <= heads, "heads that exist");
     assert!(row.q.len() == targets * heads * d && row.sites.len() >= targets * dim, "queries");
     assert!(row.kv.len() >= context * heads * (d + w), "keys and values");
     assert!(row.columns.len() >= context * dim, "places of keys");
     assert!(row.out.len() >= targets * wide && row.grad.len() >= targets * wide, "outputs");
+    assert!(row.marks.len() >= targets * 2 * heads, "tops and inverse weights");
     let heads = job.heads.len();
     assert!(to.q.len() == targets * heads * d, "room for the gradient of the queries");
     assert!(to.kv.len() == context * heads * (d + w), "room for that of keys and values");
@@ -147,7 +150,7 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
     let (dp, wp) = (d.next_multiple_of(L::N), w.next_multiple_of(L::N));
     let heads = job.heads.len();
     let targets = row.q.len() / (all * d);
-    let wide = all * (w + 2);
+    let wide = all * w;
     let observed: Vec<usize> = (0..row.hidden.len()).filter(|j| !row.hidden[*j]).collect();
     let n = observed.len();
     if n == 0 {
@@ -227,10 +230,10 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 q[(h * lanes + lane) * dp..][..d].copy_from_slice(query);
                 g[(h * lanes + lane) * wp..][..w].copy_from_slice(grad);
                 means[h * lanes + lane] = out.iter().zip(grad).map(|(o, g)| o * g).sum();
-                let inverse = row.out[at * wide + all * (w + 1) + head];
+                let inverse = row.marks[(at * 2 + 1) * all + head];
                 if inverse > 0.0 {
                     inverses[h * lanes + lane] = inverse;
-                    tops[h * lanes + lane] = row.out[at * wide + all * w + head];
+                    tops[h * lanes + lane] = row.marks[at * 2 * all + head];
                 }
             }
             let (q, g) = (&q[h * lanes * dp..], &g[h * lanes * wp..]);

@@ -9,7 +9,7 @@ use super::params::{Init, Scope};
 use crate::{
     error::Result,
     fused::{
-        self, Host,
+        self, Host, learn,
         matrix::{self, View},
         mlp::{self, Packed, Rows, Step},
     },
@@ -36,6 +36,28 @@ impl Dense {
     /// `[…, inputs]` → `[…, outputs]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Chain::new(x).dense(self).run()
+    }
+
+    /// Features that it gives.
+    pub fn outputs(&self) -> usize {
+        self.bias.elem_count()
+    }
+
+    /// This layer and another of the same input as one, that gives what the two give in `parts`
+    /// parts each, part beside part.
+    pub fn beside(&self, other: &Dense, parts: usize) -> Result<Dense> {
+        let join = |a: &Tensor, b: &Tensor| -> Result<Tensor> {
+            let (a, b) = (
+                a.reshape(((), parts, self.outputs() / parts))?,
+                b.reshape(((), parts, other.outputs() / parts))?,
+            );
+            Ok(Tensor::cat(&[a, b], 2)?)
+        };
+        Ok(Dense {
+            weight: join(&self.weight, &other.weight)?.flatten_from(1)?,
+            bias: join(&self.bias, &other.bias)?.flatten_all()?,
+            packed: OnceLock::new(),
+        })
     }
 
     /// The weights as the fused run reads them, kept; nothing if they may still change.
@@ -116,6 +138,14 @@ impl Mlp {
             .map(|(i, w)| Dense::new(&mut scope.at(&i.to_string()), w[0], w[1], init))
             .collect::<Result<_>>()?;
         Ok(Mlp { layers, activation })
+    }
+
+    /// Its layer, if it has only one.
+    pub fn alone(&self) -> Option<&Dense> {
+        match &self.layers[..] {
+            [layer] => Some(layer),
+            _ => None,
+        }
     }
 
     /// Features that the last layer gives.
@@ -268,10 +298,50 @@ impl<'a> Chain<'a> {
     /// # Errors
     /// Shapes that do not fit.
     pub fn run(&self) -> Result<Tensor> {
-        match self.fused()? {
+        if let Some(fused) = self.fused()? {
+            return Ok(fused);
+        }
+        match self.learning()? {
             Some(fused) => Ok(fused),
             None => self.composed(),
         }
+    }
+
+    /// The run as one operation with a gradient; nothing where it does not apply.
+    fn learning(&self) -> Result<Option<Tensor>> {
+        if !fused::applies(self.input) {
+            return Ok(None);
+        }
+        let (mut layers, mut params, mut other, mut kept) = (vec![], vec![], None, 0);
+        for link in &self.links {
+            layers.push(match link {
+                Link::Dense(dense) => {
+                    params.extend([&dense.weight, &dense.bias]);
+                    let (inputs, outputs) = dense.weight.dims2()?;
+                    learn::Layer::Dense { inputs, outputs }
+                }
+                Link::Activation(Activation::Gelu) => learn::Layer::Gelu,
+                Link::Activation(Activation::Relu) => learn::Layer::Relu,
+                Link::Norm(norm) => {
+                    params.extend([&norm.scale, &norm.shift]);
+                    learn::Layer::Norm
+                }
+                Link::Plus(x) if other.is_none() => {
+                    other = Some(*x);
+                    learn::Layer::Plus
+                }
+                Link::Keep => {
+                    kept = layers.len();
+                    continue;
+                }
+                Link::AddKept => learn::Layer::PlusRead(kept),
+                _ => return Ok(None),
+            });
+        }
+        if params.is_empty() || !params.iter().chain(&other).all(|x| fused::applies(x)) {
+            return Ok(None);
+        }
+        Ok(Some(learn::run(self.input, other, &params, layers)?))
     }
 
     /// The fused run; nothing where it does not apply.

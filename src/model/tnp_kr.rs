@@ -6,7 +6,7 @@
 //! with distinct widths (identical ones stay identical for ever), widths are positive, the running
 //! maximum starts at −∞, and a head may have a sink so that it can tell how much data is near.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +18,7 @@ use super::{
     settings,
 };
 use crate::{
-    attention::{Bias, CHUNK, Keys, Metric, Reader, Reading, Start, Term, full, scan},
+    attention::{Bias, CHUNK, Keys, Metric, Reader, Reading, Start, Term, full, scan, scan_joined},
     error::{Error, Result},
     fused::{
         self, Host,
@@ -334,8 +334,9 @@ impl Block {
                 self.fed(chain.summary(phi, summary).norm(norm).add_kept())
             }
             _ => {
-                let read = self.attention.read(&self.before.forward(tokens)?, sites, cache)?;
-                self.fed(Chain::new(&read).plus(tokens))
+                let normed = Chain::new(tokens).norm(&self.before);
+                let (read, out) = self.attention.read(normed, sites, cache)?;
+                self.fed(Chain::new(&read).dense(out).plus(tokens))
             }
         }
     }
@@ -492,6 +493,22 @@ impl Attention {
                     let (batch, len, width) = x.dims3()?;
                     Ok(x.reshape((batch, len, *heads, width / heads))?)
                 };
+                if fused::applies(normed)
+                    && normed.track_op()
+                    && let Some(value) = value.alone()
+                {
+                    // One layer gives keys and values side by side, as they will be read.
+                    let both = key.beside(value, *heads)?;
+                    let (batch, len, _) = normed.dims3()?;
+                    let wide = both.outputs() / heads;
+                    let packed = both.forward(normed)?.reshape((batch, len, *heads, wide))?;
+                    return Ok(Cache::Keys(Keys::joined(
+                        packed,
+                        key.outputs() / heads,
+                        sites,
+                        mask,
+                    )?));
+                }
                 let (k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
                 if fused::asked(&k) && !whole && *start == Start::Exact {
                     let bias = bias.as_ref().map(|b| b.bias()?.collapse()).transpose()?;
@@ -507,31 +524,30 @@ impl Attention {
         }
     }
 
-    /// Reads the context for tokens at `sites`: `[batch, site, width]` → the same.
-    fn read(&self, normed: &Tensor, sites: &Tensor, cache: &Cache) -> Result<Tensor> {
-        match (self, cache) {
-            (
-                Attention::Softmax { query, out, bias, heads, whole, start, .. },
-                Cache::Keys(keys),
-            ) => {
-                let q = query.forward(normed)?;
-                let (batch, len, width) = q.dims3()?;
-                let q = q.reshape((batch, len, *heads, width / heads))?;
+    /// Reads the context for normalised tokens `[batch, site, width]` at `sites`: the values of all
+    /// heads `[batch, site, head · w]`, and the layer that is to turn them into tokens.
+    fn read(&self, normed: Chain, sites: &Tensor, cache: &Cache) -> Result<(Tensor, &Dense)> {
+        let Attention::Softmax { query, out, bias, heads, whole, start, .. } = self else {
+            unreachable!("a cache is read by the attention that made it")
+        };
+        let q = normed.dense(query).run()?;
+        let (batch, len, width) = q.dims3()?;
+        let split = || q.reshape((batch, len, *heads, width / heads));
+        let read = match cache {
+            Cache::Keys(keys) => {
                 let bias = bias.as_ref().map(RawBias::bias).transpose()?;
-                let read = match whole {
-                    true => full(&q, sites, keys, bias.as_ref())?,
-                    false => scan(&q, sites, keys, bias.as_ref(), CHUNK, *start)?,
-                };
-                out.forward(&read.flatten_from(D::Minus2)?)
+                let bias = bias.as_ref();
+                let fused = fused::applies(&q) && *start == Start::Exact && !keys.is_empty();
+                match whole {
+                    true => full(&split()?, sites, keys, bias)?.flatten_from(2)?,
+                    false if fused => scan_joined(&q, sites, keys, bias)?,
+                    false => scan(&split()?, sites, keys, bias, CHUNK, *start)?.flatten_from(2)?,
+                }
             }
-            (Attention::Softmax { query, out, heads, .. }, Cache::Reader(reader)) => {
-                let q = query.forward(normed)?;
-                let (batch, len, width) = q.dims3()?;
-                let q = q.reshape((batch, len, *heads, width / heads))?;
-                out.forward(&reader.read(&q, sites)?.flatten_from(D::Minus2)?)
-            }
-            _ => unreachable!("a cache is read by the attention that made it"),
-        }
+            Cache::Reader(reader) => reader.read(&split()?, sites)?.flatten_from(2)?,
+            Cache::Kernel(_) => unreachable!("a cache is read by the attention that made it"),
+        };
+        Ok((read, out))
     }
 }
 
