@@ -21,9 +21,15 @@ pub trait Process {
 }
 
 /// A process that has seen its context. Cheap to ask, tile after tile, by several threads at once.
-pub trait Posterior: Sync {
+pub trait Posterior: Send + Sync {
     /// The posterior predictive at `targets`, each target independent of the others asked for.
     fn at(&self, targets: &Sites) -> Result<Predictive>;
+
+    /// How much of the context was read so far, of how much there is: pairs of query and key. Nothing
+    /// for posteriors that always read all of it.
+    fn tally(&self) -> Option<[u64; 2]> {
+        None
+    }
 
     /// `n` surfaces drawn jointly over `targets`, for processes that can: what areal means need.
     fn draws(&self, _targets: &Sites, _n: usize, _rng: &mut Stream) -> Result<Draws> {

@@ -474,7 +474,7 @@ fn memory_knobs_never_change_a_map() {
     let grid = square();
     let whole = map(counts(), Link::Logit, &grid, &Plan::new(Device::Cpu));
     for (tile, targets) in [(7, 16), (64, 1000), (13, 1), (1000, 100_000)] {
-        let plan = Plan { tile, targets, ..Plan::new(Device::Cpu) };
+        let plan = Plan { tile, targets, workers: 1 + targets % 4, ..Plan::new(Device::Cpu) };
         let parts = map(counts(), Link::Logit, &grid, &plan);
         assert!(parts.3.iter().all(|n| *n <= targets), "no call asks about more than {targets}");
         for (a, b) in whole.0.iter().zip(&parts.0) {
@@ -494,6 +494,74 @@ fn memory_knobs_never_change_a_map() {
         )
         .is_err()
     );
+}
+
+/// Where a stage of the pipeline breaks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Broken {
+    Nothing,
+    Asking,
+    Panicking,
+    Writing,
+}
+
+struct Fragile(Broken, std::sync::atomic::AtomicUsize);
+
+impl Posterior for Fragile {
+    fn at(&self, targets: &Sites) -> Result<Predictive> {
+        let asked = self.1.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        match self.0 {
+            Broken::Asking if asked == 5 => return Err(isopleth::Error::input("asked too much")),
+            Broken::Panicking if asked == 5 => panic!("a bug in the model"),
+            _ => {}
+        }
+        At(&Known { link: Link::Logit, asked: Default::default() }).at(targets)
+    }
+}
+
+struct Disk(Broken, usize);
+
+impl product::Product for Disk {
+    fn spec(&self) -> Spec {
+        "mean".parse().unwrap()
+    }
+    fn accept(&mut self, _: isopleth::geo::grid::Window, _: &[f32]) -> Result<()> {
+        self.1 += 1;
+        match self.0 == Broken::Writing && self.1 == 3 {
+            true => Err(isopleth::Error::input("the disk is full")),
+            false => Ok(()),
+        }
+    }
+    fn finish(self: Box<Self>) -> Result<PathBuf> {
+        Ok("nowhere".into())
+    }
+}
+
+/// Whatever stage fails, all stop, the first error is told, and nobody waits for ever.
+#[test]
+fn a_stage_that_breaks_stops_the_others() {
+    let (survey, grid) = (survey(counts()), square());
+    let frame = Frame::fit(&survey).unwrap();
+    let context = frame.observations(&survey, &Device::Cpu).unwrap();
+    let here = std::thread::current().id();
+    let run = |broken, workers| {
+        let mut products: Vec<Box<dyn product::Product>> = vec![Box::new(Disk(broken, 0))];
+        let plan = Plan { tile: 16, targets: 64, workers, ..Plan::new(Device::Cpu) };
+        let mut progress = |_, _| assert_eq!(std::thread::current().id(), here);
+        let posterior = Fragile(broken, Default::default());
+        mapping::run(&posterior, &context, &grid, &frame, &mut products, &plan, &mut progress)
+    };
+    for workers in [1, 3] {
+        assert_eq!(run(Broken::Nothing, workers).unwrap().pixels, grid.wanted());
+        let said = |broken| run(broken, workers).unwrap_err().to_string();
+        assert_eq!(said(Broken::Asking), "asked too much");
+        assert_eq!(said(Broken::Writing), "the disk is full");
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            run(Broken::Panicking, workers).map(|_| ())
+        }));
+        let panic = panic.expect_err("a panic is not an error");
+        assert_eq!(panic.downcast_ref::<&str>(), Some(&"a bug in the model"));
+    }
 }
 
 #[test]

@@ -5,16 +5,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+mod backward;
 pub mod bias;
 mod full;
 mod reader;
 mod scan;
-pub mod table;
+mod table;
 
 pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;
 pub use reader::{Reader, Reading, Tally};
-pub use scan::{CHUNK, Start, resoften, scan, softmax_gradient};
+pub use scan::{CHUNK, Start, scan};
 
 /// How softmax attention is computed. All give the same answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -53,6 +53,11 @@ impl Tally {
     pub fn skipped(&self) -> f64 {
         if self.all == 0 { 0.0 } else { 1.0 - self.read.min(self.all) as f64 / self.all as f64 }
     }
+
+    /// What was added since `earlier`.
+    pub fn since(self, earlier: Tally) -> Tally {
+        Tally { read: self.read - earlier.read, all: self.all - earlier.all }
+    }
 }
 
 impl std::ops::Add for Tally {

@@ -10,22 +10,21 @@ use rayon::prelude::*;
 
 use super::{
     Bias, Keys, Metric, Radial, Term,
-    bias::{add_term, arcs, distances_to, geometry, term_gradient},
+    backward::Backward,
+    bias::{arcs, geometry},
     full::{biased, hide},
     reader::{bumps, highest_from, terms},
 };
 use crate::{
     error::Result,
     fused::{
-        self, Host, matrix, simd, slice,
+        self, Host, slice,
         softmax::{self, GROUP, Job, Packed, attend},
     },
 };
 
 /// Keys per chunk; a memory knob, never the answer.
 pub const CHUNK: usize = 512;
-/// Queries per tile.
-const TILE: usize = 64;
 
 /// Where the running maximum starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,7 +89,6 @@ pub fn scan(
         hidden: keys.mask.flatten_all()?.to_vec1::<f32>()?.iter().map(|m| *m == 0.0).collect(),
         sink: bias.and_then(Bias::sink),
         metric,
-        chunk: chunk.max(1),
     };
     // The operation returns each head's value and, behind all values, each head's top and inverse
     // weight.
@@ -167,40 +165,6 @@ struct Scan {
     /// Which term is the sink.
     sink: Option<usize>,
     metric: Metric,
-    chunk: usize,
-}
-
-simd::vectorised! {
-    /// `weights = inverse · exp(score − top)` in place, `top` in powers of two.
-    pub fn resoften(scores: &mut [f32], top: f32, inverse: f32) {
-        let top = top * std::f32::consts::LN_2;
-        for s in scores {
-            *s = inverse * simd::exp(*s - top);
-        }
-    }
-}
-
-simd::vectorised! {
-    /// `Σ a b`.
-    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-        let mut lanes = [0.0f32; 16];
-        let body = a.len().min(b.len()) / 16 * 16;
-        for (a, b) in a[..body].chunks_exact(16).zip(b[..body].chunks_exact(16)) {
-            for l in 0..16 {
-                lanes[l] = a[l].mul_add(b[l], lanes[l]);
-            }
-        }
-        lanes.iter().sum::<f32>() + a[body..].iter().zip(&b[body..]).map(|(x, y)| x * y).sum::<f32>()
-    }
-}
-
-simd::vectorised! {
-    /// `ds = w (dw − mean)`, in place of `dw`.
-    pub fn softmax_gradient(w: &[f32], mean: f32, dw: &mut [f32]) {
-        for (d, &w) in dw.iter_mut().zip(w) {
-            *d = w * (*d - mean);
-        }
-    }
 }
 
 /// No less than any straight line between a column of coordinates and `sites`.
@@ -215,71 +179,9 @@ fn extent<'a>(columns: impl Iterator<Item = &'a [f32]>, sites: &[f32], dim: usiz
 }
 
 impl Scan {
-    /// Squared distances from a tile of targets to a chunk of keys, row by row.
-    fn distances(
-        &self,
-        row: usize,
-        first: usize,
-        rows: usize,
-        key: usize,
-        len: usize,
-        d2: &mut [f32],
-    ) {
-        let Dims { targets, context, dim, .. } = self.shape;
-        let columns = &self.columns[row * dim * context..(row + 1) * dim * context];
-        for i in 0..rows {
-            let at = (row * targets + first + i) * dim;
-            let s = &self.sites[at..at + dim];
-            distances_to(s, &columns[key..], context, &mut d2[i * len..(i + 1) * len]);
-        }
-        if self.metric == Metric::GreatCircle {
-            arcs(&mut d2[..rows * len]);
-        }
-    }
-
     fn param(&self, params: &[f32], head: usize, term: usize) -> [f32; 3] {
         let at = (head * self.terms.len() + term) * 3;
         [params[at], params[at + 1], params[at + 2]]
-    }
-
-    /// Scores of a tile of queries against a chunk of keys for one head, hidden keys at −∞.
-    #[allow(clippy::too_many_arguments)]
-    fn scores(
-        &self,
-        row: usize,
-        head: usize,
-        rows: usize,
-        key: usize,
-        len: usize,
-        q: &[f32],
-        kv: &[f32],
-        params: &[f32],
-        d2: &[f32],
-        scores: &mut [f32],
-    ) {
-        let Dims { context, heads, d, width, .. } = self.shape;
-        let stride = heads * (d + width);
-        let k = matrix::View::new(&kv[key * stride + head * (d + width)..], len, d, stride);
-        let q = matrix::View::new(&q[head * d..], rows, d, heads * d);
-        matrix::product(scores, len, 0.0, 1.0 / (d as f32).sqrt(), q, k.t(), false);
-        for (j, term) in self.terms.iter().enumerate() {
-            add_term(
-                *term,
-                self.param(params, head, j),
-                &d2[..rows * len],
-                &mut scores[..rows * len],
-            );
-        }
-        let hidden = &self.hidden[row * context + key..row * context + key + len];
-        if hidden.iter().any(|h| *h) {
-            for scores in scores[..rows * len].chunks_exact_mut(len) {
-                for (s, h) in scores.iter_mut().zip(hidden) {
-                    if *h {
-                        *s = f32::NEG_INFINITY;
-                    }
-                }
-            }
-        }
     }
 
     /// The bias as the kernel of the forward pass wants it.
@@ -335,90 +237,6 @@ impl Scan {
             },
         );
     }
-
-    /// Gradients of one batch row.
-    #[allow(clippy::too_many_arguments)]
-    fn row_gradient(
-        &self,
-        row: usize,
-        q: &[f32],
-        kv: &[f32],
-        params: &[f32],
-        out: &[f32],
-        grad: &[f32],
-        dq: &mut [f32],
-        dkv: &mut [f32],
-        dparams: &mut [f32],
-    ) {
-        let Dims { targets, context, heads, d, width, .. } = self.shape;
-        let chunk = self.chunk.min(context);
-        let (stride, wide) = (heads * (d + width), heads * (width + 2));
-        let scale = 1.0 / (d as f32).sqrt();
-        let tile = TILE.min(targets);
-        let mut d2 = vec![0.0; if self.terms.is_empty() { 0 } else { tile * chunk }];
-        let (mut w, mut dw) = (vec![0.0; tile * chunk], vec![0.0; tile * chunk]);
-        for first in (0..targets).step_by(tile) {
-            let rows = tile.min(targets - first);
-            let q = &q[first * heads * d..(first + rows) * heads * d];
-            let grad = &grad[first * wide..(first + rows) * wide];
-            let out = &out[first * wide..(first + rows) * wide];
-            let dq = &mut dq[first * heads * d..(first + rows) * heads * d];
-            if let Some(sink) = self.sink {
-                // Value 0 leaves only the softmax term: ds = −w · (o · g).
-                for i in 0..rows {
-                    for head in 0..heads {
-                        let o = i * wide + head * width;
-                        let top = out[i * wide + heads * width + head] * std::f32::consts::LN_2;
-                        let inverse = out[i * wide + heads * (width + 1) + head];
-                        let weight = inverse * (self.param(params, head, sink)[0] - top).exp();
-                        let mean = dot(&out[o..o + width], &grad[o..o + width]);
-                        dparams[(head * self.terms.len() + sink) * 3] -= weight * mean;
-                    }
-                }
-            }
-            for key in (0..context).step_by(chunk) {
-                let len = chunk.min(context - key);
-                if !self.terms.is_empty() {
-                    self.distances(row, first, rows, key, len, &mut d2);
-                }
-                for head in 0..heads {
-                    self.scores(row, head, rows, key, len, q, kv, params, &d2, &mut w);
-                    for i in 0..rows {
-                        let top = out[i * wide + heads * width + head];
-                        let inverse = out[i * wide + heads * (width + 1) + head];
-                        resoften(&mut w[i * len..(i + 1) * len], top, inverse);
-                    }
-                    let at = key * stride + head * (d + width);
-                    let g = matrix::View::new(&grad[head * width..], rows, width, wide);
-                    let weights = matrix::View::new(&w, rows, len, len);
-                    matrix::product(&mut dkv[at + d..], stride, 1.0, 1.0, weights.t(), g, false);
-                    let v = matrix::View::new(&kv[at + d..], len, width, stride);
-                    matrix::product(&mut dw, len, 0.0, 1.0, g, v.t(), false);
-                    for i in 0..rows {
-                        let o = i * wide + head * width;
-                        let mean = dot(&out[o..o + width], &grad[o..o + width]);
-                        let range = i * len..(i + 1) * len;
-                        softmax_gradient(&w[range.clone()], mean, &mut dw[range]);
-                    }
-                    for (j, term) in self.terms.iter().enumerate() {
-                        let part = term_gradient(
-                            *term,
-                            self.param(params, head, j),
-                            &d2[..rows * len],
-                            &dw[..rows * len],
-                        );
-                        let p = (head * self.terms.len() + j) * 3;
-                        dparams[p..p + 3].iter_mut().zip(part).for_each(|(t, v)| *t += v);
-                    }
-                    let ds = matrix::View::new(&dw, rows, len, len);
-                    let k = matrix::View::new(&kv[at..], len, d, stride);
-                    matrix::product(&mut dq[head * d..], heads * d, 1.0, scale, ds, k, false);
-                    let q = matrix::View::new(&q[head * d..], rows, d, heads * d);
-                    matrix::product(&mut dkv[at..], stride, 1.0, scale, ds.t(), q, false);
-                }
-            }
-        }
-    }
 }
 
 impl candle_core::CustomOp3 for Scan {
@@ -457,41 +275,21 @@ impl candle_core::CustomOp3 for Scan {
         out: &Tensor,
         grad: &Tensor,
     ) -> CandleResult<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Dims { targets, context, heads, d, width, .. } = self.shape;
-        let grad = grad.contiguous()?;
+        let Dims { heads, d, width, dim, .. } = self.shape;
         let (qs, kvs, ps) = (Host::of(q)?, Host::of(kv)?, Host::of(params)?);
+        let grad = grad.contiguous()?;
         let (os, gs) = (Host::of(out)?, Host::of(&grad)?);
-        // Plain slices cross threads; the guards behind them stay here.
-        let (qs, kvs, ps): (&[f32], &[f32], &[f32]) = (&qs, &kvs, &ps);
-        let (os, gs): (&[f32], &[f32]) = (&os, &gs);
-        let (nq, nkv, no) =
-            (targets * heads * d, context * heads * (d + width), targets * heads * (width + 2));
-        let (mut dq, mut dkv) = (vec![0.0; qs.len()], vec![0.0; kvs.len()]);
-        let parts: Vec<Vec<f32>> = dq
-            .par_chunks_mut(nq)
-            .zip(dkv.par_chunks_mut(nkv))
-            .enumerate()
-            .map(|(row, (dq, dkv))| {
-                let mut dparams = vec![0.0; ps.len()];
-                let part = |n: usize| row * n..(row + 1) * n;
-                self.row_gradient(
-                    row,
-                    &qs[part(nq)],
-                    &kvs[part(nkv)],
-                    ps,
-                    &os[part(no)],
-                    &gs[part(no)],
-                    dq,
-                    dkv,
-                    &mut dparams,
-                );
-                dparams
-            })
-            .collect();
-        let mut dparams = vec![0.0f32; ps.len()];
-        for part in parts {
-            dparams.iter_mut().zip(part).for_each(|(t, v)| *t += v);
-        }
+        let backward = Backward {
+            shape: softmax::Shape { heads, d, w: width, dim },
+            terms: &self.terms,
+            params: &ps,
+            metric: self.metric,
+            sites: &self.sites,
+            columns: &self.columns,
+            hidden: &self.hidden,
+        };
+        let [dq, dkv, dparams] =
+            backward.gradients(self.hidden.len() / self.shape.context, &qs, &kvs, &os, &gs);
         let tensor =
             |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), q.device());
         let dparams = (!self.terms.is_empty()).then(|| tensor(dparams, params)).transpose()?;

@@ -22,8 +22,6 @@ pub struct Table {
     pub squared: bool,
     /// `[head, coefficient, segment]`, powers of two.
     pub coefficients: Aligned<f32>,
-    /// Largest error found, powers of two (relative to |bias| where that is above 1).
-    pub error: f64,
 }
 
 impl Table {
@@ -84,7 +82,7 @@ impl Table {
                 }
             }
         }
-        Some(Table { scale, squared, coefficients, error })
+        Some(Table { scale, squared, coefficients })
     }
 }
 
@@ -119,7 +117,6 @@ mod tests {
     fn smooth_biases_are_followed_and_others_are_declined() {
         let rbf = |_: usize, d: f64| 1.3 * (-d * d / 0.01).exp();
         let table = Table::new(2, 3.0, rbf).expect("an RBF of width 0.1 in a range of 3");
-        assert!(table.error < TOLERANCE, "{}", table.error);
         assert!(table.squared, "smooth in the square");
         assert!(!Table::new(1, 3.0, |_, d| -40.0 * d).expect("straight").squared, "a corner at 0");
         assert!(Table::new(1, 3.0, |_, d| -800.0 * d * d).is_some());

@@ -1,5 +1,7 @@
 //! One layer's attention alone, forward, on random queries, keys and values.
 
+use std::{cell::Cell, rc::Rc};
+
 use candle_core::{DType, Device, Tensor};
 
 use super::{
@@ -8,8 +10,9 @@ use super::{
     work::{Kind, Shape},
 };
 use crate::{
-    attention::{Bias, CHUNK, Keys, Metric, Start, Term, full, scan},
+    attention::{Bias, CHUNK, Keys, Metric, Reader, Start, Tally, Term, full, scan},
     error::Result,
+    fused::applies,
     mapping::plan,
     model::{
         layer::{Activation, Mlp, Norm},
@@ -48,10 +51,10 @@ const TOKEN: usize = 64;
 const FEATURES: usize = 128;
 
 /// Reads the context at targets, tile after tile.
-type Reader = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+type Ask = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
 
 /// Packs the context: with deep kernel attention that is most of the work, so it is timed.
-type Prepare = Box<dyn Fn() -> Result<Reader>>;
+type Prepare = Box<dyn Fn() -> Result<Ask>>;
 
 /// Times the layer.
 ///
@@ -67,9 +70,10 @@ pub fn run(plan: &Plan, layer: &Layer) -> Result<Report> {
     let at = sites(layer.layout, layer.contexts, &mut Stream::new(plan.seed, "sites", 0));
     let context = Sites::plane(&at, &plan.device)?;
     let tile = layer.targets.min(TARGETS);
+    let tally = Rc::new(Cell::new(Tally::default()));
     let prepare = match layer.attention {
         Attention::Dka => kernel(plan, layer, tile, context)?,
-        _ => softmax(plan, layer, tile, context)?,
+        _ => softmax(plan, layer, tile, context, tally.clone())?,
     };
     let asked = pixels(layer.targets, plan::TILE);
     let (timed, ceiling) = under_ceiling(plan.threads, || {
@@ -95,7 +99,9 @@ pub fn run(plan: &Plan, layer: &Layer) -> Result<Report> {
         bias: layer.bias.clone(),
         work: shape.layer(layer.contexts, layer.targets),
     };
-    Ok(Report::new(plan, subject, timed, ceiling, machine::peak_rss_mib()))
+    let mut report = Report::new(plan, subject, timed, ceiling, machine::peak_rss_mib());
+    report.skipped(tally.get());
+    Ok(report)
 }
 
 fn average(x: &Tensor) -> Result<f64> {
@@ -109,7 +115,13 @@ fn normal(shape: &[usize], rng: &mut Stream, device: &Device) -> Result<Tensor> 
     Ok(Tensor::from_vec(values, shape, device)?)
 }
 
-fn softmax(plan: &Plan, layer: &Layer, tile: usize, context: Sites) -> Result<Prepare> {
+fn softmax(
+    plan: &Plan,
+    layer: &Layer,
+    tile: usize,
+    context: Sites,
+    tally: Rc<Cell<Tally>>,
+) -> Result<Prepare> {
     let (heads, n, device) = (layer.heads, layer.contexts, &plan.device);
     let draw = |name: &str, sites: usize, width: usize| {
         normal(&[1, sites, heads, width], &mut Stream::new(plan.seed, name, 0), device)
@@ -119,16 +131,26 @@ fn softmax(plan: &Plan, layer: &Layer, tile: usize, context: Sites) -> Result<Pr
     let (k, v) = (draw("keys", n, layer.key_width)?, draw("values", n, layer.value_width)?);
     let mask = Tensor::ones((1, n), DType::F32, device)?;
     let bias = bias(layer, device)?;
-    let attention = layer.attention;
+    let (attention, reading) = (layer.attention, plan.reading(layer.attention));
     Ok(Box::new(move || {
-        let keys = Keys::pack(&k, &v, &context.s, &mask)?;
         let (q, bias) = (q.clone(), bias.clone());
-        Ok(Box::new(move |sites| {
-            let q = q.narrow(1, 0, sites.dims()[1])?;
-            match attention {
-                Attention::Full => full(&q, sites, &keys, bias.as_ref()),
-                _ => scan(&q, sites, &keys, bias.as_ref(), CHUNK, Start::Exact),
-            }
+        let asked = move |sites: &Tensor| q.narrow(1, 0, sites.dims()[1]);
+        // As a model does: readers for f32 on the CPU, and what any device can do elsewhere.
+        if attention != Attention::Full && applies(&k) {
+            let reader = Reader::new(&k, &v, &context.s, &mask, bias.as_ref(), reading)?;
+            let tally = tally.clone();
+            return Ok(Box::new(move |sites| {
+                let before = reader.tally();
+                let read = reader.read(&asked(sites)?, sites)?;
+                let after = reader.tally();
+                tally.set(tally.get() + after.since(before));
+                Ok(read)
+            }));
+        }
+        let keys = Keys::pack(&k, &v, &context.s, &mask)?;
+        Ok(Box::new(move |sites| match attention {
+            Attention::Full => full(&asked(sites)?, sites, &keys, bias.as_ref()),
+            _ => scan(&asked(sites)?, sites, &keys, bias.as_ref(), CHUNK, Start::Exact),
         }))
     }))
 }
@@ -165,7 +187,7 @@ fn kernel(plan: &Plan, layer: &Layer, tile: usize, context: Sites) -> Result<Pre
     let phi = mlp("phi", &[2 + TOKEN, FEATURES, FEATURES])?;
     let psi = mlp("psi", &[TOKEN, FEATURES, TOKEN])?;
     let norm = Norm::new(&mut params.scope().at("norm"), TOKEN)?;
-    let network = std::rc::Rc::new((phi, psi, norm));
+    let network = Rc::new((phi, psi, norm));
     let draw = |name: &str, sites: usize| {
         normal(&[1, sites, TOKEN], &mut Stream::new(plan.seed, name, 0), &plan.device)
     };

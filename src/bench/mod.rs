@@ -9,7 +9,7 @@ use candle_core::Device;
 use serde::Serialize;
 
 use crate::{
-    attention::Term,
+    attention::{Reading, Tally, Term},
     device,
     error::{Error, Result},
     fused::{ceiling::Rates, simd},
@@ -75,22 +75,27 @@ pub struct Plan {
     pub seed: u64,
     /// Runs, of which the best counts.
     pub repeat: usize,
+    /// The share of its attention that a query may lose, where attention is sparse.
+    pub lose: f64,
 }
 
 /// The one place that says which ways of computing this build lacks.
 ///
 /// # Errors
 /// [`Error::Input`] for a way that it lacks.
-pub fn available(attention: Attention, precision: Precision) -> Result<()> {
-    let lacking = match (attention, precision) {
-        (Attention::Sparse, _) => Some("sparse attention"),
-        (_, Precision::Bf16) => Some("bf16 precision"),
-        _ => None,
-    };
-    match lacking {
-        None => Ok(()),
-        Some(what) => Err(Error::input(format!("{what} is not in this build"))
-            .try_this("use --attention scan|full|dka and --precision f32")),
+pub fn available(_: Attention, precision: Precision) -> Result<()> {
+    match precision {
+        Precision::F32 => Ok(()),
+        Precision::Bf16 => {
+            Err(Error::input("bf16 precision is not in this build").try_this("use --precision f32"))
+        }
+    }
+}
+
+impl Plan {
+    /// How contexts are read.
+    pub fn reading(&self, attention: Attention) -> Reading {
+        Reading { lose: if attention == Attention::Sparse { self.lose } else { 0.0 } }
     }
 }
 
@@ -221,6 +226,11 @@ pub struct Report {
     pub ceiling: Ceiling,
     /// Most memory that the process ever held, MiB.
     pub peak_rss_mib: Option<f64>,
+    /// Share of the head pairs that were left out: of no weight, or too faint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<f64>,
+    /// The share of its attention that a query was allowed to lose.
+    pub lose: f64,
     /// Average of the answers.
     pub answer: f64,
     /// The training step beside its plain composition.
@@ -299,9 +309,16 @@ impl Report {
             ceiling_share: least / ns,
             ceiling,
             peak_rss_mib,
+            skipped: None,
+            lose: plan.reading(subject.attention).lose,
             answer: timed.answer,
             step: None,
         }
+    }
+
+    /// Notes how much was left out.
+    pub fn skipped(&mut self, tally: Tally) {
+        self.skipped = (tally.all > 0).then(|| tally.skipped());
     }
 }
 
@@ -404,6 +421,7 @@ mod tests {
             threads: 1,
             seed: 1,
             repeat: 3,
+            lose: 0.0,
         };
         let (mut runs, start) = (0, Instant::now());
         let timed = time(&plan, || {

@@ -13,6 +13,7 @@ use super::{
     work::{Kind, Shape},
 };
 use crate::{
+    attention::Tally,
     checkpoint::Checkpoint,
     error::{Error, Result},
     likelihood::{self, Likelihood},
@@ -45,8 +46,12 @@ pub struct Network {
 }
 
 /// The kinds of model, and how each computes attention.
-const KINDS: [(&str, Attention); 3] =
-    [("tnp-kr", Attention::Scan), ("tnp-kr-full", Attention::Full), ("tnp-kr-dka", Attention::Dka)];
+const KINDS: [(&str, Attention); 4] = [
+    ("tnp-kr", Attention::Scan),
+    ("tnp-kr", Attention::Sparse),
+    ("tnp-kr-full", Attention::Full),
+    ("tnp-kr-dka", Attention::Dka),
+];
 
 impl Network {
     /// A trained model by name or file, with its own attention or another that its weights fit.
@@ -126,7 +131,8 @@ impl Network {
         let config: Config = model::settings(&table)?;
         let (kind, _) = KINDS.iter().find(|(_, does)| *does == attention).expect("is available");
         table.insert("kind".into(), (*kind).into());
-        let problem = Problem::new(2, likelihood);
+        let reading = plan.reading(attention);
+        let problem = Problem { reading, ..Problem::new(2, likelihood) };
         let process = model::build(&table, problem, &mut params)?;
         let kind = match attention {
             Attention::Dka => {
@@ -210,20 +216,25 @@ pub fn map(
 ) -> Result<Report> {
     let context = network.context(plan, layout, contexts)?;
     let asked = pixels(targets, TILE);
-    let mut condition_s = f64::INFINITY;
+    let (mut condition_s, mut tally) = (f64::INFINITY, Tally::default());
     let (timed, ceiling) = under_ceiling(plan.threads, || {
         time(plan, || {
             let start = Instant::now();
             let posterior = network.process.condition(&context)?;
             plan.device.synchronize()?;
             condition_s = condition_s.min(start.elapsed().as_secs_f64());
-            Ok(ask(plan, &*posterior, &asked)? / targets as f64)
+            let answer = ask(plan, &*posterior, &asked)? / targets as f64;
+            if let Some([read, all]) = posterior.tally() {
+                tally = Tally { read, all };
+            }
+            Ok(answer)
         })
     })?;
     let work = network.shape.map(contexts, targets);
     let subject = Subject { contexts, targets, layout, work, ..network.subject("map") };
     let mut report = Report::new(plan, subject, timed, ceiling, machine::peak_rss_mib());
     report.condition_s = Some(condition_s);
+    report.skipped(tally);
     Ok(report)
 }
 

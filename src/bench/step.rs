@@ -255,6 +255,7 @@ mod tests {
             threads: 2,
             seed: 3,
             repeat: 2,
+            lose: 0.0,
         }
     }
 

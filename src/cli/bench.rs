@@ -46,6 +46,9 @@ struct Run {
     /// Numbers that attention computes with
     #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32", "bf16"]))]
     precision: String,
+    /// With --attention sparse: the share of its attention that a query may lose
+    #[arg(long, value_name = "SHARE", default_value_t = 1e-3)]
+    lose: f64,
     /// Seed of everything random
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -235,6 +238,11 @@ fn train_step(args: &StepArgs) -> Result<Report> {
 
 impl Run {
     fn plan(&self, repeat: usize) -> Result<Plan> {
+        if !(0.0..1.0).contains(&self.lose) {
+            return Err(Error::input("a share lies between 0 and 1")
+                .fact("--lose", self.lose)
+                .try_this("give --lose 1e-3"));
+        }
         let threads = self.threads.unwrap_or_else(rayon::current_num_threads);
         set_threads(self.threads)?;
         Ok(Plan {
@@ -244,6 +252,7 @@ impl Run {
             threads,
             seed: self.seed,
             repeat: self.repeat.unwrap_or(repeat),
+            lose: self.lose,
         })
     }
 }
@@ -418,6 +427,14 @@ fn table(report: &Report) -> Result<()> {
     let together = rates(ceiling.fma_per_ns, ceiling.exp_per_ns);
     line("a thread of all", together)?;
     line("a thread alone", rates(ceiling.fma_per_ns_alone, ceiling.exp_per_ns_alone))?;
+    if let Some(skipped) = report.skipped.filter(|s| *s > 0.0) {
+        let lose = report.lose;
+        let text = format!(
+            "{} % of the head pairs, share that may be lost {lose}",
+            round(100.0 * skipped)
+        );
+        line("left out", text)?;
+    }
     if let Some(mib) = report.peak_rss_mib {
         line("peak memory", format!("{mib:.0} MiB"))?;
     }

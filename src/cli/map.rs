@@ -133,7 +133,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let tags = [("MODEL".to_string(), model.name.clone())];
     let mut products = product::open(&specs, &outcome, &grid, output.scratch(), &tags)?;
-    let posterior = model.process.condition(&context)?;
+    let posterior = plan.condition(&*model.process, &context)?;
     let mut bar = Bar::new();
     let summary = mapping::run(
         &*posterior,
@@ -252,7 +252,7 @@ fn grid(
 /// A process that is ready, with what is known about it.
 pub(super) struct Model {
     pub name: String,
-    pub process: Box<dyn Process>,
+    pub process: Box<dyn Process + Send + Sync>,
     /// For the run record.
     pub card: Value,
     /// Context sizes it was trained on, where it was trained.

@@ -10,7 +10,6 @@ use serde_json::Value;
 use super::{
     map::{line, open_model, plural, round, tell_survey},
     sample::refuse_existing,
-    say,
     survey::ColumnArgs,
 };
 use crate::{
@@ -21,7 +20,10 @@ use crate::{
         survey::{Outcome, Survey, SurveyOptions, Targets},
         table::{Column, Columns},
     },
-    mapping,
+    mapping::{
+        self, Plan, plan,
+        record::{Predictions, TargetsNote},
+    },
     predictive::{Marginals, Of},
     process::Posterior,
     sites::Sites,
@@ -70,6 +72,9 @@ pub struct Args {
     force: bool,
 }
 
+/// Rows of the targets in memory at once.
+const ROWS: usize = 8_192;
+
 /// What is asked of each of surface and observation, beside mean and sd.
 struct Asked<'a> {
     quantiles: &'a [f64],
@@ -114,20 +119,31 @@ pub fn run(args: &Args) -> Result<()> {
     let about = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
     line("model", format!("{}: {about}", model.name))?;
 
+    let plan = Plan::new(device);
     let posterior = model.process.condition(&context)?;
-    let mut beyond = 0;
-    let chunks = (0..targets.len()).step_by(mapping::plan::TARGETS).map(|from| {
-        let to = targets.len().min(from + mapping::plan::TARGETS);
-        let mut columns = kept(&targets, from, to)?;
-        let rows: Vec<usize> = (from..to).filter(|i| !targets.x[*i].is_nan()).collect();
-        let mut answers = vec![vec![f64::NAN; to - from]; names.len() - columns.len()];
+    let answered =
+        names.len() - coordinates(&targets).map_or(0, |c| c.len()) - targets.names().len();
+    let (mut from, mut beyond) = (0, 0);
+    let chunks = targets.chunks(ROWS)?.map(|chunk| {
+        let (len, own) = chunk?;
+        let (x, y) = (&targets.x[from..from + len], &targets.y[from..from + len]);
+        from += len;
+        let mut columns = Vec::new();
+        if coordinates(&targets).is_some() {
+            columns.extend([x, y].map(|values| Column::Numbers(values.to_vec())));
+        }
+        columns.extend(own);
+        let rows: Vec<usize> = (0..len).filter(|i| !x[*i].is_nan()).collect();
+        let mut answers = vec![vec![f64::NAN; len]; answered];
         if !rows.is_empty() {
             let at = |values: &[f64]| rows.iter().map(|i| values[*i]).collect::<Vec<f64>>();
-            let sites = frame.sites(&targets.crs, &at(&targets.x), &at(&targets.y), &device)?;
+            let sites = frame.sites(&targets.crs, &at(x), &at(y), &plan.device)?;
             let far = |p: &&Vec<f64>| p.iter().any(|v| v.abs() > 1.0 + mapping::REACH);
             beyond += sites.host()?[0].iter().filter(far).count();
-            for (row, given) in rows.iter().zip(asked.answers(&*posterior, &frame, &sites)?) {
-                answers.iter_mut().zip(given).for_each(|(cells, v)| cells[row - from] = v);
+            let given =
+                mapping::in_parts(&plan, &sites, |part| asked.answers(&*posterior, &frame, part))?;
+            for (row, given) in rows.iter().zip(given.into_iter().flatten()) {
+                answers.iter_mut().zip(given).for_each(|(cells, v)| cells[*row] = v);
             }
         }
         columns.extend(answers.into_iter().map(Column::Numbers));
@@ -144,13 +160,37 @@ pub fn run(args: &Args) -> Result<()> {
             round(frame.km(mapping::REACH))
         ));
     }
-    warnings.iter().try_for_each(|w| line("warning", w))?;
+    let record = Predictions {
+        isopleth: env!("CARGO_PKG_VERSION").into(),
+        command: std::env::args().collect(),
+        model: model.card.clone(),
+        survey: (&survey).into(),
+        targets: TargetsNote {
+            file: args.targets.display().to_string(),
+            crs: targets.crs.name().to_string(),
+            rows: targets.len(),
+            placed,
+            notes: targets.notes.clone(),
+        },
+        frame,
+        file: args.out.file_name().unwrap_or_default().to_string_lossy().into(),
+        columns: names,
+        warnings,
+        peak_memory_mib: plan::usage().map(|usage| usage.peak.mebibytes()),
+        seconds: (start.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,
+    };
+    record.write(&args.out)?;
+    record.warnings.iter().try_for_each(|w| line("warning", w))?;
     let unit = match survey.outcome {
         Outcome::Counts { .. } => "prevalence".to_string(),
         Outcome::Values(_) => format!("units of {}", said.value.as_deref().unwrap_or("the value")),
     };
     line("written", format!("{}: {} rows, {unit}", args.out.display(), targets.len()))?;
-    say(format!("{:<11} {:.1} s", "time", start.elapsed().as_secs_f64()))
+    line("", format!("{}: what was asked and used", Predictions::beside(&args.out).display()))?;
+    if let Some(peak) = record.peak_memory_mib {
+        line("memory", format!("{peak:.0} MiB at most"))?;
+    }
+    line("time", format!("{:.1} s", record.seconds))
 }
 
 /// What can be checked before anything is read.
@@ -161,6 +201,7 @@ fn check(args: &Args) -> Result<()> {
             .try_this("for example --out predictions.parquet"));
     }
     refuse_existing(&args.out, args.force)?;
+    refuse_existing(&Predictions::beside(&args.out), args.force)?;
     let real = |path: &Path| path.canonicalize().ok();
     for input in [&args.context, &args.targets] {
         if real(&args.out).is_some_and(|out| Some(out) == real(input)) {
@@ -186,20 +227,7 @@ fn check(args: &Args) -> Result<()> {
 fn coordinates(targets: &Targets) -> Option<[&'static str; 2]> {
     let names = if targets.crs.is_geographic() { ["lon", "lat"] } else { ["x", "y"] };
     let held = |name: &String| names.iter().any(|n| name.eq_ignore_ascii_case(n));
-    (targets.geometries && !targets.table.names().iter().any(held)).then_some(names)
-}
-
-/// The targets' own columns in a chunk, coordinates first where no column holds them.
-fn kept(targets: &Targets, from: usize, to: usize) -> Result<Vec<Column>> {
-    let mut columns = Vec::new();
-    if coordinates(targets).is_some() {
-        columns.push(Column::Numbers(targets.x[from..to].to_vec()));
-        columns.push(Column::Numbers(targets.y[from..to].to_vec()));
-    }
-    for name in targets.table.names() {
-        columns.push(targets.table.column(name)?.slice(from, to));
-    }
-    Ok(columns)
+    (targets.geometries && !targets.names().iter().any(held)).then_some(names)
 }
 
 impl Asked<'_> {
@@ -218,12 +246,12 @@ impl Asked<'_> {
     fn names(&self, targets: &Targets) -> Result<Vec<String>> {
         let mut names: Vec<String> = Vec::new();
         names.extend(coordinates(targets).into_iter().flatten().map(String::from));
-        names.extend(targets.table.names().iter().cloned());
+        names.extend(targets.names().iter().cloned());
         names.extend(KINDS.iter().flat_map(|(kind, _)| self.labels(kind)));
         for (i, name) in names.iter().enumerate() {
             if names[..i].contains(name) {
                 return Err(Error::input(format!("two columns would be called `{name}`"))
-                    .fact("targets", targets.table.source().display())
+                    .fact("targets", targets.source().display())
                     .try_this(
                         "rename the column in the table of targets, or ask for each quantile and \
                          threshold once",

@@ -4,9 +4,15 @@
 //! fused operations use ([`simd::level`]). Every thread of the current rayon pool runs at once,
 //! so that a clock that falls under load, or a core that is shared, counts.
 
+// Loops count by index: adaptors and closures may be left out of line, without the instruction set.
+#![allow(clippy::needless_range_loop)]
+
 use std::{hint::black_box, time::Instant};
 
-use super::simd;
+use super::{
+    lanes::{self, Lanes},
+    simd,
+};
 
 /// Rates of one thread while all threads run, in single numbers (a vector of 16 counts as 16).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -128,29 +134,55 @@ fn exponentials(rounds: usize) -> usize {
     rounds * NUMBERS
 }
 
-/// The shortest exponential we know for each instruction set: no bounds are checked but the lower.
+/// The exponential that attention takes: [`Lanes::exp2_each`].
 fn scaled_exponentials(rounds: usize) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let x = numbers();
-        match simd::level() {
-            // SAFETY: the features were detected on this machine.
-            simd::Level::Avx512 => return unsafe { x86::exp_512(rounds, &x) },
-            // SAFETY: as above.
-            simd::Level::Avx2 => return unsafe { x86::exp_256(rounds, &x) },
-            _ => {}
+    let x = &numbers();
+    // SAFETY: the kernel reads and writes whole vectors of `numbers` alone.
+    let sum = lanes::dispatch!(powers(rounds: usize, x: &[f32; NUMBERS]) -> f32);
+    black_box(sum);
+    rounds * NUMBERS
+}
+
+/// Σ 2ˣ, `rounds` times.
+///
+/// # Safety
+/// On a machine with the instruction set.
+#[inline(always)]
+unsafe fn powers<L: Lanes, const R: usize, const C: usize, const U: usize>(
+    rounds: usize,
+    x: &[f32; NUMBERS],
+) -> f32 {
+    // SAFETY: NUMBERS is a multiple of every number of values in U vectors, U ≤ 8 of 16.
+    unsafe {
+        let mut sums = [L::splat(0.0); U];
+        for _ in 0..rounds {
+            let x = black_box(x).as_ptr();
+            for at in (0..NUMBERS / (U * L::N)).map(|i| i * U * L::N) {
+                let mut v = [L::splat(0.0); U];
+                for u in 0..U {
+                    v[u] = L::load(x.add(at + u * L::N));
+                }
+                let p = L::exp2_each::<U>(v);
+                for u in 0..U {
+                    sums[u] = L::add(sums[u], p[u]);
+                }
+            }
         }
+        // Every sum is asked for, or the compiler leaves it out.
+        let mut sum = L::splat(0.0);
+        for u in 0..U {
+            sum = L::add(sum, sums[u]);
+        }
+        let mut lanes = [0.0f32; 16];
+        L::store(lanes.as_mut_ptr(), sum);
+        lanes.iter().sum()
     }
-    exponentials(rounds)
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::{arch::x86_64::*, hint::black_box};
 
-    /// `2ᶠ` for |f| ≤ ½ to 2e-7: coefficients of degree 0 to 5.
-    const POWER: [f32; 6] =
-        [1.0, std::f32::consts::LN_2, 0.240_226_5, 0.055_503_3, 0.009_618_13, 0.001_339_1];
     /// Independent chains: more than latency times instructions per cycle, and they fit the registers.
     const CHAINS: usize = 12;
 
@@ -178,55 +210,6 @@ mod x86 {
         }
         black_box(chains);
         rounds * CHAINS * 8
-    }
-
-    #[target_feature(enable = "avx512f")]
-    pub fn exp_512(rounds: usize, numbers: &[f32]) -> usize {
-        let mut sums = [_mm512_setzero_ps(); 4];
-        for _ in 0..rounds {
-            for x in black_box(numbers).as_chunks::<64>().0 {
-                for (sum, x) in sums.iter_mut().zip(x.as_chunks::<16>().0) {
-                    // SAFETY: sixteen numbers stand there.
-                    let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
-                    let t = _mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E));
-                    let n = _mm512_roundscale_ps::<0>(t);
-                    let f = _mm512_sub_ps(t, n);
-                    let mut p = _mm512_set1_ps(POWER[5]);
-                    for power in POWER[..5].iter().rev() {
-                        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(*power));
-                    }
-                    *sum = _mm512_add_ps(*sum, _mm512_scalef_ps(p, n));
-                }
-            }
-        }
-        black_box(sums);
-        rounds * numbers.len()
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    pub fn exp_256(rounds: usize, numbers: &[f32]) -> usize {
-        let mut sums = [_mm256_setzero_ps(); 4];
-        for _ in 0..rounds {
-            for x in black_box(numbers).as_chunks::<32>().0 {
-                for (sum, x) in sums.iter_mut().zip(x.as_chunks::<8>().0) {
-                    // SAFETY: eight numbers stand there.
-                    let x = unsafe { _mm256_loadu_ps(x.as_ptr()) };
-                    let t = _mm256_mul_ps(x, _mm256_set1_ps(std::f32::consts::LOG2_E));
-                    let t = _mm256_max_ps(t, _mm256_set1_ps(-126.0));
-                    let n = _mm256_round_ps::<0>(t);
-                    let f = _mm256_sub_ps(t, n);
-                    let mut p = _mm256_set1_ps(POWER[5]);
-                    for power in POWER[..5].iter().rev() {
-                        p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(*power));
-                    }
-                    let n = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n));
-                    let scaled = _mm256_add_epi32(_mm256_castps_si256(p), n);
-                    *sum = _mm256_add_ps(*sum, _mm256_castsi256_ps(scaled));
-                }
-            }
-        }
-        black_box(sums);
-        rounds * numbers.len()
     }
 }
 

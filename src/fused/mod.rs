@@ -11,14 +11,15 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
 pub mod ceiling;
 mod gelu;
-pub mod lanes;
+pub(crate) mod lanes;
 mod layer_norm;
 mod linear;
 pub mod log;
 pub mod matrix;
 pub mod mlp;
 pub mod simd;
-pub mod softmax;
+pub(crate) mod softmax;
+pub(crate) mod softmax_gradient;
 
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;

@@ -4,6 +4,9 @@
 //! the first-level cache: scores by a register-tiled product, weights in place of the scores, and
 //! weights times values. Scores are held in powers of two, so that e never appears.
 
+// Loops count by index: adaptors and closures may be left out of line, without the instruction set.
+#![allow(clippy::needless_range_loop)]
+
 use std::f32::consts::LOG2_E;
 
 use super::lanes::{self, Aligned, Lanes};
@@ -20,6 +23,8 @@ pub const GROUP: usize = 192;
 pub const TABLE: [usize; 2] = [6, 32];
 /// Stands for a running maximum of −∞, so that differences stay numbers.
 const LOWEST: f32 = -1e30;
+/// Less than any key within reach adds to the weight of all.
+const NOTHING: f32 = 1e-15;
 /// A score may exceed the running maximum by this many powers of two before it is raised.
 const HEADROOM: f32 = 60.0;
 
@@ -139,17 +144,12 @@ impl Packed {
             *longest = longest.max(norm);
         }
     }
-
-    /// Reads key number `at` of `head` back: key, then value.
-    pub fn get(&self, at: usize, head: usize) -> (Vec<f32>, &[f32]) {
-        let (block, j) = (at / BLOCK, at % BLOCK);
-        let base = block * self.shape.block() + self.shape.head(head);
-        let panel = base + (j / PANEL) * PANEL * self.shape.d + j % PANEL;
-        let key = (0..self.shape.d).map(|i| self.data[panel + i * PANEL]).collect();
-        let values = base + BLOCK * self.shape.d + j * self.shape.padded();
-        (key, &self.data[values..values + self.shape.w])
-    }
 }
+
+/// Adds the bias of a head: `(head, squared distances, scores)`.
+pub type AddBias<'a> = dyn Fn(usize, &[f32], &mut [f32]) + Sync + 'a;
+/// Fills a list of blocks near a box.
+pub type Near<'a> = dyn Fn(&[[f32; 2]], &mut Vec<(f32, u32)>) + Sync + 'a;
 
 /// How a score depends on distance.
 #[derive(Clone, Copy)]
@@ -170,7 +170,7 @@ pub enum Bias<'a> {
     /// `a 2^(−b · squared distance)`: `[head, (a, b)]`, powers of two. One term without a table.
     Bump(&'a [[f32; 2]]),
     /// Added by the caller: `(head, squared distances, scores)`, scores in powers of two.
-    Terms(&'a (dyn Fn(usize, &[f32], &mut [f32]) + Sync)),
+    Terms(&'a AddBias<'a>),
 }
 
 /// A context, and queries to read it.
@@ -194,7 +194,7 @@ pub struct Job<'a> {
 pub struct Skip<'a> {
     /// Blocks worth a look for queries in a box (`[dim]` of least and most), nearest first, each
     /// with the squared distance between the box and its own.
-    pub near: &'a (dyn Fn(&[[f32; 2]], &mut Vec<(f32, u32)>) + Sync),
+    pub near: &'a Near<'a>,
     /// Squared distance from which on a head reads nothing.
     pub reach2: &'a [f32],
     /// Leaves out blocks whose keys each add less than a share of what was read already.
@@ -399,7 +399,8 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
         for head in 0..heads {
             let at = (tile * heads + head) * lanes + lane;
             let weight = state.weight[at];
-            let inverse = if weight > 0.0 { 1.0 / weight } else { 0.0 };
+            // The nearest key weighs 1; far ones, and those out of reach, 2⁻¹⁰⁰.
+            let inverse = if weight < NOTHING { 0.0 } else { 1.0 / weight };
             for (i, o) in out[head * w..(head + 1) * w].iter_mut().enumerate() {
                 *o = state.sum[((tile * heads + head) * wp + i) * lanes + lane] * inverse;
             }
@@ -590,29 +591,30 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 let (first, len) = (i * BLOCK, keys.keys_in(blocks[i].1 as usize));
                 let whole = len - len % (U / C);
                 // One loop for each kind of curve: a choice inside would be made for every vector.
+                // (A macro, since closures do not inherit the instruction set.)
                 macro_rules! weigh {
-                    ($add:expr, $add_one:expr) => {{
+                    (|$at:ident, $s:ident| $four:expr, $one:expr) => {{
                         for j in (first..first + whole).step_by(U / C) {
-                            let at = j * lanes;
-                            let s = shifted::<L, C, U>(scores, at, &tops);
-                            weigh::<L, C, U>(($add)(at, s), scores, at, &mut weights);
+                            let $at = j * lanes;
+                            let $s = shifted::<L, C, U>(scores, $at, &tops);
+                            weigh::<L, C, U>($four, scores, $at, &mut weights);
                         }
                         for j in first + whole..first + len {
-                            let at = j * lanes;
-                            let s = shifted::<L, C, C>(scores, at, &tops);
-                            weigh::<L, C, C>(($add_one)(at, s), scores, at, &mut weights);
+                            let $at = j * lanes;
+                            let $s = shifted::<L, C, C>(scores, $at, &tops);
+                            weigh::<L, C, C>($one, scores, $at, &mut weights);
                         }
                     }};
                 }
                 match curve {
-                    Curve::Flat => weigh!(|_, s| s, |_, s| s),
+                    Curve::Flat => weigh!(|at, s| s, s),
                     Curve::Table(table) => weigh!(
                         |at, s| radial::<L, U>(table, scratch, at, s),
-                        |at, s| radial::<L, C>(table, scratch, at, s)
+                        radial::<L, C>(table, scratch, at, s)
                     ),
                     Curve::Bump(bump) => weigh!(
                         |at, s| bumped::<L, U>(bump, scratch, at, s),
-                        |at, s| bumped::<L, C>(bump, scratch, at, s)
+                        bumped::<L, C>(bump, scratch, at, s)
                     ),
                 }
             }
@@ -705,9 +707,10 @@ unsafe fn weigh<L: Lanes, const C: usize, const U: usize>(
 ) {
     // SAFETY: the caller's contract.
     unsafe {
-        for (u, p) in L::exp2_each::<U>(s).into_iter().enumerate() {
-            weights[u % C] = L::add(weights[u % C], p);
-            L::store(scores.add(at + u * L::N), p);
+        let p = L::exp2_each::<U>(s);
+        for u in 0..U {
+            weights[u % C] = L::add(weights[u % C], p[u]);
+            L::store(scores.add(at + u * L::N), p[u]);
         }
     }
 }

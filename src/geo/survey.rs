@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     crs::{self, Crs},
-    table::{Columns, Loaded, Points, load},
+    table::{Column, Columns, Keep, Loaded, Points, load},
 };
 use crate::error::{Error, Result};
 
@@ -152,7 +152,7 @@ impl Survey {
     /// all at one place. [`Error::Io`] if the file cannot be read.
     pub fn read(path: impl AsRef<Path>, options: &SurveyOptions) -> Result<Self> {
         let path = path.as_ref();
-        let loaded = load(path, options.layer.as_deref())?;
+        let loaded = load(path, options.layer.as_deref(), &|_| Keep::Cells)?;
         let mut reading = Reading { path, options, table: &loaded.columns, notes: Vec::new() };
         reading.notes.extend(loaded.notes.iter().cloned());
         let places = reading.places(&loaded)?;
@@ -192,8 +192,8 @@ impl Survey {
 /// Places to ask about: a table without outcomes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Targets {
-    /// Every column of the file.
-    pub table: Columns,
+    /// The file's columns, of which only coordinates are held: see [`Targets::chunks`].
+    table: Columns,
     /// What the coordinates mean.
     pub crs: Crs,
     /// Easting or longitude, `[row]`, CRS units; NaN where a row has no place.
@@ -219,7 +219,17 @@ impl Targets {
         otherwise: &SurveyOptions,
     ) -> Result<Self> {
         let path = path.as_ref();
-        let loaded = load(path, said.layer.as_deref())?;
+        let named = |name: &str| {
+            let said = [&said.lon, &said.lat, &otherwise.lon, &otherwise.lat];
+            said.into_iter().flatten().any(|said| said.eq_ignore_ascii_case(name))
+        };
+        let coordinate =
+            |name: &str| [LONGITUDE, LATITUDE, EASTING, NORTHING].iter().any(|s| spelled(name, s));
+        let keep = |name: &str| match named(name) || coordinate(name) {
+            true => Keep::Numbers,
+            false => Keep::Kind,
+        };
+        let loaded = load(path, said.layer.as_deref(), &keep)?;
         let mut options = said.clone();
         if loaded.points.is_none() {
             if options.lon.is_none() && options.lat.is_none() {
@@ -247,6 +257,28 @@ impl Targets {
         }
         let geometries = loaded.points.is_some() && options.lon.is_none();
         Ok(Targets { crs: places.crs, x, y, geometries, notes, table: loaded.columns })
+    }
+
+    /// Names of the file's columns of numbers or text.
+    pub fn names(&self) -> &[String] {
+        self.table.names()
+    }
+
+    /// The file.
+    pub fn source(&self) -> &Path {
+        self.table.source()
+    }
+
+    /// The file's columns, about `rows` rows at a time, with how many they are; read again so that
+    /// they need not be held.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the file is another by now, or damaged.
+    pub fn chunks(
+        &self,
+        rows: usize,
+    ) -> Result<impl Iterator<Item = Result<(usize, Vec<Column>)>> + use<'_>> {
+        self.table.chunks(rows)
     }
 
     /// Rows.

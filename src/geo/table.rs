@@ -13,12 +13,14 @@ use std::{
 
 use arrow::{
     array::{Array, AsArray, Float64Array, RecordBatch, StringArray, StructArray},
-    compute::{cast, concat_batches},
+    compute::cast,
     datatypes::{DataType, Field, Float64Type, Schema},
 };
-use parquet::arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder};
+use parquet::arrow::ArrowWriter;
 
 use super::crs::Crs;
+use rows::{Csv, Parquet, Rows};
+
 pub use super::survey::{Dropped, Outcome, Survey, SurveyOptions, Targets};
 use crate::{
     error::{Error, Result},
@@ -26,6 +28,7 @@ use crate::{
     whole,
 };
 
+mod rows;
 #[cfg(not(feature = "gdal"))]
 #[path = "table/disabled.rs"]
 mod vector;
@@ -68,6 +71,23 @@ impl Column {
     }
 }
 
+/// Rows of a file that are decoded at once.
+const BATCH: usize = 8192;
+
+/// Bytes of a Parquet file that are gathered before they are written as a group of rows.
+const ROW_GROUP: usize = 32 << 20;
+
+/// What of a column a reading keeps in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// Every cell.
+    Cells,
+    /// Its numbers; of a column of text only the first cell that is none.
+    Numbers,
+    /// Whether it holds numbers or text.
+    Kind,
+}
+
 /// The named columns of a table, one row per site.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Columns {
@@ -77,7 +97,12 @@ pub struct Columns {
     rows: usize,
     /// Line of the file on which each row starts, where the file has lines.
     lines: Vec<u64>,
+    /// Every cell is here; otherwise [`Columns::chunks`] reads the file again.
+    whole: bool,
 }
+
+/// Parts of a table: rows, and their columns.
+type Chunks<'a> = Box<dyn Iterator<Item = Result<(usize, Vec<Column>)>> + 'a>;
 
 /// Columns, with what a geometry column says.
 pub(super) struct Loaded {
@@ -125,8 +150,13 @@ impl Format {
     }
 }
 
-/// A table in any format, with its point geometries.
-pub(super) fn load(path: &Path, layer: Option<&str>) -> Result<Loaded> {
+/// A table in any format, with its point geometries. `keep` says what to keep of each column; what
+/// comes through GDAL is kept whole.
+pub(super) fn load(
+    path: &Path,
+    layer: Option<&str>,
+    keep: &dyn Fn(&str) -> Keep,
+) -> Result<Loaded> {
     let format = Format::of(path)?;
     let found = std::fs::metadata(path).map_err(|e| Error::io("read", path, e))?;
     if found.is_dir() {
@@ -143,9 +173,84 @@ pub(super) fn load(path: &Path, layer: Option<&str>) -> Result<Loaded> {
             .try_this("leave --layer out: only GeoPackage and its kin have layers"));
     }
     match format {
-        Format::Csv => read_csv(path),
-        Format::Parquet => read_parquet(path),
+        Format::Csv => collect(path, Rows::Csv(Csv::open(path, BATCH)?), keep),
+        Format::Parquet => collect(path, Rows::Parquet(Parquet::open(path, BATCH)?), keep),
         Format::Vector => vector::read(path, layer),
+    }
+}
+
+/// Reads every row, and keeps what is to be kept.
+fn collect(path: &Path, mut rows: Rows, keep: &dyn Fn(&str) -> Keep) -> Result<Loaded> {
+    let names = rows.names().to_vec();
+    let mut growing: Vec<Growing> = names.iter().map(|name| Growing::new(keep(name))).collect();
+    let whole = growing.iter().all(|column| column.keep == Keep::Cells);
+    let (mut count, mut lines) = (0, Vec::new());
+    let mut places: Option<[Vec<f64>; 2]> = rows.geometry().map(|_| Default::default());
+    while let Some(batch) = rows.next()? {
+        growing.iter_mut().zip(batch.columns).for_each(|(column, part)| column.push(count, part));
+        count += batch.rows;
+        lines.extend(batch.lines);
+        if let (Some([x, y]), Some([px, py])) = (&mut places, batch.points) {
+            x.extend(px);
+            y.extend(py);
+        }
+    }
+    let crs = match rows.geometry() {
+        Some(geometry) => geometry.crs.as_deref().map(Crs::from_user).transpose()?,
+        None => None,
+    };
+    let columns = growing.into_iter().map(|column| column.done()).collect();
+    let columns = Columns { lines, whole, ..Columns::new(path, names, columns, count)? };
+    let points = places.map(|[x, y]| Points { x, y, crs, crs_is_assumed: false });
+    Ok(Loaded { columns, points, notes: rows.notes() })
+}
+
+/// A column on its way in.
+struct Growing {
+    keep: Keep,
+    values: Vec<f64>,
+    cells: Vec<String>,
+    /// Every cell so far is a number or missing.
+    numbers: bool,
+}
+
+impl Growing {
+    fn new(keep: Keep) -> Self {
+        Growing { keep, values: Vec::new(), cells: Vec::new(), numbers: true }
+    }
+
+    /// Takes the next cells; `before` came already.
+    fn push(&mut self, before: usize, part: Column) {
+        match (self.keep, part) {
+            (Keep::Kind, Column::Numbers(_)) => {}
+            (Keep::Kind, Column::Text(cells)) => {
+                self.numbers = self.numbers && cells.iter().all(|c| number(c).is_some());
+            }
+            (_, Column::Numbers(values)) => self.values.extend(values),
+            (Keep::Cells, Column::Text(cells)) => self.cells.extend(cells),
+            (Keep::Numbers, Column::Text(cells)) => {
+                for (i, cell) in cells.into_iter().enumerate() {
+                    match number(&cell) {
+                        _ if !self.numbers => break,
+                        Some(value) => self.values.push(value),
+                        None => {
+                            self.numbers = false;
+                            self.cells = vec![String::new(); before + i];
+                            self.cells.push(cell);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn done(self) -> Column {
+        match self.keep {
+            // A writer of Parquet may have kept numbers as text; the rule is the one of CSV.
+            Keep::Cells if self.values.is_empty() => column(self.cells),
+            _ if self.numbers => Column::Numbers(self.values),
+            _ => Column::Text(self.cells),
+        }
     }
 }
 
@@ -166,7 +271,8 @@ impl Columns {
         if rows == 0 {
             return Err(empty(source));
         }
-        Ok(Columns { source: source.to_path_buf(), names, columns, rows, lines: Vec::new() })
+        let source = source.to_path_buf();
+        Ok(Columns { source, names, columns, rows, lines: Vec::new(), whole: true })
     }
 
     /// Reads every column of numbers or text of a CSV, Parquet or vector file.
@@ -174,7 +280,7 @@ impl Columns {
     /// # Errors
     /// [`Error::Io`] if the file cannot be opened; [`Error::Input`] if it is not a table.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        Ok(load(path.as_ref(), None)?.columns)
+        Ok(load(path.as_ref(), None, &|_| Keep::Cells)?.columns)
     }
 
     /// Names, in the order of the file.
@@ -276,6 +382,50 @@ impl Columns {
         }
     }
 
+    /// Every column, about `rows` rows at a time, with how many they are. What is not in memory is
+    /// read again from the file.
+    ///
+    /// # Errors
+    /// As the file was read the first time, and [`Error::Input`] if it is another by now.
+    pub(super) fn chunks(&self, rows: usize) -> Result<Chunks<'_>> {
+        if self.whole {
+            return Ok(Box::new((0..self.rows).step_by(rows).map(move |start| {
+                let end = self.rows.min(start + rows);
+                Ok((end - start, self.columns.iter().map(|c| c.slice(start, end)).collect()))
+            })));
+        }
+        let changed = || {
+            Error::input("the table changed while it was read")
+                .fact("file", self.source.display())
+                .try_this("run again once nothing writes to it")
+        };
+        let mut file = match Format::of(&self.source)? {
+            Format::Csv => Rows::Csv(Csv::open(&self.source, rows)?),
+            _ => Rows::Parquet(Parquet::open(&self.source, rows)?),
+        };
+        if file.names() != self.names {
+            return Err(changed());
+        }
+        let settle = move |pair: (Column, &Column)| match pair {
+            (Column::Text(cells), Column::Numbers(_)) => {
+                let values = cells.iter().map(|cell| number(cell)).collect::<Option<_>>();
+                values.map(Column::Numbers).ok_or_else(changed)
+            }
+            (column, _) => Ok(column),
+        };
+        let mut left = self.rows;
+        Ok(Box::new(std::iter::from_fn(move || match file.next() {
+            Ok(Some(batch)) if batch.rows <= left => {
+                left -= batch.rows;
+                let columns = batch.columns.into_iter().zip(&self.columns).map(settle);
+                Some(columns.collect::<Result<_>>().map(|columns| (batch.rows, columns)))
+            }
+            Ok(None) if left == 0 => None,
+            Ok(_) => Some(Err(changed())),
+            Err(error) => Some(Err(error)),
+        })))
+    }
+
     /// Rows `a` and `b` agree in every column.
     pub(super) fn same_row(&self, a: usize, b: usize) -> bool {
         self.columns.iter().all(|column| match column {
@@ -373,6 +523,9 @@ fn write_as_parquet(
         };
         let arrays = chunk?.into_iter().map(array).collect();
         writer.write(&RecordBatch::try_new(schema.clone(), arrays)?)?;
+        if writer.memory_size() > ROW_GROUP {
+            writer.flush()?;
+        }
     }
     writer.close()?;
     Ok(())
@@ -454,62 +607,6 @@ pub(super) fn column(cells: Vec<String>) -> Column {
     }
 }
 
-fn read_csv(path: &Path) -> Result<Loaded> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    let refuse = |what: &str| Error::input(what).fact("file", path.display());
-    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
-        return Err(refuse("the file is UTF-16 text").try_this("save it as CSV UTF-8"));
-    }
-    if bytes.contains(&0) {
-        return Err(refuse("the file is not text")
-            .try_this("give it the extension of what it is, or export it as CSV"));
-    }
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    let text = String::from_utf8_lossy(bytes);
-    let mut notes = Vec::new();
-    if let std::borrow::Cow::Owned(_) = text {
-        notes.push("the file is not UTF-8: letters with accents may show as �".to_string());
-    }
-    let delimiter = sniff(&text);
-    let mut reader = csv::ReaderBuilder::new()
-        .delimiter(delimiter)
-        .flexible(true)
-        .trim(csv::Trim::All)
-        .from_reader(text.as_bytes());
-    let broken = |e: csv::Error| refuse("the file is not CSV").fact("reader says", e);
-    let names: Vec<String> = reader.headers().map_err(broken)?.iter().map(String::from).collect();
-    if names.iter().all(|n| number(n).is_some()) {
-        return Err(refuse("the first line holds values, not the names of columns")
-            .fact("first line", names.join(", "))
-            .try_this("add a line of column names, such as lon,lat,tested,positive"));
-    }
-    let mut cells = vec![Vec::new(); names.len()];
-    let mut lines = Vec::new();
-    for record in reader.records() {
-        let record = record.map_err(broken)?;
-        let line = record.position().map_or(0, |p| p.line());
-        if record.len() != names.len() {
-            let short = String::from_utf8(vec![delimiter]).unwrap_or_default();
-            return Err(refuse("a row has not as many cells as there are columns")
-                .fact("row", format!("{} (line {line} of the file)", lines.len() + 1))
-                .fact("cells", record.len())
-                .fact("columns", format!("{} ({})", names.len(), names.join(", ")))
-                .fact("separator", if delimiter == b'\t' { "tab".into() } else { format!("`{short}`") })
-                .try_this(
-                    "put quotes around cells that hold the separator; numbers need a decimal point, not a comma",
-                ));
-        }
-        for (column, cell) in cells.iter_mut().zip(&record) {
-            column.push(cell.to_string());
-        }
-        lines.push(line);
-    }
-    let columns = cells.into_iter().map(column).collect();
-    let mut columns = Columns::new(path, names, columns, lines.len())?;
-    columns.lines = lines;
-    Ok(Loaded { columns, points: None, notes })
-}
-
 /// The separator that splits the first line into the most cells.
 fn sniff(text: &str) -> u8 {
     let first = text.lines().find(|l| !l.trim().is_empty()).unwrap_or("");
@@ -523,74 +620,6 @@ fn sniff(text: &str) -> u8 {
     }
     // The first wins a tie, so that a line without any separator is one comma-separated column.
     counts.iter().rev().max_by_key(|(_, count)| *count).map_or(b',', |(separator, _)| *separator)
-}
-
-fn read_parquet(path: &Path) -> Result<Loaded> {
-    let broken = |e: &dyn std::fmt::Display| {
-        Error::input("the file is not whole Parquet")
-            .fact("file", path.display())
-            .fact("reader says", e)
-            .try_this("it may be cut short or of another kind: copy or write it again")
-    };
-    let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-    let (geo, batch) = guarded(|| decode(file)).map_err(|e| broken(&e))?;
-    let schema = batch.schema();
-    let geometry = match &geo {
-        Some(text) => Some(GeoColumn::parse(text).map_err(|reason| {
-            Error::input("the GeoParquet metadata cannot be understood")
-                .fact("file", path.display())
-                .fact("reason", reason)
-                .try_this("write the file again, or name coordinate columns with --lon and --lat")
-        })?),
-        None => None,
-    };
-    let (mut names, mut columns) = (Vec::new(), Vec::new());
-    for (field, array) in schema.fields().iter().zip(batch.columns()) {
-        let kind = match field.data_type() {
-            DataType::Dictionary(_, value) => value,
-            kind => kind,
-        };
-        let column = if kind.is_numeric() || *kind == DataType::Boolean {
-            let array = cast(array, &DataType::Float64)?;
-            let values = array.as_primitive::<Float64Type>();
-            Column::Numbers(values.iter().map(|v| v.unwrap_or(f64::NAN)).collect())
-        } else if kind.is_string() || kind.is_temporal() || kind.is_null() {
-            let array = cast(array, &DataType::Utf8)?;
-            let cells = array.as_string::<i32>();
-            Column::Text(cells.iter().map(|c| c.unwrap_or("").to_string()).collect())
-        } else {
-            continue; // Geometries, lists and structs are not columns of a table of sites.
-        };
-        names.push(field.name().clone());
-        // A writer may have kept numbers as text; the rule is the one of CSV.
-        columns.push(match column {
-            Column::Text(cells) => self::column(cells),
-            numbers => numbers,
-        });
-    }
-    let columns = Columns::new(path, names, columns, batch.num_rows())?;
-    let points = match geometry {
-        Some(geometry) => Some(geometry.points(&batch, &columns)?),
-        None => None,
-    };
-    Ok(Loaded { columns, points, notes: Vec::new() })
-}
-
-/// The `geo` metadata, if any, and every row in one batch.
-fn decode(file: File) -> std::result::Result<(Option<String>, RecordBatch), String> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
-    let schema = builder.schema().clone();
-    let pairs = builder.metadata().file_metadata().key_value_metadata();
-    let geo = pairs
-        .and_then(|pairs| pairs.iter().find(|pair| pair.key == "geo"))
-        .and_then(|pair| pair.value.clone());
-    let batches = builder
-        .build()
-        .map_err(|e| e.to_string())?
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(|e| e.to_string())?;
-    let batch = concat_batches(&schema, &batches).map_err(|e| e.to_string())?;
-    Ok((geo, batch))
 }
 
 thread_local! {
@@ -640,8 +669,9 @@ impl GeoColumn {
         Ok(GeoColumn { name: name.into(), encoding: encoding.into(), crs })
     }
 
-    fn points(&self, batch: &RecordBatch, columns: &Columns) -> Result<Points> {
-        let refuse = |what: String| Error::input(what).fact("file", columns.source.display());
+    /// The places in a batch whose first row is the file's row `first` (from 0): (x, y).
+    fn points(&self, path: &Path, batch: &RecordBatch, first: usize) -> Result<[Vec<f64>; 2]> {
+        let refuse = |what: String| Error::input(what).fact("file", path.display());
         let array = batch.column_by_name(&self.name).ok_or_else(|| {
             refuse(format!("the geometry column `{}` is missing", self.name))
                 .try_this("write the file again, or name coordinate columns with --lon and --lat")
@@ -653,7 +683,7 @@ impl GeoColumn {
                 for (row, wkb) in bytes.as_binary::<i64>().iter().enumerate() {
                     let Some(wkb) = wkb else { continue };
                     let Some(point) =
-                        wkb_point(wkb).map_err(|kind| not_a_point(columns, row, &kind))?
+                        wkb_point(wkb).map_err(|kind| not_a_point(path, first + row, &kind))?
                     else {
                         continue;
                     };
@@ -681,16 +711,15 @@ impl GeoColumn {
                     ));
             }
         }
-        let crs = self.crs.as_deref().map(Crs::from_user).transpose()?;
-        Ok(Points { x, y, crs, crs_is_assumed: false })
+        Ok([x, y])
     }
 }
 
-/// The error for a geometry of another kind than a point.
-pub(super) fn not_a_point(columns: &Columns, row: usize, kind: &str) -> Error {
+/// The error for a geometry of another kind than a point, in row `row` (from 0).
+pub(super) fn not_a_point(path: &Path, row: usize, kind: &str) -> Error {
     Error::input("sites must be points, and a row holds another geometry")
-        .fact("file", columns.source.display())
-        .fact("row", columns.place(row))
+        .fact("file", path.display())
+        .fact("row", row + 1)
         .fact("geometry", kind)
         .try_this("replace areas and lines by one point per survey, for example their centroids")
 }

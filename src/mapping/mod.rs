@@ -18,6 +18,7 @@ mod pipeline;
 pub mod plan;
 pub mod record;
 
+pub use pipeline::in_parts;
 pub use plan::Plan;
 
 use near::Near;

@@ -12,14 +12,15 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
         mpsc::{self, Receiver, Sender},
     },
     thread,
 };
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::ThreadPool;
 
-use super::{Plan, near::Near};
+use super::{Plan, near::Near, plan};
 use crate::{
     error::{Error, Result},
     geo::{
@@ -104,7 +105,8 @@ pub(super) fn run(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Tally> {
     let workers = stage.plan.workers.max(1);
-    let threads = (rayon::current_num_threads() / workers).max(1);
+    // More threads in a worker would take as much memory as more workers, and wait more.
+    let threads = if stage.plan.device.is_cpu() { 1 } else { rayon::current_num_threads() };
     thread::scope(|scope| {
         let (permit, permits) = mpsc::channel();
         let (tell, told) = mpsc::channel();
@@ -119,13 +121,7 @@ pub(super) fn run(
         for _ in 0..workers {
             let (news, questions) = (tell.clone(), questions.clone());
             scope.spawn(move || {
-                reported(&news, || {
-                    // Its own pool: inside it, the parallel steps of the network are plain loops,
-                    // and no thread waits for a step by starting on another question.
-                    let pool = ThreadPoolBuilder::new().num_threads(threads).build();
-                    let pool = pool.map_err(|e| Error::input(format!("no more threads: {e}")))?;
-                    stage.answer(&questions, &news, &pool)
-                })
+                reported(&news, || stage.answer(&questions, &news, &plan::pool(threads)?))
             });
         }
         drop((tell, questions));
@@ -136,6 +132,43 @@ pub(super) fn run(
         let tally = gathered?;
         written.map(|()| tally)
     })
+}
+
+/// `ask` about parts of `sites`, at most [`Plan::targets`] each, on [`Plan::workers`] threads; the
+/// answers in order.
+///
+/// # Errors
+/// The first of `ask`'s, in order of place.
+pub fn in_parts<T: Send>(
+    plan: &Plan,
+    sites: &Sites,
+    ask: impl Fn(&Sites) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let each = plan.targets.max(1);
+    let parts = sites.len().div_ceil(each);
+    let workers = plan.workers.clamp(1, parts.max(1));
+    let threads = rayon::current_num_threads() / workers;
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<Vec<(usize, Result<T>)>> {
+        let pool = plan::pool(threads)?;
+        let mut answers = Vec::new();
+        loop {
+            let part = next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
+                return Ok(answers);
+            }
+            let len = each.min(sites.len() - part * each);
+            let sites = sites.narrow(part * each, len)?;
+            answers.push((part, pool.install(|| ask(&sites))));
+        }
+    };
+    let mut answers = thread::scope(|scope| -> Result<Vec<_>> {
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        let done = workers.into_iter().map(|w| w.join().unwrap_or_else(|p| resume_unwind(p)));
+        Ok(done.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    })?;
+    answers.sort_by_key(|(part, _)| *part);
+    answers.into_iter().map(|(_, answer)| answer).collect()
 }
 
 /// Runs a stage; what goes wrong is news.

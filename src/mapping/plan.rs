@@ -3,6 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use candle_core::Device;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::pipeline::WINDOWS;
@@ -10,7 +11,8 @@ use crate::{
     error::{Error, Result},
     geo::geotiff,
     predictive::Of,
-    process::Memory,
+    process::{Memory, Posterior, Process},
+    sites::Observations,
 };
 
 /// Pixels along the side of a tile, unless asked otherwise.
@@ -27,11 +29,13 @@ pub const LEAST_TARGETS: usize = 64;
 /// Tiles to choose from where memory is short.
 const TILES: [usize; 5] = [256, 128, 64, 32, 16];
 
-/// What a thread takes beside its targets: packed matrices, score tiles, its allocator's slack.
-const WORKER: usize = 8 << 20;
+/// What a worker takes beside its targets: packed matrices, score tiles, and the huge pages (2 MiB
+/// on Linux) of which its threads' allocators touch a dozen. Measured, rounded up.
+const WORKER: usize = 24 << 20;
 
-/// What finishing a raster takes at the end, and what no account shows.
-const SLACK: usize = 24 << 20;
+/// What no account shows: libraries being paged in, the other stages, and GDAL while it finishes a
+/// raster, which took 48 MiB.
+const SLACK: usize = 80 << 20;
 
 /// What a programme that has read a small survey holds, where the system does not say, bytes.
 pub const RESIDENT: usize = 96 << 20;
@@ -64,7 +68,22 @@ impl Plan {
         Plan { of: Of::Surface, tile: TILE, targets, workers, device }
     }
 
-    /// The same plan within `budget`: smaller questions first, then smaller tiles unless `tile`
+    /// Conditions a process on as many threads as the plan has workers: each takes memory.
+    ///
+    /// # Errors
+    /// Those of [`Process::condition`], and [`Error::Input`] if no thread can be had.
+    pub fn condition<'a>(
+        &self,
+        process: &'a (dyn Process + Send + Sync),
+        context: &Observations,
+    ) -> Result<Box<dyn Posterior + 'a>> {
+        if !self.device.is_cpu() || self.workers >= rayon::current_num_threads() {
+            return process.condition(context);
+        }
+        pool(self.workers)?.install(|| process.condition(context))
+    }
+
+    /// The same plan within `budget`: smaller questions first, then smaller tiles unless the tile
     /// is `fixed`, then fewer calls at once.
     ///
     /// # Errors
@@ -78,12 +97,13 @@ impl Plan {
         let mut least = usize::MAX;
         for workers in (1..=self.workers.max(1)).rev() {
             for &tile in &tiles {
-                let fixed = needs.fixed() + WINDOWS * needs.window(tile) + workers * WORKER;
+                let held = needs.held() + WINDOWS * needs.window(tile) + workers * WORKER;
                 let target = (workers * needs.process.target).max(1);
-                least = least.min(fixed + LEAST_TARGETS * target);
-                let targets = (budget.0.saturating_sub(fixed) / target).min(self.targets);
-                // A smaller tile is cheaper than questions so small that they are slow.
-                let enough = if tile == tiles[tiles.len() - 1] { LEAST_TARGETS } else { 256 };
+                least = least.min(held + LEAST_TARGETS * target);
+                let targets = (budget.0.saturating_sub(held) / target).min(self.targets);
+                // A smaller tile costs less time than questions so small that they are slow.
+                let last = Some(&tile) == tiles.last();
+                let enough = if last { LEAST_TARGETS } else { 4 * LEAST_TARGETS };
                 if targets >= enough.min(self.targets) {
                     return match needs.conditioning() <= budget.0 {
                         true => Ok(Plan { tile, targets, workers, ..self }),
@@ -94,6 +114,16 @@ impl Plan {
         }
         Err(needs.refuse(budget, least.max(needs.conditioning())))
     }
+}
+
+/// A pool of its own. Inside one of a single thread, the parallel steps of a network are plain
+/// loops, and no thread waits for a step by starting on another question.
+pub(super) fn pool(threads: usize) -> Result<ThreadPool> {
+    ThreadPoolBuilder::new().num_threads(threads.max(1)).build().map_err(|e| {
+        Error::input("no more threads can be had")
+            .fact("reason", e)
+            .try_this("ask for fewer with RAYON_NUM_THREADS=1")
+    })
 }
 
 /// What a map takes that no plan can change.
@@ -112,12 +142,12 @@ pub struct Needs {
 }
 
 impl Needs {
-    fn fixed(&self) -> usize {
+    fn held(&self) -> usize {
         self.resident + self.cache + SLACK + self.process.held
     }
 
     fn conditioning(&self) -> usize {
-        self.resident + self.process.conditioning + WORKER
+        self.resident + self.process.conditioning + WORKER + SLACK / 2
     }
 
     /// One window: places in f64, f32 and on the way between; per product what the gatherer and
@@ -236,4 +266,75 @@ pub fn usage() -> Option<Usage> {
         Some(Bytes(kibibytes << 10))
     };
     Some(Usage { now: field("VmRSS")?, peak: field("VmHWM")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    fn needs(sites: usize) -> Needs {
+        let process = Memory { conditioning: 6000 * sites, held: 3000 * sites, target: 20_000 };
+        Needs { resident: 50 * MIB, cache: 4 * MIB, process, sites, products: 5 }
+    }
+
+    fn plan(workers: usize) -> Plan {
+        Plan { workers, ..Plan::new(Device::Cpu) }
+    }
+
+    #[test]
+    fn a_plan_takes_no_more_than_its_budget_and_less_budget_never_means_more() {
+        for (workers, sites) in [(1, 100), (2, 10_000), (64, 100_000)] {
+            let needs = needs(sites);
+            let mut before = [usize::MAX; 2];
+            for mib in (100..4000).rev().step_by(37) {
+                let Ok(plan) = plan(workers).within(Bytes(mib * MIB), &needs, false) else {
+                    before = [0; 2];
+                    continue;
+                };
+                let questions = plan.workers * (WORKER + plan.targets * needs.process.target);
+                let taken = needs.held() + WINDOWS * needs.window(plan.tile) + questions;
+                assert!(taken <= mib * MIB, "{taken} in {mib} MiB by {plan:?}");
+                assert!(plan.targets >= LEAST_TARGETS && plan.targets <= TARGETS, "{plan:?}");
+                let now = [plan.workers, plan.workers * plan.tile];
+                assert!(now[0] <= before[0], "{now:?} after {before:?} at {mib} MiB");
+                before = now;
+            }
+            assert_eq!(before, [0; 2], "100 MiB are too little");
+            let ample = plan(workers).within(Bytes(1 << 40), &needs, false).unwrap();
+            assert_eq!([ample.workers, ample.tile, ample.targets], [workers, TILE, TARGETS]);
+        }
+    }
+
+    #[test]
+    fn what_is_refused_says_what_would_do() {
+        let needs = needs(100_000);
+        let error = plan(2).within(Bytes(500 * MIB), &needs, false).unwrap_err();
+        assert!(error.facts().iter().any(|(_, fact)| fact.contains("100000 sites")), "{error:?}");
+        let help = error.help().unwrap();
+        let enough = help.split_whitespace().nth(2).unwrap().trim_end_matches(',');
+        assert!(plan(2).within(enough.parse().unwrap(), &needs, false).is_ok(), "{help}");
+        // Room to hold the context is not room to condition on it.
+        let room = Bytes(needs.held() + 100 * MIB);
+        let (roomy, tight) = (room.0 >= needs.conditioning(), plan(1).within(room, &needs, false));
+        assert!(!roomy && tight.is_err());
+        // The user's own tile stays.
+        let plan = Plan { tile: 777, ..plan(2) };
+        let plan = plan.within(Bytes(1 << 40), &needs, true).unwrap();
+        assert_eq!(plan.tile, 777);
+    }
+
+    #[test]
+    fn amounts_read_and_read_back() {
+        for (text, bytes) in [("1.5 GiB", 3 << 29), ("512MiB", 512 << 20), ("2gb", 2_000_000_000)] {
+            assert_eq!(text.parse::<Bytes>().unwrap(), Bytes(bytes), "{text}");
+        }
+        for bytes in [Bytes(512 << 20), Bytes(2 << 30), Bytes(5 << 20)] {
+            assert_eq!(bytes.to_string().parse::<Bytes>().unwrap(), bytes);
+        }
+        for text in ["", "GiB", "-1GiB", "0MB", "NaNGB", "2 elephants", "1e30TiB"] {
+            assert!(text.parse::<Bytes>().is_err(), "{text}");
+        }
+    }
 }

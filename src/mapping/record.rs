@@ -1,7 +1,7 @@
 //! The run record: what was asked, what was used, what came out. Written last, so that a directory
 //! with a record is whole.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -149,16 +149,78 @@ pub struct ProductNote {
     pub files: Vec<String>,
 }
 
+/// A run that predicted at the rows of a table. Field names are those of the JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Predictions {
+    /// Version of this crate.
+    pub isopleth: String,
+    /// The command as it was typed, word by word.
+    pub command: Vec<String>,
+    /// The model's card.
+    pub model: Value,
+    /// The survey.
+    pub survey: SurveyNote,
+    /// World ↔ model units.
+    pub frame: Frame,
+    /// The table of places.
+    pub targets: TargetsNote,
+    /// The table that was written.
+    pub file: String,
+    /// Its columns, in order.
+    pub columns: Vec<String>,
+    /// What the user should know before believing the predictions.
+    pub warnings: Vec<String>,
+    /// The most memory that the run took, MiB; null where the system does not say.
+    pub peak_memory_mib: Option<f64>,
+    /// Wall time of the run, seconds.
+    pub seconds: f64,
+}
+
+/// What was read from a table of places.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TargetsNote {
+    /// The file.
+    pub file: String,
+    /// Its coordinate reference system.
+    pub crs: String,
+    /// Its rows.
+    pub rows: usize,
+    /// Rows that have a place.
+    pub placed: usize,
+    /// What was guessed.
+    pub notes: Vec<String>,
+}
+
+impl Predictions {
+    /// Where the record of a table lies: `predictions.parquet.run.json` beside it.
+    pub fn beside(table: &Path) -> PathBuf {
+        let mut name = table.file_name().unwrap_or_default().to_os_string();
+        name.push(format!(".{FILE}"));
+        table.with_file_name(name)
+    }
+
+    /// Writes the record beside its table, under a temporary name first.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the disk refuses.
+    pub fn write(&self, table: &Path) -> Result<()> {
+        write(self, &Self::beside(table))
+    }
+}
+
+fn write(record: &impl Serialize, path: &Path) -> Result<()> {
+    let text = serde_json::to_string_pretty(record)
+        .map_err(|e| Error::io("write", path, std::io::Error::other(e)))?;
+    whole::write_bytes(path, (text + "\n").as_bytes())
+}
+
 impl Record {
     /// Writes `run.json` in `directory`, under a temporary name first.
     ///
     /// # Errors
     /// [`Error::Io`] if the disk refuses.
     pub fn write(&self, directory: &Path) -> Result<()> {
-        let path = directory.join(FILE);
-        let text = serde_json::to_string_pretty(self)
-            .map_err(|e| Error::io("write", &path, std::io::Error::other(e)))?;
-        whole::write_bytes(&path, (text + "\n").as_bytes())
+        write(self, &directory.join(FILE))
     }
 
     /// Every file that the run wrote, the record last.

@@ -684,4 +684,13 @@ impl Posterior for Conditioned<'_> {
         })?;
         model.config.head.predictive(model.likelihood.link(), &raw)
     }
+
+    fn tally(&self) -> Option<[u64; 2]> {
+        let one = |cache: &Cache| match cache {
+            Cache::Reader(reader) => Some(reader.tally()),
+            _ => None,
+        };
+        let tally = self.caches.iter().filter_map(one).reduce(|a, b| a + b)?;
+        Some([tally.read, tally.all])
+    }
 }

@@ -79,11 +79,21 @@ impl Case {
     fn new(
         rng: &mut Stream,
         terms: &[Term],
+        sites: [usize; 2],
+        scores: Scores,
+        spread: f64,
+    ) -> Self {
+        Case::sized(rng, SHAPE, terms, sites, scores, spread)
+    }
+
+    fn sized(
+        rng: &mut Stream,
+        (b, h, d, w): (usize, usize, usize, usize),
+        terms: &[Term],
         [targets, context]: [usize; 2],
         scores: Scores,
         spread: f64,
     ) -> Self {
-        let (b, h, d, w) = SHAPE;
         let mask: Vec<f64> =
             (0..b * context).map(|i| if context > 1 && i % 5 == 1 { 0.0 } else { 1.0 }).collect();
         let mut params = normals(rng, h * terms.len() * 3, 1.0);
@@ -154,11 +164,16 @@ impl Case {
     }
 
     fn full(&self) -> Tensor {
-        full(&self.q, &self.sq, &self.keys(), Some(&self.bias())).unwrap()
+        full(&self.q, &self.sq, &self.keys(), self.some_bias().as_ref()).unwrap()
     }
 
     fn scan(&self, chunk: usize) -> Tensor {
-        scan(&self.q, &self.sq, &self.keys(), Some(&self.bias()), chunk, Start::Exact).unwrap()
+        let (keys, bias) = (self.keys(), self.some_bias());
+        scan(&self.q, &self.sq, &keys, bias.as_ref(), chunk, Start::Exact).unwrap()
+    }
+
+    fn some_bias(&self) -> Option<Bias> {
+        (!self.terms.is_empty()).then(|| self.bias())
     }
 
     /// Values, then gradients by q, k, v and the bias of `Σ weigh · out`; `chunk` 0 is full.
@@ -195,8 +210,9 @@ impl Case {
     /// knows a score to this many roundings. Mean over a row by weight, since that is what an output
     /// feels; then the largest of all rows.
     fn size(&self) -> f64 {
-        let (b, h, d, _) = SHAPE;
-        let (targets, context) = (self.sq.dims()[1], self.sk.dims()[1]);
+        let (b, targets, h, d) = self.q.dims4().unwrap();
+        let context = self.sk.dims()[1];
+        let root = (d as f64).sqrt();
         let (q, k, mask) = (host(&self.q), host(&self.k), host(&self.mask));
         let (sq, sk) = (host(&self.sq), host(&self.sk));
         let radial = self.bias().host().unwrap();
@@ -211,7 +227,7 @@ impl Case {
                 };
                 let r = distance(&sq[2 * i..2 * i + 2], &sk[2 * j..2 * j + 2]);
                 let products: Vec<f64> =
-                    (0..d).map(|c| q[row * d + c] * k[(j * h + head) * d + c] / 2.0).collect();
+                    (0..d).map(|c| q[row * d + c] * k[(j * h + head) * d + c] / root).collect();
                 let score = products.iter().sum::<f64>() + radial.at(head, r);
                 let mut parts = products.iter().map(|p| p.abs()).sum::<f64>();
                 for (term, p) in &radial.heads[head] {
@@ -532,6 +548,63 @@ fn gradients_equal_autograd_of_the_reference() {
                         "{name}, {metric:?}, {scores:?}: {gap:e}, allowed {allowed:e}"
                     );
                 }
+            }
+        }
+    }
+}
+
+/// Batches, heads, key width and value width, then targets and context: around the vectors, tiles,
+/// panels, blocks and chunks of the kernel.
+const SIZES: [((usize, usize, usize, usize), [usize; 2]); 8] = [
+    ((1, 1, 1, 1), [1, 1]),
+    ((2, 3, 5, 7), [1, 40]),
+    ((1, 2, 32, 32), [33, 65]),
+    ((1, 2, 17, 9), [31, 300]),
+    ((3, 2, 8, 24), [70, 7]),
+    ((1, 4, 16, 16), [50, 257]),
+    ((1, 1, 40, 33), [5, 13]),
+    ((1, 2, 3, 48), [97, 128]),
+];
+
+#[test]
+fn gradients_fit_every_size() {
+    let mut rng = Stream::new(9, "attention", 0);
+    let rows = |n: usize| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+    let (one, many) = (rows(1), rows(5));
+    for (shape, [targets, context]) in SIZES {
+        for terms in [
+            vec![],
+            vec![Term::Rbf],
+            vec![Term::Sink, Term::Rbf],
+            vec![Term::Sink],
+            vec![Term::Rbf, Term::Scalar, Term::Sink],
+        ] {
+            let spread = if context % 2 == 0 { 0.7 } else { 30.0 };
+            let mut c = Case::sized(
+                &mut rng,
+                shape,
+                &terms,
+                [targets, context],
+                Scores::Plain(1.0),
+                spread,
+            );
+            if context % 2 == 1 {
+                c.metric = Metric::GreatCircle;
+            }
+            let weigh = normal(&mut rng, &[shape.0, targets, shape.1, shape.3], 1.0);
+            let truth = c.gradients(&weigh, 0);
+            let fused = one.install(|| c.single().gradients(&weigh, 64));
+            let allowed = 1e-5 + 4.0 * c.size() * ROUNDING;
+            for (i, name) in ["value", "dq", "dk", "dv", "dbias"].iter().enumerate() {
+                let name = format!("{name} of {}, {shape:?}, {targets} × {context}", named(&terms));
+                let gap = relative(&fused[i], &truth[i]);
+                let allowed = if i == 4 { 4.0 * allowed } else { allowed };
+                assert!(gap < allowed, "{name}: {gap:e}, allowed {allowed:e}");
+            }
+            // With more threads than rows, each head is a job of its own: to the last bit the same.
+            let spread = many.install(|| c.single().gradients(&weigh, 64));
+            for (a, b) in fused.iter().zip(&spread) {
+                assert_eq!(host(a), host(b), "{shape:?}: threads change the gradient");
             }
         }
     }

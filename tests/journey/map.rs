@@ -8,7 +8,7 @@ use gdal::Dataset;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{command, ok, text};
+use super::{assert_error, command, ok, text};
 
 const SURVEY: &str = "data/survey.csv";
 const GRID: &str = "data/grid.tif";
@@ -39,6 +39,13 @@ fn map(out: &Path, more: &[&str]) -> String {
     let mut args = vec!["map", "--surveys", SURVEY, "--out", out.to_str().unwrap()];
     args.extend(more);
     ok(&args)
+}
+
+/// Standard error of a command that is refused once it has said what it read.
+fn refused_after_reading(args: &[&str]) -> String {
+    let output = command(args).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {}", text(&output.stderr));
+    text(&output.stderr)
 }
 
 fn record(out: &Path) -> Value {
@@ -252,4 +259,89 @@ fn a_summary_that_nobody_reads_still_leaves_the_maps() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(out.join("run.json").exists(), "a closed pipe stopped the work");
+}
+
+/// Tile, memory and threads are knobs of memory and speed: no pixel may notice more than rounding.
+#[test]
+fn memory_and_threads_never_change_the_map() {
+    let folder = TempDir::new().unwrap();
+    let products = ["mean", "sd", "quantile_0.975"];
+    let maps = |name: &str, threads: &str, more: &[&str]| -> Vec<Vec<f64>> {
+        let out = folder.path().join(name);
+        let args = ["--like", GRID, "--no-pictures", "--products", "mean,sd,quantile:0.975"];
+        let mut args = [&["map", "--surveys", SURVEY][..], &args, more].concat();
+        args.extend(["--out", out.to_str().unwrap()]);
+        let output = command(&args).env("RAYON_NUM_THREADS", threads).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        let plan = &record(&out)["plan"];
+        assert!(plan["workers"].as_u64().unwrap() <= threads.parse().unwrap(), "{plan}");
+        products.iter().map(|p| pixels(&out.join(format!("{p}.tif")))).collect()
+    };
+    let usual = maps("usual", "2", &[]);
+    for (name, threads, more) in [
+        ("again", "2", &[][..]),
+        ("one-thread", "1", &[]),
+        ("three-threads", "3", &[]),
+        ("small-tiles", "2", &["--tile", "64"]),
+        ("little-memory", "2", &["--tile", "64", "--memory", "200MiB"]),
+    ] {
+        for ((product, a), b) in products.iter().zip(&usual).zip(maps(name, threads, more)) {
+            assert_eq!(a.len(), b.len());
+            for (a, b) in a.iter().zip(&b).filter(|(a, b)| !(a.is_nan() && b.is_nan())) {
+                let moved = (a - b).abs() / a.abs();
+                assert!(moved < 1e-5, "{name} moved {product} from {a} to {b}");
+            }
+        }
+    }
+}
+
+/// The most that was ever resident is the system's word. Sixteen threads would take more than is
+/// allowed; the plan makes do with fewer.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_memory_allowed_is_kept() {
+    let folder = TempDir::new().unwrap();
+    for (model, allowed) in [("prevalence", 200.0), ("gp", 210.0)] {
+        let out = folder.path().join(model);
+        let memory = format!("{allowed}MiB");
+        let args = ["map", "--surveys", SURVEY, "--like", GRID, "--model", model];
+        let more = ["--memory", &memory, "--threshold", "0.2", "--out", out.to_str().unwrap()];
+        let args = [&args[..], &more].concat();
+        let output = command(&args).env("RAYON_NUM_THREADS", "16").output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let (said, record) = (text(&output.stdout), record(&out));
+        assert_eq!(record["memory_mib"], allowed);
+        let peak = record["peak_memory_mib"].as_f64().unwrap();
+        assert!(said.contains(&format!("{peak:.0} MiB at most of the {allowed} MiB")), "{said}");
+        assert!(peak > 20.0 && peak <= allowed, "{peak} MiB of {allowed} ({model})");
+    }
+    // Nothing is tried that cannot fit.
+    let none = folder.path().join("none");
+    let args = ["map", "--surveys", SURVEY, "--memory", "60MiB", "--out", none.to_str().unwrap()];
+    let error = refused_after_reading(&args);
+    assert_error(&error, "memory allowed is too small", &["60MiB", "138 sites"], "--memory");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "a refused map left something");
+}
+
+/// A run that was killed leaves a hidden folder. The next into the same place clears it away, and
+/// leaves alone one that another run still holds.
+#[test]
+fn what_a_killed_run_left_is_cleared_away() {
+    let folder = TempDir::new().unwrap();
+    let scratch = |pid: &str| {
+        let scratch = folder.path().join(format!(".isopleth-partial-{pid}"));
+        fs::create_dir(&scratch).unwrap();
+        fs::write(scratch.join("raw.tif"), "half a map").unwrap();
+        (fs::File::create(scratch.join(".lock")).unwrap(), scratch)
+    };
+    let ((_, dead), (held, live)) = (scratch("1000001"), scratch("1000002"));
+    held.try_lock().unwrap();
+    let out = folder.path().join("out");
+    let args = ["--resolution", "40km", "--model", "gp", "--no-pictures"];
+    let args = [&["map", "--surveys", SURVEY, "--out", out.to_str().unwrap()][..], &args].concat();
+    let output = command(&args).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("1000001, left by a run that was stopped"));
+    assert!(!dead.exists() && live.exists() && out.join("run.json").exists());
+    assert!(!out.join(".lock").exists());
 }

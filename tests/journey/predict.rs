@@ -77,7 +77,7 @@ fn targets_come_back_with_surface_and_observation() {
         let out = desk.place(name);
         let more = ["--model", model, "--quantiles", "0.05,0.95", "--threshold", "0.2,0.4"];
         let said = ok(&desk.args(&desk.targets, &out, &more));
-        for part in ["12 sites used", "3 places", "1 row without a place", "prevalence"] {
+        for part in ["12 sites used", "3 places", "1 row without a place", "run.json"] {
             assert!(said.contains(part), "no `{part}` in\n{said}");
         }
         let table = Columns::read(&out).unwrap();
@@ -243,4 +243,76 @@ fn geometries_are_places_too() {
     let table = Columns::read(&out).unwrap();
     assert_eq!(table.names()[..3], ["lon", "lat", "name"]);
     assert_eq!(table.numbers("lat").unwrap(), [0.22]);
+}
+
+/// The table of targets is read in chunks, twice: what a column holds is settled by all its rows,
+/// and rows keep their order and their answers.
+#[test]
+fn long_tables_are_streamed() {
+    let desk = Desk::new();
+    let rows = 40_000;
+    let place = |i: usize| ((i % 31) as f64, (i % 29) as f64);
+    let (mut text, mut east, mut north) = (String::from("id,east,north,code\n"), vec![], vec![]);
+    for i in 0..rows {
+        let (x, y) = place(i);
+        // The first chunks hold numbers only; one late cell makes the column text.
+        let code = if i == rows - 3 { "n°7".to_string() } else { format!("0{}", i % 7) };
+        let lost = i % 1000 == 5;
+        text += &format!("{i},{},{y},{code}\n", if lost { String::new() } else { x.to_string() });
+        east.push(if lost { f64::NAN } else { x });
+        north.push(y);
+    }
+    let (csv, parquet) = (write(&desk.folder, "long.csv", &text), desk.place("long.parquet"));
+    Columns::write_parquet(&parquet, &[("east", east), ("north", north)]).unwrap();
+    let out = |targets: &str, name: &str| {
+        let out = desk.place(name);
+        ok(&desk.args(targets, &out, &[]));
+        Columns::read(&out).unwrap()
+    };
+    let (table, twin) = (out(&csv, "a.parquet"), out(&parquet, "b.parquet"));
+    assert_eq!((table.len(), twin.len()), (rows, rows));
+    assert!(table.numbers("id").unwrap().iter().enumerate().all(|(i, id)| *id == i as f64));
+    let code = table.text("code").unwrap();
+    assert_eq!([&code[6][..], &code[20_000][..], &code[rows - 3][..]], ["06", "01", "n°7"]);
+    let one = write(&desk.folder, "one.csv", "east,north\n7,11\n");
+    let alone = out(&one, "one.parquet");
+    for name in ["surface_mean", "observation_quantile_0.975"] {
+        let (a, b) = (table.numbers(name).unwrap(), twin.numbers(name).unwrap());
+        for i in 0..rows {
+            assert_eq!(a[i].is_nan(), i % 1000 == 5, "{name} of row {i}");
+            assert!(a[i] == b[i] || a[i].is_nan() && b[i].is_nan(), "{name} of row {i}");
+            let apart = (a[i] - alone.numbers(name).unwrap()[0]).abs();
+            assert!(
+                place(i) != (7.0, 11.0) || apart <= 1e-5 || apart.is_nan(),
+                "{name} of row {i}: {apart}"
+            );
+        }
+    }
+    let record = fs::read_to_string(desk.place("a.parquet.run.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+    assert_eq!(
+        (&record["targets"]["rows"], &record["targets"]["placed"]),
+        (&40_000.into(), &39_960.into())
+    );
+    assert_eq!(record["columns"].as_array().unwrap().len(), table.names().len());
+}
+
+/// What targets carry along is never held whole.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_does_not_grow_with_the_table_of_targets() {
+    let desk = Desk::new();
+    let peak = |rows: usize| {
+        let note = "long ".repeat(400);
+        let text: String = (0..rows).map(|i| format!("{},{},{note}\n", i % 31, i % 29)).collect();
+        let targets = write(&desk.folder, "carried.csv", &format!("east,north,note\n{text}"));
+        let out = desk.place("carried.parquet");
+        ok(&desk.args(&targets, &out, &["--force"]));
+        let record = fs::read_to_string(desk.place("carried.parquet.run.json")).unwrap();
+        let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+        record["peak_memory_mib"].as_f64().unwrap()
+    };
+    let (few, many) = (peak(20_000), peak(90_000));
+    // 140 MB more in the file. What grows are places, and what the allocator keeps for later.
+    assert!(many < few + 60.0, "{few} MiB for 20,000 rows, {many} MiB for 90,000");
 }

@@ -45,6 +45,11 @@ pub fn cache(mebibytes: usize) -> usize {
     })
 }
 
+/// Threads that compress a raster: each takes a block or two of memory, and the disk sets the pace.
+fn compressors() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get().min(8))
+}
+
 fn offset(window: Window) -> (isize, isize) {
     (window.col as isize, window.row as isize)
 }
@@ -264,7 +269,7 @@ impl Cog {
             &format!("BLOCKSIZE={BLOCK}"),
             "OVERVIEW_RESAMPLING=AVERAGE",
             "BIGTIFF=IF_SAFER",
-            "NUM_THREADS=ALL_CPUS",
+            &format!("NUM_THREADS={}", compressors()),
         ]);
         Dataset::open(&vrt)
             .and_then(|d| d.create_copy(&DriverManager::get_driver_by_name("COG")?, &cog, &options))

@@ -91,7 +91,7 @@ pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
         .collect();
     let columns = Columns::new(path, names, columns, x.len())?;
     if let Some((row, kind)) = others.first() {
-        return Err(not_a_point(&columns, *row, kind));
+        return Err(not_a_point(path, *row, kind));
     }
     let crs = match layer.spatial_ref() {
         // GeoPackage's "undefined" systems are its way to have none.
