@@ -115,20 +115,25 @@ const DKA: &str =
 
 fn check(settings: &str, mean: [f64; 3], sd: [f64; 3]) {
     let mut params = Params::new(0, &CPU, DType::F32);
-    let process = build(settings, &mut params);
+    let learning = build(settings, &mut params);
     fill(&params, settings.contains("dka"));
+    // A model that is only asked goes other ways.
+    let weights = params.vars().iter().map(|(path, var)| (path.clone(), var.as_tensor().clone()));
+    let asked = build(settings, &mut Params::frozen(weights.collect(), &CPU, DType::F32));
     let place = |i: f64| [1.5 * (1.7 * i + 0.2).sin(), 1.5 * (2.3 * i + 0.5).cos()];
     let y: Vec<f32> = (0..5).map(|i| (3.1 * i as f64 + 0.7).sin() as f32).collect();
     let y = Tensor::from_vec(y, (1, 5, 1), &CPU).unwrap();
     let mut context = Observations::new(sites(5, place), y, None).unwrap();
     context.mask = Tensor::new(&[[1f32, 1., 1., 1., 0.]], &CPU).unwrap();
     let targets = sites(3, |j| [1.5 * (0.9 * j + 1.0).sin(), 1.5 * (1.9 * j - 0.4).cos()]);
-    let p = process.condition(&context).unwrap().at(&targets).unwrap();
-    let m = p.marginals(0, Of::Surface).unwrap();
-    for i in 0..3 {
-        assert!((m.mean[i] - mean[i]).abs() < 1e-5, "mean {} against {}", m.mean[i], mean[i]);
-        // The 1e-6 that keeps the sd from 0 is ours.
-        assert!((m.sd[i] - 1e-6 - sd[i]).abs() < 1e-5, "sd {} against {}", m.sd[i], sd[i]);
+    for process in [learning, asked] {
+        let p = process.condition(&context).unwrap().at(&targets).unwrap();
+        let m = p.marginals(0, Of::Surface).unwrap();
+        for i in 0..3 {
+            assert!((m.mean[i] - mean[i]).abs() < 1e-5, "mean {} against {}", m.mean[i], mean[i]);
+            // The 1e-6 that keeps the sd from 0 is ours.
+            assert!((m.sd[i] - 1e-6 - sd[i]).abs() < 1e-5, "sd {} against {}", m.sd[i], sd[i]);
+        }
     }
 }
 
