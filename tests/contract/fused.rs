@@ -477,3 +477,57 @@ fn an_asked_model_equals_one_that_learns() -> isopleth::Result<()> {
     }
     Ok(())
 }
+
+/// What a run gives, and its gradient by its two inputs and by every parameter.
+fn taught(drawn: &Drawn, which: usize, composed: bool) -> isopleth::Result<Vec<Vec<f64>>> {
+    let dtype = if composed { DType::F64 } else { DType::F32 };
+    let mut params = Params::saved(drawn.weights.clone(), &CPU, dtype);
+    let (before, phi, inner, feed, out) = layers(&mut params, drawn.widths);
+    let inputs = [0, 0].map(|i| drawn.inputs[i].to_dtype(dtype).unwrap());
+    let vars = inputs.map(|x| Var::from_tensor(&x).unwrap());
+    let [x, other] = vars.each_ref().map(|v| v.as_tensor());
+    let run = match which {
+        0 => Chain::new(x).dense(&out),
+        1 => Chain::new(x).norm(&before).plus(other),
+        2 => Chain::new(x).keep().mlp(&feed).plus(other).keep().norm(&inner).add_kept(),
+        _ => Chain::new(x).plus(other).keep().norm(&before).mlp(&feed).add_kept().dense(&out),
+    };
+    let y = if composed { run.composed()? } else { run.run()? };
+    // Any direction, the same for both kinds of number.
+    let n = y.elem_count();
+    let weigh: Vec<f64> = (0..n).map(|i| (0.37 * i as f64).sin()).collect();
+    let weigh = Tensor::from_vec(weigh, y.dims(), &CPU)?.to_dtype(dtype)?;
+    let grads = (&y * weigh)?.sum_all()?.backward()?;
+    let learns = params.vars().values().chain(&vars);
+    let slopes = learns.map(|v| grads.get(v.as_tensor()).map_or(vec![0.0], host));
+    drop(phi);
+    Ok([host(&y)].into_iter().chain(slopes).collect())
+}
+
+/// A run that learns, against the same layers one by one in f64; and whatever the threads.
+#[test]
+fn a_run_that_learns_equals_its_twin() -> isopleth::Result<()> {
+    let threads = |n: usize| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+    let (one, many) = (threads(1), threads(3));
+    for (batch, sites, widths) in [
+        (1, 1, [8, 1, 9, 16]),
+        (1, 255, [17, 2, 33, 3]),
+        (2, 257, [9, 1, 5, 1]),
+        (1, 2049, [8, 1, 9, 7]),
+        (3, 1500, [64, 2, 32, 66]),
+    ] {
+        let drawn = Drawn::new(batch, sites, widths);
+        for which in 0..4 {
+            let truth = taught(&drawn, which, true)?;
+            let fast = one.install(|| taught(&drawn, which, false))?;
+            for (i, (fast, truth)) in fast.iter().zip(&truth).enumerate() {
+                let apart = relative(fast, truth);
+                let name = format!("number {i} of run {which}, {batch} × {sites}, {widths:?}");
+                // Sums over thousands of rows, and norms of few numbers.
+                assert!(apart < 2e-5, "{name}: off by {apart:e}");
+            }
+            assert_eq!(fast, many.install(|| taught(&drawn, which, false))?, "threads");
+        }
+    }
+    Ok(())
+}
