@@ -77,7 +77,7 @@ pub struct Reader {
     /// Squared straight line from which on each head reads nothing.
     reach2: Vec<f32>,
     envelope: Envelope,
-    table: Mutex<Option<Arc<Tabled>>>,
+    tables: Mutex<Vec<Arc<Tabled>>>,
     reading: Reading,
     read: AtomicU64,
     all: AtomicU64,
@@ -170,7 +170,7 @@ impl Reader {
             bias,
             sink,
             reach2,
-            table: Mutex::new(None),
+            tables: Mutex::new(Vec::new()),
             reading,
             read: AtomicU64::new(0),
             all: AtomicU64::new(0),
@@ -285,38 +285,39 @@ impl Reader {
         Ok(())
     }
 
-    /// The table for straight lines up to `reach`, made when first needed.
+    /// The table for straight lines up to `reach`, made when first needed. There is one for each
+    /// power of two, so that the same question is always answered from the same table, whatever
+    /// was asked before.
     fn tabled(&self, reach: f64) -> Result<Arc<Tabled>> {
         if !reach.is_finite() {
             return Err(Error::input("a site has coordinates that are not numbers"));
         }
+        let reach = 2f64.powi(reach.max(1e-6).log2().ceil() as i32);
+        let reach = match self.bias.as_ref().map(|b| b.metric) {
+            // No two points of the globe are farther apart.
+            Some(Metric::GreatCircle) => reach.min(2.0),
+            _ => reach,
+        };
         // A panic elsewhere cannot leave a half-made table behind.
-        let mut known = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(tabled) = known.as_ref().filter(|t| t.reach >= reach) {
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tabled) = tables.iter().find(|t| t.reach == reach) {
             return Ok(tabled.clone());
         }
-        let reach = 2.0 * reach.max(1e-6);
         let heads = self.shape.heads;
         let tabled = Arc::new(match &self.bias {
             None => Tabled { reach, table: None, highest: vec![0.0; heads] },
             Some(radial) => {
                 let longest = radial.metric.distance(reach);
                 let highest = |h: usize| (highest_from(radial, h, 0.0, longest) * LOG2_E) as f32;
-                let reach = match radial.metric {
-                    Metric::Euclidean => reach,
-                    Metric::GreatCircle => reach.min(2.0),
-                };
-                // No two points of the globe are farther apart than 2.
-                let whole = radial.metric == Metric::GreatCircle && reach == 2.0;
                 let tabulated = || Table::new(heads, reach, |h, x| radial.at_straight(h, x));
                 Tabled {
-                    reach: if whole { f64::MAX } else { reach },
+                    reach,
                     table: if self.bumps.is_some() { None } else { tabulated() },
                     highest: (0..heads).map(|h| highest(h) + 1e-3).collect(),
                 }
             }
         });
-        *known = Some(tabled.clone());
+        tables.push(tabled.clone());
         Ok(tabled)
     }
 

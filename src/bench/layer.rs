@@ -39,6 +39,8 @@ pub struct Layer {
     pub value_width: usize,
     /// Terms of the bias.
     pub bias: Vec<Term>,
+    /// Widest and narrowest length scale of the terms, model units.
+    pub reach: Option<[f64; 2]>,
     /// Where the context lies; targets are the pixels of a map.
     pub layout: Layout,
 }
@@ -155,7 +157,7 @@ fn softmax(
     }))
 }
 
-/// Terms of unit height, with reaches between 0.05 and 1.5 model units, another for each head.
+/// Terms of unit height, with a reach of its own for each head, as a model starts.
 fn bias(layer: &Layer, device: &Device) -> Result<Option<Bias>> {
     let terms = layer.bias.clone();
     if terms.is_empty() {
@@ -164,8 +166,11 @@ fn bias(layer: &Layer, device: &Device) -> Result<Option<Bias>> {
     let each = layer.heads * terms.len();
     let params = (0..each)
         .flat_map(|i| {
-            let reach = 1.5 * (0.05f32 / 1.5).powf(i as f32 / each as f32);
-            match terms[i % terms.len()] {
+            let term = terms[i % terms.len()];
+            let usual = if term == Term::Wendland { [3.0, 0.3] } else { [1.5, 0.05] };
+            let [wide, narrow] = layer.reach.unwrap_or(usual);
+            let reach = (wide * (narrow / wide).powf(i as f64 / each as f64)) as f32;
+            match term {
                 Term::Scalar => [-0.5 / reach, 0.0, 0.0],
                 Term::Sink => [0.0; 3],
                 Term::Rbf | Term::Tisa => [1.0, 1.0 / (reach * reach), 0.0],

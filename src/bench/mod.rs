@@ -316,9 +316,12 @@ impl Report {
         }
     }
 
-    /// Notes how much was left out.
+    /// Notes how much was left out: what was not computed counts for nothing.
     pub fn skipped(&mut self, tally: Tally) {
         self.skipped = (tally.all > 0).then(|| tally.skipped());
+        let read = 1.0 - self.skipped.unwrap_or(0.0);
+        self.gflops *= read;
+        self.ceiling_share *= read;
     }
 }
 

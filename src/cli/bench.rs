@@ -90,9 +90,13 @@ struct Sizes {
     /// Value width of a head [default: 32]
     #[arg(long, value_name = "WIDTH", value_parser = count)]
     value_width: Option<usize>,
-    /// Terms of the distance bias: rbf, scalar, tisa, exponential, sink; or none [default: rbf]
+    /// Terms of the distance bias (`isopleth list terms`), or none [default: rbf]
     #[arg(long, value_name = "TERMS", value_delimiter = ',')]
     bias: Option<Vec<String>>,
+    /// Widest and narrowest length scale of the bias, model units: sites span 2 [default: 1.5,0.05;
+    /// supports of compact kernels 3,0.3]
+    #[arg(long, value_name = "WIDE,NARROW", value_delimiter = ',', num_args = 1..=2)]
+    reach: Option<Vec<f64>>,
 }
 
 /// Time one layer's attention, on random queries, keys and values
@@ -114,7 +118,7 @@ struct LayerArgs {
 struct ModelArgs {
     /// Trained model by name or file; random weights when left out
     #[arg(long, value_name = "NAME|FILE",
-        conflicts_with_all = ["layers", "heads", "key_width", "value_width", "bias"])]
+        conflicts_with_all = ["layers", "heads", "key_width", "value_width", "bias", "reach"])]
     model: Option<String>,
     /// Layers [default: 6]
     #[arg(long, value_name = "N", value_parser = count)]
@@ -204,6 +208,7 @@ fn attention(args: &LayerArgs) -> Result<Report> {
         key_width: config.key_width,
         value_width: config.value_width,
         bias: if attention == Attention::Dka { vec![] } else { config.bias },
+        reach: config.bias_reach,
         layout: args.context.layout(),
     };
     layer::run(&plan, &layer)
@@ -297,9 +302,13 @@ impl Sizes {
             let terms = if terms == &["none"] { Vec::new() } else { terms.clone() };
             table.insert("bias".into(), terms.into());
         }
+        if let Some(reach) = &self.reach {
+            let [wide, narrow] = [reach[0], reach[reach.len() - 1]];
+            table.insert("bias_reach".into(), vec![wide, narrow].into());
+        }
         if self.attention() == Some(Attention::Dka) && table.keys().any(|name| name != "blocks") {
             return Err(Error::input("deep kernel attention has neither heads nor a bias")
-                .try_this("leave out --heads, --key-width, --value-width and --bias"));
+                .try_this("leave out --heads, --key-width, --value-width, --bias and --reach"));
         }
         Ok(table)
     }

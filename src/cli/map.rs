@@ -10,8 +10,9 @@ use std::{
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{output::Output, say, survey::SurveyArgs};
+use super::{output::Output, reading::ReadingArgs, say, survey::SurveyArgs};
 use crate::{
+    attention::{Reading, Tally},
     baseline::ExactGp,
     checkpoint::Checkpoint,
     device,
@@ -83,6 +84,8 @@ pub struct Args {
     /// The most memory to take: 2GiB, 512MiB, 4GB. Changes memory use and speed, never the map
     #[arg(long, value_name = "AMOUNT")]
     memory: Option<String>,
+    #[command(flatten)]
+    reading: ReadingArgs,
     /// Write no PNG pictures
     #[arg(long)]
     no_pictures: bool,
@@ -102,6 +105,7 @@ pub fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     // What costs nothing to check comes first.
     let specs = specs(args)?;
+    let reading = args.reading.reading()?;
     let resolution = args.resolution.as_deref().map(str::parse).transpose()?;
     let budget: Option<Bytes> = args.memory.as_deref().map(str::parse).transpose()?;
     let mut output = Output::prepare(&args.out, args.force)?;
@@ -116,7 +120,7 @@ pub fn run(args: &Args) -> Result<()> {
     specs.iter().try_for_each(|spec| spec.check(outcome.link))?;
     let grid = grid(args, resolution, &survey, &frame)?;
     let inside = grid.overlap(&survey.crs, &survey.x, &survey.y)?;
-    let model = open_model(args.model.as_deref(), &survey, &context, &device)?;
+    let model = open_model(args.model.as_deref(), &survey, &context, &device, reading)?;
     tell_input(&survey, &grid, &frame, &model)?;
 
     let mut plan = Plan { of: outcome.of, ..Plan::new(device) };
@@ -145,6 +149,7 @@ pub fn run(args: &Args) -> Result<()> {
         &mut |done, of| bar.show(done, of),
     )?;
     bar.clear();
+    let left_out = posterior.tally().map(|[read, all]| Tally { read, all }.skipped());
     drop(posterior); // its memory is better spent on finishing the files
 
     let mut made = Vec::new();
@@ -173,6 +178,8 @@ pub fn run(args: &Args) -> Result<()> {
         products: made,
         warnings: warnings(&model, &survey, &grid, &frame, inside, &summary),
         summary,
+        reading,
+        left_out,
         plan: Some((&plan).into()),
         memory_mib: budget.map(Bytes::mebibytes),
         peak_memory_mib: plan::usage().map(|usage| usage.peak.mebibytes()),
@@ -278,6 +285,7 @@ pub(super) fn open_model(
     survey: &Survey,
     context: &Observations,
     device: &Device,
+    reading: Reading,
 ) -> Result<Model> {
     let (likelihood, default) = match &survey.outcome {
         survey::Outcome::Counts { .. } => ("binomial", "prevalence"),
@@ -286,6 +294,10 @@ pub(super) fn open_model(
     let name = name.unwrap_or(default);
     let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
     if name == "gp" {
+        if reading != Reading::default() {
+            return Err(Error::input("an exact Gaussian process reads every site in full")
+                .try_this("leave --lose out, or use a trained model"));
+        }
         let gp = ExactGp::fit(context, wanted)?;
         let card = json!({
             "name": "gp",
@@ -322,7 +334,7 @@ pub(super) fn open_model(
     let most = sizes.iter().map(|s| s.sites[1]).max();
     Ok(Model {
         name: checkpoint.card.name.clone(),
-        process: checkpoint.process(device)?,
+        process: checkpoint.process_reading(device, reading)?,
         card: serde_json::to_value(&checkpoint.card)
             .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
         trained_sites: least.zip(most).map(|(a, b)| [a, b]),

@@ -15,6 +15,7 @@ pub mod list;
 pub mod map;
 mod output;
 pub mod predict;
+pub mod reading;
 pub mod sample;
 pub mod survey;
 pub mod train;

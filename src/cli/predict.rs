@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::{
     map::{line, open_model, plural, round, tell_survey},
+    reading::ReadingArgs,
     sample::refuse_existing,
     survey::ColumnArgs,
 };
@@ -47,6 +48,8 @@ pub struct Args {
     /// `continuous` for values when left out
     #[arg(long, value_name = "NAME|FILE")]
     model: Option<String>,
+    #[command(flatten)]
+    reading: ReadingArgs,
     #[command(flatten)]
     columns: ColumnArgs,
     /// Column of longitude or easting of the targets; --lon when left out, and then guessed
@@ -106,7 +109,8 @@ pub fn run(args: &Args) -> Result<()> {
 
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &device)?;
-    let model = open_model(args.model.as_deref(), &survey, &context, &device)?;
+    let model =
+        open_model(args.model.as_deref(), &survey, &context, &device, args.reading.reading()?)?;
     tell_survey(&survey)?;
     let placed = targets.x.iter().filter(|x| !x.is_nan()).count();
     line("targets", format!("{}: {placed} places", args.targets.display()))?;

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::{Plan, Summary};
 use crate::{
+    attention::Reading,
     error::{Error, Result},
     geo::{
         frame::Frame,
@@ -44,6 +45,12 @@ pub struct Record {
     pub summary: Summary,
     /// What the user should know before believing the map.
     pub warnings: Vec<String>,
+    /// How the survey was read.
+    #[serde(default)]
+    pub reading: Reading,
+    /// Share of the pairs of site and pixel that were left out: of no weight, or too faint.
+    #[serde(default)]
+    pub left_out: Option<f64>,
     /// How the map was cut up, which changes nothing in it.
     pub plan: Option<PlanNote>,
     /// Memory that was allowed with `--memory`, MiB.

@@ -130,6 +130,9 @@ pub struct Config {
     pub metric: Metric,
     /// Where the bias starts.
     pub bias_start: Widths,
+    /// Widest and narrowest length scale of a spread start, model units, in place of the usual
+    /// 1.5 to 0.05 (supports of compact kernels: 3 to 0.3). Large surveys want narrow ones.
+    pub bias_reach: Option<[f64; 2]>,
     /// How widths are kept positive.
     pub bias_constraint: Constraint,
     /// Law of dense weights.
@@ -158,6 +161,7 @@ impl Default for Config {
             bias: vec![Term::Rbf],
             metric: Metric::Euclidean,
             bias_start: Widths::Spread,
+            bias_reach: None,
             bias_constraint: Constraint::Positive,
             weights: Weights::Orthogonal,
             published_start: false,
@@ -219,6 +223,13 @@ impl TnpKr {
     /// [`Error::Input`] for settings that make no network.
     pub fn new(config: Config, kind: Kind, problem: Problem, params: &mut Params) -> Result<Self> {
         config.head.check()?;
+        if let Some([wide, narrow]) = config.bias_reach
+            && !(narrow > 0.0 && wide >= narrow && wide.is_finite())
+        {
+            return Err(Error::input("bias_reach under [model] is no range of length scales")
+                .fact("bias_reach", format!("[{wide}, {narrow}]"))
+                .try_this("give the widest first, in model units: bias_reach = [1.5, 0.05]"));
+        }
         let sizes =
             [config.width, config.blocks, config.heads, config.key_width, config.value_width];
         if sizes.contains(&0) || config.features == 0 {
@@ -398,14 +409,17 @@ impl RawBias {
                 // Position of this head and term on the ladder of scales, 0 = widest.
                 let rank = (head * terms + j) as f64 / (heads * terms).max(2) as f64;
                 let ladder = |widest: f64, finest: f64| widest * (finest / widest).powf(rank);
-                let scale = ladder(1.5, 0.05);
+                let [wide, narrow] = c.bias_reach.unwrap_or([1.5, 0.05]);
+                let scale = ladder(wide, narrow);
+                let [wide, narrow] = c.bias_reach.unwrap_or([3.0, 0.3]);
+                let support = ladder(wide, narrow);
                 let [mut a, mut b, shift] = match (c.bias_start, term) {
                     (_, Term::Sink) => [0.0, 0.0, 0.0],
                     (Widths::Equal, Term::Scalar) => [-1.0, 0.0, 0.0],
                     (Widths::Equal, _) => [1.0, 1.0, 0.0],
                     (Widths::Spread, Term::Scalar) => [-0.5 / scale, 0.0, 0.0],
                     // A head that sees no site learns nothing: a support is wider than a length scale.
-                    (Widths::Spread, Term::Wendland) => [1.0, 1.0 / ladder(3.0, 0.3), 0.0],
+                    (Widths::Spread, Term::Wendland) => [1.0, 1.0 / support, 0.0],
                     (Widths::Spread, Term::Exponential) => [1.0, 1.0 / scale, 0.0],
                     (Widths::Spread, t) if t.is_log_kernel() => [1.0, 1.0 / scale, 0.0],
                     (Widths::Spread, _) => [1.0, 1.0 / (scale * scale), 0.0],

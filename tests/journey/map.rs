@@ -288,8 +288,10 @@ fn memory_and_threads_never_change_the_map() {
         for ((product, a), b) in products.iter().zip(&usual).zip(maps(name, threads, more)) {
             assert_eq!(a.len(), b.len());
             for (a, b) in a.iter().zip(&b).filter(|(a, b)| !(a.is_nan() && b.is_nan())) {
+                // The same command gives the same map to the last bit.
+                let allowed = if name == "again" { 0.0 } else { 1e-5 };
                 let moved = (a - b).abs() / a.abs();
-                assert!(moved < 1e-5, "{name} moved {product} from {a} to {b}");
+                assert!(moved <= allowed, "{name} moved {product} from {a} to {b}");
             }
         }
     }

@@ -1,0 +1,30 @@
+//! How a survey is read by a model's attention, where the user says: speed for a stated error.
+
+use crate::{
+    attention::Reading,
+    error::{Error, Result},
+};
+
+/// Flags that trade exactness for speed.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ReadingArgs {
+    /// Share of its attention that a pixel may lose where sites are too faint to matter: faster for
+    /// large surveys. 0 loses nothing
+    #[arg(long, default_value_t = 0.0, value_name = "SHARE")]
+    lose: f64,
+}
+
+impl ReadingArgs {
+    /// What was asked for.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a share that is none.
+    pub fn reading(&self) -> Result<Reading> {
+        if !(0.0..=0.1).contains(&self.lose) {
+            return Err(Error::input("--lose is a share of the attention, from 0 to 0.1")
+                .fact("--lose", self.lose)
+                .try_this("give --lose 1e-3, which changes a map by less than it can show"));
+        }
+        Ok(Reading { lose: self.lose })
+    }
+}
