@@ -14,7 +14,7 @@ use super::{
 use crate::fused::{
     lanes::Aligned,
     softmax::Shape,
-    softmax_gradient::{self, Bias, Gradient, Job, Row},
+    softmax_gradient::{self, Bias, Gradient, Job, Part, Row},
 };
 
 /// What the forward pass knew.
@@ -36,19 +36,12 @@ pub(super) struct Backward<'a> {
 struct Terms<'a>(&'a Backward<'a>);
 
 impl softmax_gradient::Terms for Terms<'_> {
-    fn add(&self, head: usize, d2: &[f32], scores: &mut [f32]) {
-        for (j, term) in self.0.terms.iter().enumerate() {
-            let [a, b, c] = self.0.param(head, j);
-            add_term(*term, [powers_of_two(a), b, c], d2, scores);
-        }
+    fn add(&self, term: usize, head: usize, d2: &[f32], scores: &mut [f32]) {
+        let [a, b, c] = self.0.param(head, term);
+        add_term(self.0.terms[term], [powers_of_two(a), b, c], d2, scores);
     }
-    fn gradient(&self, head: usize, d2: &[f32], ds: &[f32], sum: &mut [f64]) {
-        for (j, term) in self.0.terms.iter().enumerate() {
-            let part = term_gradient(*term, self.0.param(head, j), d2, ds);
-            for (sum, part) in sum[j * 3..j * 3 + 3].iter_mut().zip(part) {
-                *sum += f64::from(part);
-            }
-        }
+    fn gradient(&self, term: usize, head: usize, d2: &[f32], ds: &[f32]) -> [f32; 3] {
+        term_gradient(self.0.terms[term], self.0.param(head, term), d2, ds)
     }
 }
 
@@ -98,19 +91,32 @@ impl Backward<'_> {
         let sink: Option<Vec<f32>> =
             place.map(|j| (0..heads).map(|head| powers_of_two(self.param(head, j)[0])).collect());
         let terms = Terms(self);
-        let mut real = self.terms.iter().enumerate().filter(|(_, term)| **term != Term::Sink);
-        let (first, more) = (real.next(), real.next().is_some());
-        let rbf: Vec<[f32; 2]> = match first {
-            Some((j, Term::Rbf)) if !more => {
-                let pair = |[a, b, _]: [f32; 3]| [powers_of_two(a), powers_of_two(b)];
-                (0..heads).map(|head| pair(self.param(head, j))).collect()
-            }
-            _ => Vec::new(),
+        // Terms that the kernel knows, as it wants their parameters.
+        let known: Vec<Vec<[f32; 2]>> = (0..self.terms.len())
+            .map(|j| {
+                let pair = |head| {
+                    let [a, b, _] = self.param(head, j);
+                    [powers_of_two(a), powers_of_two(b)]
+                };
+                (0..heads).map(pair).collect()
+            })
+            .collect();
+        let all = self.terms.iter().all(|t| matches!(t, Term::Rbf | Term::Scalar | Term::Sink));
+        let part = |(term, known): (&Term, _)| match term {
+            Term::Sink => Part::Nothing,
+            Term::Rbf if all => Part::Rbf(known),
+            Term::Scalar if all => Part::Scalar(known),
+            // Beside others, added up exactly as the forward pass did.
+            _ => Part::Other,
         };
-        let (kind, each) = match first {
-            None => (Bias::None, 0),
-            Some(_) if !rbf.is_empty() => (Bias::Rbf(&rbf), 2),
-            Some(_) => (Bias::Terms(&terms), 3 * self.terms.len()),
+        let parts: Vec<Part> =
+            self.terms.iter().zip(known.iter().map(|k| &k[..])).map(part).collect();
+        let real: Vec<usize> =
+            (0..parts.len()).filter(|j| !matches!(parts[*j], Part::Nothing)).collect();
+        let (kind, each) = match real[..] {
+            [] => (Bias::None, 0),
+            [j] if self.terms[j] == Term::Rbf => (Bias::Rbf(&known[j]), 2),
+            _ => (Bias::Terms(&parts, &terms), 3 * self.terms.len()),
         };
         let work = |scratch: &mut Aligned<f32>,
                     at: usize,
@@ -161,7 +167,7 @@ impl Backward<'_> {
             for (h, head) in heads_of(at, sinks.len()).enumerate() {
                 let total = &mut total[head * 3 * self.terms.len()..];
                 let bias = &bias[h * each..(h + 1) * each];
-                let from = if each == 2 { first.map_or(0, |(j, _)| 3 * j) } else { 0 };
+                let from = if each == 2 { 3 * real[0] } else { 0 };
                 total[from..].iter_mut().zip(bias).for_each(|(t, x)| *t += x);
                 if let Some(j) = place {
                     total[3 * j] += sinks[h];

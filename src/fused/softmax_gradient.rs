@@ -36,17 +36,29 @@ pub enum Bias<'a> {
     None,
     /// `a 2^(−b d²)`: a and b of every head, powers of two.
     Rbf(&'a [[f32; 2]]),
-    /// Any other way.
-    Terms(&'a dyn Terms),
+    /// Term by term, each with three parameters.
+    Terms(&'a [Part<'a>], &'a dyn Terms),
 }
 
-/// A distance bias with a gradient.
+/// One term.
+#[derive(Clone, Copy)]
+pub enum Part<'a> {
+    /// `a 2^(−b d²)`: a and b of every head, powers of two.
+    Rbf(&'a [[f32; 2]]),
+    /// `a d`: a of every head (and 0), powers of two.
+    Scalar(&'a [[f32; 2]]),
+    /// As [`Terms`] say.
+    Other,
+    /// No matter of distance.
+    Nothing,
+}
+
+/// Terms of a distance bias, with gradients.
 pub trait Terms: Sync {
-    /// Adds the bias of `head` to `scores`, powers of two, given squared distances.
-    fn add(&self, head: usize, d2: &[f32], scores: &mut [f32]);
-    /// Adds to `sum` the gradient of the parameters of `head`, given that of the scores (as
-    /// exponents of e).
-    fn gradient(&self, head: usize, d2: &[f32], ds: &[f32], sum: &mut [f64]);
+    /// Adds a term of `head` to `scores`, powers of two, given squared distances.
+    fn add(&self, term: usize, head: usize, d2: &[f32], scores: &mut [f32]);
+    /// The gradient of its parameters, given that of the scores (as exponents of e).
+    fn gradient(&self, term: usize, head: usize, d2: &[f32], ds: &[f32]) -> [f32; 3];
 }
 
 /// What all rows of a batch share.
@@ -92,7 +104,8 @@ pub struct Gradient<'a> {
     pub q: &'a mut [f32],
     /// `[context, head, d + w]`, overwritten where a key is observed.
     pub kv: &'a mut [f32],
-    /// `[head, parameter]`, added to: 2 parameters for [`Bias::Rbf`].
+    /// `[head, parameter]`, added to: 2 parameters for [`Bias::Rbf`], 3 for each of the
+    /// [`Bias::Terms`].
     pub bias: &'a mut [f64],
     /// `[head]`, added to.
     pub sink: &'a mut [f64],
@@ -297,7 +310,7 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
                         Bias::Rbf(_) => {
                             chunk::<L, R, C, U, RBF>(&tile, head, len, job, &mut block, sums, sum)
                         }
-                        Bias::Terms(_) => {
+                        Bias::Terms(..) => {
                             chunk::<L, R, C, U, TERMS>(&tile, head, len, job, &mut block, sums, sum)
                         }
                     }
@@ -329,6 +342,7 @@ unsafe fn run<L: Lanes, const R: usize, const C: usize, const U: usize>(
 const NONE: usize = 0;
 const RBF: usize = 1;
 const TERMS: usize = 2;
+const SCALAR: usize = 3;
 
 /// A tile of queries and the keys of a chunk, for one head.
 struct Tile<'a> {
@@ -405,9 +419,20 @@ unsafe fn chunk<L: Lanes, const R: usize, const C: usize, const U: usize, const 
                 across::<L, R, C>(tile.w, v.add(r * wp), wp, tile.gt.as_ptr(), lanes, &mut acc);
                 store::<L, R, C>(&acc, ds.add(r * lanes), lanes);
             }
-            if let Bias::Terms(terms) = job.bias {
-                let p = block.p.get_unchecked_mut(..count * lanes);
-                terms.add(head, &d2[..count * lanes], p);
+            let vectors = count * C;
+            if let Bias::Terms(parts, terms) = job.bias {
+                for (term, part) in parts.iter().enumerate() {
+                    let p = block.p.as_mut_ptr();
+                    match part {
+                        Part::Rbf(at) => add::<L, U, RBF>(d2.as_ptr(), p, vectors, at[head]),
+                        Part::Scalar(at) => add::<L, U, SCALAR>(d2.as_ptr(), p, vectors, at[head]),
+                        Part::Other => {
+                            let p = block.p.get_unchecked_mut(..count * lanes);
+                            terms.add(term, head, &d2[..count * lanes], p);
+                        }
+                        Part::Nothing => {}
+                    }
+                }
             }
             let p = block.p.as_mut_ptr();
             let whole = count - count % (U / C);
@@ -419,9 +444,24 @@ unsafe fn chunk<L: Lanes, const R: usize, const C: usize, const U: usize, const 
                 let at = [d2.as_ptr(), p, ds];
                 weigh::<L, C, C, U, KIND>(at, j * lanes, [a, b], &lane, &mut slopes);
             }
-            if let Bias::Terms(terms) = job.bias {
+            if let Bias::Terms(parts, terms) = job.bias {
                 let ds = block.ds.get_unchecked(..count * lanes);
-                terms.gradient(head, &d2[..count * lanes], ds, sum);
+                for (term, part) in parts.iter().enumerate() {
+                    let d2 = &d2[..count * lanes];
+                    let part = match part {
+                        Part::Rbf(at) => {
+                            let [a, b] = at[head];
+                            let [e, ed2] = slope::<L, U, RBF>(d2, ds, b);
+                            [e, -f64::from(a) * LN_2 * ed2, 0.0]
+                        }
+                        Part::Scalar(_) => [slope::<L, U, SCALAR>(d2, ds, 0.0)[0], 0.0, 0.0],
+                        Part::Other => terms.gradient(term, head, d2, ds).map(f64::from),
+                        Part::Nothing => continue,
+                    };
+                    for (sum, x) in sum[3 * term..].iter_mut().zip(part) {
+                        *sum += x;
+                    }
+                }
             }
             let (p, ds) = (block.p.as_ptr(), block.ds.as_ptr());
             let (dk, dv) =
@@ -438,15 +478,8 @@ unsafe fn chunk<L: Lanes, const R: usize, const C: usize, const U: usize, const 
             }
         }
         if KIND == RBF {
-            let mut host = [0.0f32; 64];
-            for (slopes, (sum, sign)) in
-                slopes.iter().zip(sum.iter_mut().zip([1.0, -f64::from(a) * LN_2]))
-            {
-                for (u, x) in slopes.iter().enumerate() {
-                    L::store(host.as_mut_ptr().add(u * L::N), *x);
-                }
-                *sum += sign * host[..U * L::N].iter().map(|x| f64::from(*x)).sum::<f64>();
-            }
+            sum[0] += total::<L, U>(&slopes[0]);
+            sum[1] -= f64::from(a) * LN_2 * total::<L, U>(&slopes[1]);
         }
     }
 }
@@ -455,6 +488,145 @@ unsafe fn chunk<L: Lanes, const R: usize, const C: usize, const U: usize, const 
 #[inline(always)]
 fn has(kind: usize, x: usize) -> usize {
     if kind == NONE { 0 } else { x }
+}
+
+/// What a term is before its amplitude, for `V` squared distances: `2^(−b d²)` or d.
+///
+/// # Safety
+/// On a machine with the instruction set.
+#[inline(always)]
+unsafe fn shape<L: Lanes, const V: usize, const KIND: usize>(
+    square: [L::F; V],
+    b: f32,
+) -> [L::F; V] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if KIND == SCALAR {
+            return L::sqrt_each::<V>(square);
+        }
+        let mut e = square;
+        for u in 0..V {
+            // Bounded below: denormal numbers cost a hundred times others.
+            e[u] = L::max(L::mul(square[u], L::splat(-b)), L::splat(-64.0));
+            e[u] = L::min(e[u], L::splat(126.0));
+        }
+        L::exp2_each::<V>(e)
+    }
+}
+
+/// Adds a term to `count` vectors of scores.
+///
+/// # Safety
+/// They exist, and as many of squared distances.
+#[inline(always)]
+unsafe fn add<L: Lanes, const U: usize, const KIND: usize>(
+    d2: *const f32,
+    scores: *mut f32,
+    count: usize,
+    [a, b]: [f32; 2],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let whole = count - count % U;
+        for at in (0..whole).step_by(U) {
+            add_some::<L, U, KIND>(d2.add(at * L::N), scores.add(at * L::N), [a, b]);
+        }
+        for at in whole..count {
+            add_some::<L, 1, KIND>(d2.add(at * L::N), scores.add(at * L::N), [a, b]);
+        }
+    }
+}
+
+/// `V` vectors of [`add`].
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn add_some<L: Lanes, const V: usize, const KIND: usize>(
+    d2: *const f32,
+    scores: *mut f32,
+    [a, b]: [f32; 2],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut square = [L::splat(0.0); V];
+        for u in 0..V {
+            square[u] = L::load(d2.add(u * L::N));
+        }
+        let value = shape::<L, V, KIND>(square, b);
+        for u in 0..V {
+            let to = scores.add(u * L::N);
+            L::store(to, L::fma(value[u], L::splat(a), L::load(to)));
+        }
+    }
+}
+
+/// `Σ ds · x` and `Σ ds · x · d²`, x as [`shape`] says.
+///
+/// # Safety
+/// Both are whole vectors.
+#[inline(always)]
+unsafe fn slope<L: Lanes, const U: usize, const KIND: usize>(
+    d2: &[f32],
+    ds: &[f32],
+    b: f32,
+) -> [f64; 2] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let count = d2.len() / L::N;
+        let whole = count - count % U;
+        let mut sums = [[L::splat(0.0); U]; 2];
+        for at in (0..whole).step_by(U) {
+            slope_some::<L, U, U, KIND>(d2.as_ptr(), ds.as_ptr(), at * L::N, b, &mut sums);
+        }
+        for at in whole..count {
+            slope_some::<L, 1, U, KIND>(d2.as_ptr(), ds.as_ptr(), at * L::N, b, &mut sums);
+        }
+        [total::<L, U>(&sums[0]), total::<L, U>(&sums[1])]
+    }
+}
+
+/// `V` vectors of [`slope`].
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn slope_some<L: Lanes, const V: usize, const U: usize, const KIND: usize>(
+    d2: *const f32,
+    ds: *const f32,
+    at: usize,
+    b: f32,
+    sums: &mut [[L::F; U]; 2],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut square = [L::splat(0.0); V];
+        for u in 0..V {
+            square[u] = L::load(d2.add(at + u * L::N));
+        }
+        let value = shape::<L, V, KIND>(square, b);
+        for u in 0..V {
+            let d = L::load(ds.add(at + u * L::N));
+            sums[0][u] = L::fma(d, value[u], sums[0][u]);
+            if KIND == RBF {
+                sums[1][u] = L::fma(d, L::mul(value[u], square[u]), sums[1][u]);
+            }
+        }
+    }
+}
+
+/// The sum of all values.
+///
+/// # Safety
+/// On a machine with the instruction set.
+#[inline(always)]
+unsafe fn total<L: Lanes, const U: usize>(sums: &[L::F; U]) -> f64 {
+    let mut host = [0.0f32; 64];
+    for u in 0..U {
+        // SAFETY: no machine has more than 4 vectors of 16 side by side.
+        unsafe { L::store(host.as_mut_ptr().add(u * L::N), sums[u]) };
+    }
+    host[..U * L::N].iter().map(|x| f64::from(*x)).sum()
 }
 
 /// Scores become weights `2^(score + bias − top) / sum`, and gradients of weights those of scores,
@@ -481,11 +653,8 @@ unsafe fn weigh<L: Lanes, const C: usize, const V: usize, const U: usize, const 
         if KIND == RBF {
             for u in 0..V {
                 square[u] = L::load(d2.add(at + u * L::N));
-                // Bounded below: denormal numbers cost a hundred times others.
-                e[u] = L::max(L::mul(square[u], L::splat(-b)), L::splat(-64.0));
-                e[u] = L::min(e[u], L::splat(126.0));
             }
-            e = L::exp2_each::<V>(e);
+            e = shape::<L, V, RBF>(square, b);
             for u in 0..V {
                 s[u] = L::fma(e[u], L::splat(a), s[u]);
             }
