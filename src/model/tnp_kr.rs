@@ -362,7 +362,7 @@ impl Block {
 enum Cache {
     Keys(Keys),
     /// Packed to be read and not to be learnt from.
-    Reader(Reader),
+    Reader(Box<Reader>),
     /// `Σ φ(k) ψ(k)ᵀ / (n √d)`, `[batch, features, width]`
     Kernel(Summary),
 }
@@ -527,7 +527,7 @@ impl Attention {
                 if fused::asked(&k) && !whole && *start == Start::Exact {
                     let bias = bias.as_ref().map(|b| b.bias()?.collapse()).transpose()?;
                     let reader = Reader::new(&k, &v, sites, mask, bias.as_ref(), *reading)?;
-                    return Ok(Cache::Reader(reader));
+                    return Ok(Cache::Reader(Box::new(reader)));
                 }
                 Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
             }
