@@ -2,7 +2,11 @@
 
 use clap::builder::PossibleValuesParser;
 
-use super::{map::round, say};
+use super::{
+    environment::{self, for_training},
+    map::round,
+    say,
+};
 use crate::{
     bench::{Attention, Layout, Plan, Precision, Report, layer, network, step},
     device,
@@ -226,7 +230,7 @@ fn train_step(args: &StepArgs) -> Result<Report> {
     // As in arXiv:2506.09163: one Gaussian, of the surface.
     let mut table = args.sizes.table(args.layers)?;
     table.insert("head".into(), toml::Table::from_iter([("nugget".into(), false.into())]).into());
-    keep_memory()?;
+    for_training()?;
     let plan = args.run.plan(3)?;
     let step = step::Step {
         batch: args.batch,
@@ -331,38 +335,11 @@ impl ModelArgs {
 fn set_threads(threads: Option<usize>) -> Result<()> {
     let Some(threads) = threads else { return Ok(()) };
     let wanted = threads.to_string();
-    with_environment(&[("RAYON_NUM_THREADS", &wanted), ("CANDLE_NUM_THREADS", &wanted)])?;
+    environment::set(&[("RAYON_NUM_THREADS", &wanted), ("CANDLE_NUM_THREADS", &wanted)])?;
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build_global()
         .map_err(|e| Error::input(format!("no {wanted} threads could be started: {e}")))
-}
-
-/// Has the allocator keep what is freed for 10 s. The plain step frees and takes gigabytes, and would
-/// otherwise be half page faults: a comparison should give it its best.
-fn keep_memory() -> Result<()> {
-    with_environment(&[("MIMALLOC_PURGE_DELAY", "10000")])
-}
-
-/// Starts the same command again with these variables, unless they are set already. Candle and the
-/// allocator read them once, as the process starts.
-#[cfg(unix)]
-fn with_environment(variables: &[(&str, &str)]) -> Result<()> {
-    use std::os::unix::process::CommandExt;
-    if variables.iter().all(|(name, _)| std::env::var_os(name).is_some()) {
-        return Ok(());
-    }
-    let itself = std::env::current_exe()
-        .map_err(|e| Error::io("find", "the isopleth command".as_ref(), e))?;
-    let mut again = std::process::Command::new(&itself);
-    again.args(std::env::args_os().skip(1)).envs(variables.iter().copied());
-    // Comes back only if it failed.
-    Err(Error::io("start again", &itself, again.exec()))
-}
-
-#[cfg(not(unix))]
-fn with_environment(_: &[(&str, &str)]) -> Result<()> {
-    Ok(())
 }
 
 /// A number of something, at least 1: 10000, 10K, 1.5M.

@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
 };
 
-use super::note;
+use super::{environment::for_training, note};
 use crate::{
     device,
     error::{Error, Result},
@@ -63,6 +63,9 @@ pub fn run(args: &Args) -> Result<()> {
     if args.stop_at == Some(0) || args.steps == Some(0) {
         return Err(Error::input("a training of no steps writes no model")
             .try_this("give --steps and --stop-at 1 or more"));
+    }
+    if args.device == "cpu" {
+        for_training()?;
     }
     if std::io::stderr().is_terminal() {
         note("drawing held-out surveys, and asking the exact GP about them");

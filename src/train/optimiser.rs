@@ -3,9 +3,13 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Tensor, Var, backprop::GradStore};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    fused::simd,
+};
 
 /// Which rule turns gradients into steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,21 +62,23 @@ impl Optimiser {
         rate: f64,
         clip: f64,
     ) -> Result<f64> {
-        let mut host: Vec<(&String, &Var, Vec<f32>)> = Vec::with_capacity(vars.len());
-        let mut squares = 0.0f64;
-        for (path, var) in vars {
-            let mut grad = vec![0.0f32; var.elem_count()];
-            for part in grads {
-                let part = part.get(var.as_tensor()).ok_or_else(|| {
-                    Error::input(format!("parameter `{path}` received no gradient"))
-                        .try_this("this is a bug in the model: please report it")
-                })?;
-                let part = part.flatten_all()?.to_vec1::<f32>()?;
-                grad.iter_mut().zip(part).for_each(|(g, p)| *g += p);
-            }
-            squares += grad.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>();
-            host.push((path, var, grad));
-        }
+        // Parameters side by side; sums of squares are added in the order of paths.
+        let sums: Vec<(Vec<f32>, f64)> = vars
+            .par_iter()
+            .map(|(path, var)| {
+                let mut sum = vec![0.0f32; var.elem_count()];
+                for part in grads {
+                    let part = part.get(var.as_tensor()).ok_or_else(|| {
+                        Error::input(format!("parameter `{path}` received no gradient"))
+                            .try_this("this is a bug in the model: please report it")
+                    })?;
+                    add(&mut sum, &part.flatten_all()?.to_vec1::<f32>()?);
+                }
+                let squares = sum.iter().map(|g| f64::from(*g) * f64::from(*g)).sum();
+                Ok((sum, squares))
+            })
+            .collect::<Result<_>>()?;
+        let squares: f64 = sums.iter().map(|(_, squares)| squares).sum();
         let norm = squares.sqrt();
         if !norm.is_finite() {
             return Err(Error::input("the gradient is not finite")
@@ -83,28 +89,74 @@ impl Optimiser {
         let scale = if norm > clip { (clip / norm) as f32 } else { 1.0 };
         let correct = |b: f64| 1.0 - b.powi(self.step.min(1_000_000) as i32);
         let (c1, c2) = (correct(B1) as f32, correct(B2) as f32);
-        let (b1, b2, rate) = (B1 as f32, B2 as f32, rate as f32);
-        let shrink = 1.0 - rate * self.decay as f32;
-        for (path, var, grad) in host {
-            let (m, v) = self.moments.get_mut(path).expect("one pair of moments per parameter");
-            let mut w = var.flatten_all()?.to_vec1::<f32>()?;
-            for i in 0..w.len() {
-                let g = grad[i] * scale;
-                m[i] = b1 * m[i] + (1.0 - b1) * g;
+        let pace = Pace {
+            scale,
+            rate: rate as f32,
+            shrink: 1.0 - rate as f32 * self.decay as f32,
+            c1,
+            c2,
+        };
+        // Moments and parameters are both in the order of paths.
+        let each: Vec<_> = self.moments.iter_mut().zip(vars).zip(&sums).collect();
+        each.into_par_iter().try_for_each(
+            |(((path, (m, v)), (other, var)), (grad, _))| -> Result<()> {
+                assert_eq!(path, other, "one pair of moments per parameter");
+                let mut w = var.flatten_all()?.to_vec1::<f32>()?;
                 match self.rule {
-                    Rule::Adamw => {
-                        v[i] = b2 * v[i] + (1.0 - b2) * g * g;
-                        w[i] = shrink * w[i] - rate * (m[i] / c1) / ((v[i] / c2).sqrt() + 1e-8);
-                    }
-                    Rule::Yogi => {
-                        let g2 = g * g;
-                        v[i] -= (1.0 - b2) * (v[i] - g2).signum() * g2;
-                        w[i] -= rate * (m[i] / c1) / ((v[i] / c2).max(0.0).sqrt() + 1e-3);
-                    }
+                    Rule::Adamw => adamw(&pace, grad, m, v, &mut w),
+                    Rule::Yogi => yogi(&pace, grad, m, v, &mut w),
                 }
-            }
-            var.set(&Tensor::from_vec(w, var.shape(), var.device())?)?;
-        }
+                Ok(var.set(&Tensor::from_vec(w, var.shape(), var.device())?)?)
+            },
+        )?;
         Ok(norm)
+    }
+}
+
+/// Numbers of one step.
+pub struct Pace {
+    /// What gradients are multiplied with.
+    scale: f32,
+    rate: f32,
+    /// What weights are multiplied with.
+    shrink: f32,
+    /// Sums of the weights in the two moments.
+    c1: f32,
+    c2: f32,
+}
+
+simd::vectorised! {
+    /// `sum += part`.
+    pub fn add(sum: &mut [f32], part: &[f32]) {
+        for (sum, part) in sum.iter_mut().zip(part) {
+            *sum += part;
+        }
+    }
+}
+
+simd::vectorised! {
+    /// One step of AdamW for weights `w` with moments `m` and `v`.
+    pub fn adamw(pace: &Pace, g: &[f32], m: &mut [f32], v: &mut [f32], w: &mut [f32]) {
+        let (b1, b2) = (B1 as f32, B2 as f32);
+        for (((g, m), v), w) in g.iter().zip(m).zip(v).zip(w) {
+            let g = g * pace.scale;
+            *m = b1 * *m + (1.0 - b1) * g;
+            *v = b2 * *v + (1.0 - b2) * g * g;
+            *w = pace.shrink * *w - pace.rate * (*m / pace.c1) / ((*v / pace.c2).sqrt() + 1e-8);
+        }
+    }
+}
+
+simd::vectorised! {
+    /// One step of Yogi for weights `w` with moments `m` and `v`.
+    pub fn yogi(pace: &Pace, g: &[f32], m: &mut [f32], v: &mut [f32], w: &mut [f32]) {
+        let (b1, b2) = (B1 as f32, B2 as f32);
+        for (((g, m), v), w) in g.iter().zip(m).zip(v).zip(w) {
+            let g = g * pace.scale;
+            *m = b1 * *m + (1.0 - b1) * g;
+            let g2 = g * g;
+            *v -= (1.0 - b2) * (*v - g2).signum() * g2;
+            *w -= pace.rate * (*m / pace.c1) / ((*v / pace.c2).max(0.0).sqrt() + 1e-3);
+        }
     }
 }

@@ -531,3 +531,45 @@ fn a_run_that_learns_equals_its_twin() -> isopleth::Result<()> {
     }
     Ok(())
 }
+
+/// The gradient by every parameter of every model, fused in f32, against composed f64.
+#[test]
+fn a_model_learns_what_its_twin_learns() -> isopleth::Result<()> {
+    let problem = Problem::new(2, likelihood::find("gaussian")?);
+    let n = 40;
+    let draw = |seed: u64, width: usize| {
+        let x = Stream::new(seed, "learn", 0).normals(2 * n * width);
+        Tensor::from_vec(x, (2, n, width), &CPU)
+    };
+    let (places, asked, y) = (draw(1, 2)?, draw(2, 2)?, draw(3, 1)?);
+    let mask: Vec<f64> = (0..2 * n).map(|i| f64::from(i % 3 > 0)).collect();
+    let mask = Tensor::from_vec(mask, (2, n), &CPU)?;
+    for entry in MODELS {
+        let settings: toml::Table = entry.tiny.parse().unwrap();
+        let mut params = Params::new(5, &CPU, DType::F64);
+        (entry.build)(&settings, problem, &mut params)?;
+        let weights: BTreeMap<String, Tensor> =
+            params.vars().iter().map(|(p, v)| (p.clone(), v.as_tensor().clone())).collect();
+        let learn = |dtype: DType| -> isopleth::Result<BTreeMap<String, Vec<f64>>> {
+            let mut params = Params::saved(weights.clone(), &CPU, dtype);
+            let process = (entry.build)(&settings, problem, &mut params)?;
+            let sites = |x: &Tensor| isopleth::Result::Ok(Sites::new(x.to_dtype(dtype)?));
+            let mut context = Observations::new(sites(&places)?, y.to_dtype(dtype)?, None)?;
+            context.mask = mask.to_dtype(dtype)?;
+            let answer = process.condition(&context)?.at(&sites(&asked)?)?;
+            let sum = (answer.mean.sqr()?.sum_all()? + answer.surface_sd.sum_all()?)?;
+            let grads = sum.backward()?;
+            let by = |(path, var): (&String, &Var)| {
+                Some((path.clone(), host(grads.get(var.as_tensor())?)))
+            };
+            Ok(params.vars().iter().filter_map(by).collect())
+        };
+        let (truth, fast) = (learn(DType::F64)?, learn(DType::F32)?);
+        assert!(truth.len() > 4 && truth.keys().eq(fast.keys()), "{}", entry.name);
+        for (path, truth) in truth {
+            let apart = relative(&fast[&path], &truth);
+            assert!(apart < 1e-4, "{}: `{path}` is off by {apart:e}", entry.name);
+        }
+    }
+    Ok(())
+}
