@@ -9,11 +9,6 @@ use isopleth::{Error, cli};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    // `bench` compares with candle as it comes.
-    if std::env::args().nth(1).is_none_or(|command| command != "bench") {
-        // SAFETY: nothing has run yet.
-        unsafe { isopleth::fused::calm_candle() };
-    }
     match cli::run(cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -106,15 +106,3 @@ impl std::ops::Deref for Host<'_> {
         }
     }
 }
-
-/// Leaves candle one thread for its element-wise operations, unless the environment says otherwise:
-/// its pool spins while it waits, and takes a core from the operations here.
-///
-/// # Safety
-/// To be called before the process has a second thread, since it changes the environment.
-pub unsafe fn calm_candle() {
-    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
-        // SAFETY: the caller's contract.
-        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
-    }
-}

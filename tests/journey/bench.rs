@@ -105,6 +105,21 @@ fn a_map_and_its_conditioning_skip_what_nobody_reads() {
     assert_sound(&report, pairs(6, 40, 30, 1));
 }
 
+/// What is left out is told, and counts for no work.
+#[test]
+fn sparse_attention_says_what_it_left_out() {
+    let sizes = "attention --contexts 3K --targets 600 --layout clustered --heads 2 --reach 0.02";
+    let full = json(&format!("{sizes} --bias scalar"));
+    assert_eq!(number(&full, "skipped"), 0.0);
+    let sparse = json(&format!("{sizes} --bias scalar --attention sparse --lose 1e-3"));
+    assert_eq!(number(&sparse, "lose"), 1e-3);
+    let skipped = number(&sparse, "skipped");
+    assert!((0.2..1.0).contains(&skipped), "{sparse:#}");
+    assert!((number(&full, "answer") - number(&sparse, "answer")).abs() < 2e-3 * 5.0);
+    let compact = json(&format!("{sizes} --bias wendland"));
+    assert!((0.5..1.0).contains(&number(&compact, "skipped")), "{compact:#}");
+}
+
 #[test]
 fn a_training_step_stands_beside_the_stock_one() {
     let sizes = format!("train-step --batch 3 --contexts 20 --targets 10 --repeat 2 {SMALL}");
@@ -162,7 +177,7 @@ fn nonsense_is_refused() {
     let f32s = "--precision f32";
     cannot("attention --precision bf16", "bf16 precision is not in this build", &[], f32s);
     cannot("train-step --precision bf16", "bf16 precision is not in this build", &[], f32s);
-    cannot("map --attention sparse", "sparse attention is not in this build", &[], f32s);
+    cannot("map --attention sparse --lose 2", "between 0 and 1", &["2"], "--lose 1e-3");
     cannot("attention --bias rbff", "unknown value `rbff`", &[], "did you mean `rbf`?");
     cannot("map --attention dka --heads 2", "neither heads nor a bias", &[], "--heads");
     let dka = "map --model prevalence --attention dka";

@@ -297,6 +297,33 @@ fn memory_and_threads_never_change_the_map() {
     }
 }
 
+/// What faint sites are worth: less than was allowed, and the record says how much was left out.
+#[test]
+fn a_map_may_lose_a_stated_share() {
+    let folder = TempDir::new().unwrap();
+    let mean = |name: &str, more: &[&str]| {
+        let out = folder.path().join(name);
+        let args = ["map", "--surveys", SURVEY, "--like", GRID, "--no-pictures", "--products"];
+        let args = [&args[..], &["mean", "--out", out.to_str().unwrap()], more].concat();
+        ok(&args);
+        (pixels(&out.join("mean.tif")), record(&out))
+    };
+    let (exact, whole) = mean("exact", &[]);
+    assert_eq!(whole["reading"]["lose"], 0.0);
+    assert_eq!(whole["left_out"], 0.0);
+    let (faint, record) = mean("faint", &["--lose", "0.001"]);
+    assert_eq!(record["reading"]["lose"], 0.001);
+    assert!(record["left_out"].as_f64().is_some_and(|share| (0.0..1.0).contains(&share)));
+    let moved = exact.iter().zip(&faint).filter(|(a, _)| !a.is_nan()).map(|(a, b)| (a - b).abs());
+    let most = moved.fold(0.0, f64::max);
+    assert!(most < 0.01, "prevalence moved by {most}");
+    for (lose, model) in [("0.5", "prevalence"), ("-1", "prevalence"), ("0.001", "gp")] {
+        let lose = format!("--lose={lose}");
+        let args = ["map", "--surveys", SURVEY, "--out", "nowhere", &lose, "--model", model];
+        assert!(crate::refused(&args).contains("--lose"), "{lose} {model}");
+    }
+}
+
 /// The most that was ever resident is the system's word. Sixteen threads would take more than is
 /// allowed; the plan makes do with fewer.
 #[cfg(target_os = "linux")]
