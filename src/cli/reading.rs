@@ -25,6 +25,6 @@ impl ReadingArgs {
                 .fact("--lose", self.lose)
                 .try_this("give --lose 1e-3, which changes a map by less than it can show"));
         }
-        Ok(Reading { lose: self.lose })
+        Ok(Reading { lose: self.lose, ..Reading::default() })
     }
 }
