@@ -88,13 +88,13 @@ impl std::ops::Add for Tally {
 
 /// A context of one layer, ready to be read by any number of queries.
 pub struct Reader {
-    rows: Vec<Row>,
+    rows: Box<[Row]>,
     shape: Shape,
     bias: Option<Radial>,
     sink: Option<Vec<f32>>,
     bumps: Option<Vec<[f32; 2]>>,
     /// Squared straight line from which on each head reads nothing.
-    reach2: Vec<f32>,
+    reach2: Box<[f32]>,
     envelope: Envelope,
     tables: Mutex<Vec<Arc<Tabled>>>,
     reading: Reading,
@@ -181,7 +181,7 @@ impl Reader {
             (0..heads).map(|h| bias.as_ref().map_or(without, |b| f(b, h) as f32)).collect()
         };
         // A little farther than the support: rounding may not cut off what still has weight.
-        let reach2 = of(&|b, h| (b.support_straight(h) * 1.000_001).powi(2), f32::INFINITY);
+        let reach2 = of(&|b, h| (b.support_straight(h) * 1.000_001).powi(2), f32::INFINITY).into();
         let sink = bias.as_ref().and_then(|b| (0..heads).map(|h| b.sink(h)).collect());
         let sink = sink.map(|s: Vec<f64>| s.into_iter().map(|s| s as f32).collect());
         Ok(Reader {
@@ -393,7 +393,7 @@ pub(super) fn highest_from(radial: &Radial, head: usize, from: f64, to: f64) -> 
 /// The largest bias at or beyond a squared straight line, by quarters of octaves.
 struct Envelope {
     /// `[head, cell]`, powers of two.
-    cells: Vec<f32>,
+    cells: Box<[f32]>,
 }
 
 impl Envelope {
@@ -402,7 +402,7 @@ impl Envelope {
     const CELLS: usize = 4 * 80;
 
     fn new(heads: usize, bias: Option<&Radial>) -> Envelope {
-        let mut cells = vec![0.0; heads * Self::CELLS];
+        let mut cells = vec![0.0; heads * Self::CELLS].into_boxed_slice();
         if let Some(bias) = bias {
             for (i, cell) in cells.iter_mut().enumerate() {
                 let (head, at) = (i / Self::CELLS, i % Self::CELLS);
