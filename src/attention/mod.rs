@@ -14,7 +14,7 @@ mod table;
 
 pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;
-pub use reader::{Reader, Reading, Tally};
+pub use reader::{Precision, Reader, Reading, Tally};
 pub(crate) use scan::scan_joined;
 pub use scan::{CHUNK, Start, scan};
 

@@ -63,7 +63,7 @@ type Prepare = Box<dyn Fn() -> Result<Ask>>;
 /// # Errors
 /// As [`available`].
 pub fn run(plan: &Plan, layer: &Layer) -> Result<Report> {
-    available(layer.attention, plan.precision)?;
+    available(layer.attention, plan)?;
     let kind = match layer.attention {
         Attention::Dka => Kind::Kernel { dim: 2, width: TOKEN, features: FEATURES },
         _ => Kind::Softmax { heads: layer.heads, d: layer.key_width, w: layer.value_width },

@@ -9,10 +9,10 @@ use candle_core::Device;
 use serde::Serialize;
 
 use crate::{
-    attention::{Reading, Tally, Term},
+    attention::{Precision, Reading, Tally, Term},
     device,
     error::{Error, Result},
-    fused::{ceiling::Rates, simd},
+    fused::{bf16, ceiling::Rates, simd},
     rng::Stream,
 };
 
@@ -36,16 +36,6 @@ pub enum Attention {
     Sparse,
     /// Deep kernel attention.
     Dka,
-}
-
-/// Numbers that attention computes with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Precision {
-    /// 32 bits.
-    F32,
-    /// 16 bits for the factors of scores and values, 32 for sums.
-    Bf16,
 }
 
 /// Where sites lie: model units, the square [−1, 1]².
@@ -79,23 +69,31 @@ pub struct Plan {
     pub lose: f64,
 }
 
-/// The one place that says which ways of computing this build lacks.
+/// The one place that says which ways of computing there are not.
 ///
 /// # Errors
-/// [`Error::Input`] for a way that it lacks.
-pub fn available(_: Attention, precision: Precision) -> Result<()> {
-    match precision {
-        Precision::F32 => Ok(()),
-        Precision::Bf16 => {
-            Err(Error::input("bf16 precision is not in this build").try_this("use --precision f32"))
-        }
+/// [`Error::Input`] for a way that there is not.
+pub fn available(attention: Attention, plan: &Plan) -> Result<()> {
+    let packed = matches!(attention, Attention::Scan | Attention::Sparse);
+    if plan.precision == Precision::F32 || (packed && plan.device.is_cpu()) {
+        return Ok(());
     }
+    Err(no_bf16()
+        .fact("attention", format!("{attention:?}").to_lowercase())
+        .fact("device", &plan.device_name))
+}
+
+/// Refuses 16 bits.
+fn no_bf16() -> Error {
+    Error::input("bf16 is for contexts that scan or sparse attention reads on the CPU")
+        .try_this("use --precision f32")
 }
 
 impl Plan {
     /// How contexts are read.
     pub fn reading(&self, attention: Attention) -> Reading {
-        Reading { lose: if attention == Attention::Sparse { self.lose } else { 0.0 } }
+        let lose = if attention == Attention::Sparse { self.lose } else { 0.0 };
+        Reading { lose, precision: self.precision }
     }
 }
 
@@ -197,6 +195,9 @@ pub struct Report {
     pub device: String,
     /// Precision of attention.
     pub precision: Precision,
+    /// How numbers of 16 bits were read, `storage` or `dot`: the faster way here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bf16: Option<&'static str>,
     /// Threads.
     pub threads: usize,
     /// The processor.
@@ -295,6 +296,7 @@ impl Report {
             layout: subject.layout,
             device: plan.device_name.clone(),
             precision: plan.precision,
+            bf16: (plan.precision == Precision::Bf16).then(|| bf16::way().name()),
             threads: plan.threads,
             cpu: device::processor(),
             seed: plan.seed,

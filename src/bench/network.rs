@@ -8,12 +8,12 @@ use std::{
 use candle_core::{DType, Tensor};
 
 use super::{
-    Attention, Layout, Plan, Report, Subject, available, machine, pixels, sites, time,
+    Attention, Layout, Plan, Report, Subject, available, machine, no_bf16, pixels, sites, time,
     under_ceiling,
     work::{Kind, Shape},
 };
 use crate::{
-    attention::Tally,
+    attention::{Precision, Tally},
     checkpoint::Checkpoint,
     error::{Error, Result},
     likelihood::{self, Likelihood},
@@ -125,10 +125,14 @@ impl Network {
         plan: &Plan,
         mut params: Params,
     ) -> Result<Self> {
-        available(attention, plan.precision)?;
+        available(attention, plan)?;
         let mut table = table.clone();
         table.remove("kind");
         let config: Config = model::settings(&table)?;
+        if plan.precision == Precision::Bf16 && config.published_start {
+            // Such a model does not read packed contexts.
+            return Err(no_bf16().fact("published_start", true));
+        }
         let (kind, _) = KINDS.iter().find(|(_, does)| *does == attention).expect("is available");
         table.insert("kind".into(), (*kind).into());
         let reading = plan.reading(attention);

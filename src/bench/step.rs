@@ -5,9 +5,11 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::{
-    Attention, Layout, Plan, Report, Subject, Timed, machine, network::Network, under_ceiling,
+    Attention, Layout, Plan, Report, Subject, Timed, machine, network::Network, no_bf16,
+    under_ceiling,
 };
 use crate::{
+    attention::Precision,
     error::{Error, Result},
     fused,
     recipe::Recipe,
@@ -140,6 +142,9 @@ pub fn run(
     attention: Attention,
     build: impl Fn(Attention) -> Result<Network>,
 ) -> Result<Report> {
+    if plan.precision == Precision::Bf16 {
+        return Err(no_bf16().fact("command", "train-step"));
+    }
     let batch = batch(plan, step)?;
     let parts = plan.threads.min(step.batch);
     let mut ways = Vec::new();
@@ -220,7 +225,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        bench::Precision,
         process::{Posterior, Process},
         sites::Observations,
     };

@@ -8,7 +8,8 @@ use super::{
     say,
 };
 use crate::{
-    bench::{Attention, Layout, Plan, Precision, Report, layer, network, step},
+    attention::Precision,
+    bench::{Attention, Layout, Plan, Report, layer, network, step},
     device,
     error::{Error, Result},
     model::{self, tnp_kr::Config},
@@ -47,7 +48,8 @@ struct Run {
     /// Where to compute
     #[arg(long, default_value = "cpu", value_parser = ["cpu", "cuda"])]
     device: String,
-    /// Numbers that attention computes with
+    /// Numbers that attention computes with. bf16: keys and values of 16 bits, for scan and sparse
+    /// attention on the CPU that is asked, not trained
     #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32", "bf16"]))]
     precision: String,
     /// With --attention sparse: the share of its attention that a query may lose
@@ -390,7 +392,10 @@ fn table(report: &Report) -> Result<()> {
     let bias = if terms.is_empty() { "none".to_string() } else { terms.join(", ") };
     let (heads, d, w) = (report.heads, report.key_width, report.value_width);
     line("heads", format!("{heads}, key width {d}, value width {w}, bias {bias}"))?;
-    let precision = word(&report.precision);
+    let mut precision = word(&report.precision);
+    if let Some(way) = report.bf16 {
+        precision += &format!(" ({way})");
+    }
     let machine = format!("{} × {}", report.threads, report.cpu);
     line("machine", format!("{} {precision}, {machine}, {}", report.device, report.ceiling.simd))?;
     line("wall", format!("{} s, best of {}", round(report.wall_s), report.repeat))?;

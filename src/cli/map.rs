@@ -296,7 +296,7 @@ pub(super) fn open_model(
     if name == "gp" {
         if reading != Reading::default() {
             return Err(Error::input("an exact Gaussian process reads every site in full")
-                .try_this("leave --lose out, or use a trained model"));
+                .try_this("leave --lose and --precision out, or use a trained model"));
         }
         let gp = ExactGp::fit(context, wanted)?;
         let card = json!({

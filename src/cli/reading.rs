@@ -1,7 +1,7 @@
 //! How a survey is read by a model's attention, where the user says: speed for a stated error.
 
 use crate::{
-    attention::Reading,
+    attention::{Precision, Reading},
     error::{Error, Result},
 };
 
@@ -12,6 +12,10 @@ pub struct ReadingArgs {
     /// large surveys. 0 loses nothing
     #[arg(long, default_value_t = 0.0, value_name = "SHARE")]
     lose: f64,
+    /// Numbers that hold the survey's keys and values: bf16 halves the memory of a large survey and
+    /// moves a map by up to half a percent of its range
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    precision: String,
 }
 
 impl ReadingArgs {
@@ -25,6 +29,7 @@ impl ReadingArgs {
                 .fact("--lose", self.lose)
                 .try_this("give --lose 1e-3, which changes a map by less than it can show"));
         }
-        Ok(Reading { lose: self.lose })
+        let precision = if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
+        Ok(Reading { lose: self.lose, precision })
     }
 }

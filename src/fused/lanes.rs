@@ -76,6 +76,16 @@ pub unsafe trait Lanes: Copy + 'static {
             }
         }
     }
+    /// `N` numbers of bf16 as f32.
+    #[inline(always)]
+    unsafe fn widen(from: *const u16, to: *mut f32) {
+        // SAFETY: the same contract.
+        unsafe {
+            for i in 0..Self::N {
+                *to.add(i) = f32::from_bits(u32::from(*from.add(i)) << 16);
+            }
+        }
+    }
     /// Whether any `a > b`.
     unsafe fn any_above(a: Self::F, b: Self::F) -> bool;
     /// For t ≥ 1: in which part of its octave it lies, counted through the octaves, modulo 32; and
@@ -255,8 +265,38 @@ unsafe impl Lanes for Portable {
     }
 }
 
+/// Products of pairs of bf16, where a vector unit has them. A pair lies in 32 bits, its first number
+/// in the lower half.
+///
+/// # Safety
+/// As [`Lanes`]; methods may only be called where `HAS`.
+pub unsafe trait Pairs<L: Lanes> {
+    /// Whether there are such products.
+    const HAS: bool;
+    /// `c + a₀ b₀ + a₁ b₁` for one pair `a` and `N` pairs `b`.
+    unsafe fn dot(a: *const u32, b: *const u32, c: L::F) -> L::F;
+    /// Rounds two vectors of numbers ≥ 0 to bf16, ties upwards, and stores them in pairs.
+    unsafe fn pair(to: *mut u32, a: L::F, b: L::F) -> [L::F; 2];
+}
+
+/// No products of pairs.
+pub struct NoPairs;
+
+// SAFETY: there is nothing to call.
+unsafe impl<L: Lanes> Pairs<L> for NoPairs {
+    const HAS: bool = false;
+    #[inline(always)]
+    unsafe fn dot(_: *const u32, _: *const u32, _: L::F) -> L::F {
+        unreachable!("only where there are products of pairs")
+    }
+    #[inline(always)]
+    unsafe fn pair(_: *mut u32, _: L::F, _: L::F) -> [L::F; 2] {
+        unreachable!("only where there are products of pairs")
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
+pub use x86::{Avx2, Avx512, Bf16};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -417,6 +457,11 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn widen(from: *const u16, to: *mut f32) {
+            let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_storeu_epi32(to.cast(), _mm512_slli_epi32::<16>(halves));
+        }
+        #[inline(always)]
         unsafe fn any_above(a: __m512, b: __m512) -> bool {
             _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0
         }
@@ -453,6 +498,29 @@ mod x86 {
         #[inline(always)]
         unsafe fn lookup(table: [__m512; 2], index: __m512i) -> __m512 {
             _mm512_permutex2var_ps(table[0], index, table[1])
+        }
+    }
+
+    /// AVX512-BF16, beside [`Avx512`].
+    pub struct Bf16;
+
+    // SAFETY: callers uphold the contract of the trait.
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe impl super::Pairs<Avx512> for Bf16 {
+        const HAS: bool = true;
+        #[inline(always)]
+        unsafe fn dot(a: *const u32, b: *const u32, c: __m512) -> __m512 {
+            let a: __m512bh = std::mem::transmute(_mm512_set1_epi32(a.read() as i32));
+            let b: __m512bh = std::mem::transmute(_mm512_loadu_epi32(b.cast()));
+            _mm512_dpbf16_ps(c, a, b)
+        }
+        #[inline(always)]
+        unsafe fn pair(to: *mut u32, a: __m512, b: __m512) -> [__m512; 2] {
+            let (half, upper) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(!0xffff));
+            let a = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(a), half), upper);
+            let b = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), half), upper);
+            _mm512_storeu_epi32(to.cast(), _mm512_or_si512(_mm512_srli_epi32::<16>(a), b));
+            [_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)]
         }
     }
 
@@ -821,6 +889,32 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize>(
             let x = L::splat(*a.add(r));
             for (value, y) in row.iter_mut().zip(&column) {
                 *value = L::fma(x, *y, *value);
+            }
+        }
+    }
+}
+
+/// [`tile`] with a pair of bf16 in place of each number of `a` and `b`: `depth` counts pairs.
+///
+/// # Safety
+/// As there, and where there are products of pairs.
+#[inline(always)]
+pub unsafe fn pair_tile<L: Lanes, D: Pairs<L>, const R: usize, const C: usize>(
+    depth: usize,
+    a: *const u32,
+    a_step: usize,
+    b: *const u32,
+    b_step: usize,
+    acc: &mut [[L::F; C]; R],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        for k in 0..depth {
+            let (a, b) = (a.add(k * a_step), b.add(k * b_step));
+            for r in 0..R {
+                for c in 0..C {
+                    acc[r][c] = D::dot(a.add(r), b.add(c * L::N), acc[r][c]);
+                }
             }
         }
     }

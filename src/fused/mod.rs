@@ -9,6 +9,7 @@ use std::cell::Cell;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
+pub mod bf16;
 pub mod ceiling;
 mod gelu;
 pub(crate) mod lanes;

@@ -9,7 +9,10 @@
 
 use std::f32::consts::LOG2_E;
 
-use super::lanes::{self, Aligned, Lanes};
+use super::{
+    bf16::{self, Way},
+    lanes::{self, Aligned, Lanes, NoPairs, Pairs},
+};
 
 /// Keys in a block: what is skipped or read as one.
 pub const BLOCK: usize = 32;
@@ -25,6 +28,8 @@ pub const TABLE: [usize; 2] = [6, 32];
 const LOWEST: f32 = -1e30;
 /// Less than any key within reach adds to the weight of all.
 const NOTHING: f32 = 1e-15;
+/// 1.5 · 2²³: adding and subtracting it rounds to an integer.
+const WHOLE: f32 = 12_582_912.0;
 /// A score may exceed the running maximum by this many powers of two before it is raised.
 const HEADROOM: f32 = 60.0;
 
@@ -46,13 +51,13 @@ impl Shape {
     fn padded(&self) -> usize {
         self.w.next_multiple_of(PANEL)
     }
-    /// Values of f32 in a block: coordinates, then each head's keys and values.
-    fn block(&self) -> usize {
-        BLOCK * (self.dim + self.heads * (self.d + self.padded()))
+    /// Numbers of a block's keys and values in one head, keys first.
+    fn head(&self) -> usize {
+        BLOCK * (self.d + self.padded())
     }
-    /// Where a head's keys start in a block.
-    fn head(&self, head: usize) -> usize {
-        BLOCK * (self.dim + head * (self.d + self.padded()))
+    /// Width of a key in whole pairs.
+    fn pairs(&self) -> usize {
+        self.d.div_ceil(2)
     }
 }
 
@@ -61,7 +66,12 @@ impl Shape {
 pub struct Packed {
     shape: Shape,
     len: usize,
+    /// `[block]`: coordinates, then each head's keys and values, unless those are `half`.
     data: Vec<f32>,
+    /// `[block, head]`: keys and values of bf16; for [`Way::Dot`] in pairs, of one key's neighbouring
+    /// numbers and of two neighbouring keys' values.
+    half: Vec<u16>,
+    way: Option<Way>,
     /// `[block, head]`: the longest key.
     norms: Vec<f32>,
 }
@@ -69,12 +79,44 @@ pub struct Packed {
 impl Packed {
     /// Space for `len` keys.
     pub fn new(shape: Shape, len: usize) -> Self {
+        Self::held(shape, len, None)
+    }
+
+    /// The same for keys and values of bf16, to be read in one way.
+    ///
+    /// # Panics
+    /// If this machine cannot read them so: a bug in this crate.
+    pub fn halved(shape: Shape, len: usize, way: Way) -> Self {
+        assert!(way == Way::Storage || bf16::has_dot(), "products of pairs");
+        Self::held(shape, len, Some(way))
+    }
+
+    fn held(shape: Shape, len: usize, way: Option<Way>) -> Self {
         let blocks = len.div_ceil(BLOCK);
-        Packed {
+        let mut keys = Packed {
             shape,
             len,
-            data: vec![0.0; blocks * shape.block()],
+            data: vec![],
+            half: vec![],
+            way,
             norms: vec![0.0; blocks * shape.heads],
+        };
+        keys.data = vec![0.0; blocks * keys.block()];
+        keys.half =
+            vec![0; if way.is_some() { blocks * shape.heads * keys.half_head() } else { 0 }];
+        keys
+    }
+
+    /// Values of f32 in a block.
+    fn block(&self) -> usize {
+        let heads = if self.way.is_some() { 0 } else { self.shape.heads };
+        BLOCK * self.shape.dim + heads * self.shape.head()
+    }
+    /// Values of bf16 in a block's head.
+    fn half_head(&self) -> usize {
+        match self.way {
+            Some(Way::Dot) => BLOCK * (2 * self.shape.pairs() + self.shape.padded()),
+            _ => self.shape.head(),
         }
     }
 
@@ -96,7 +138,7 @@ impl Packed {
     }
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        4 * (self.data.len() + self.norms.len())
+        4 * (self.data.len() + self.norms.len()) + 2 * self.half.len()
     }
     /// Keys in block `b`.
     pub fn keys_in(&self, b: usize) -> usize {
@@ -109,7 +151,7 @@ impl Packed {
 
     /// Coordinate `dim` of the keys in a block.
     pub fn coordinates(&self, block: usize, dim: usize) -> &[f32] {
-        let at = block * self.shape.block() + dim * BLOCK;
+        let at = block * self.block() + dim * BLOCK;
         &self.data[at..at + self.keys_in(block)]
     }
 
@@ -124,23 +166,54 @@ impl Packed {
         of: impl Fn(usize) -> (&'k [f32], &'k [f32]),
     ) {
         let Shape { heads, d, w, dim } = self.shape;
-        let (block, j) = (at / BLOCK, at % BLOCK);
-        let data = &mut self.data[block * self.shape.block()..][..self.shape.block()];
+        let (block, j, wp) = (at / BLOCK, at % BLOCK, self.shape.padded());
+        let start = block * self.block();
         for (i, x) in site[..dim].iter().enumerate() {
-            data[i * BLOCK + j] = *x;
+            self.data[start + i * BLOCK + j] = *x;
         }
         for head in 0..heads {
             let (key, value) = of(head);
             let (key, value) = (&key[..d], &value[..w]);
-            let base = self.shape.head(head);
-            let panel = base + (j / PANEL) * PANEL * d + j % PANEL;
-            for (i, x) in key.iter().enumerate() {
-                data[panel + i * PANEL] = *x;
-            }
-            let values = base + BLOCK * d + j * self.shape.padded();
-            data[values..values + w].copy_from_slice(value);
-            let norm = key.iter().map(|x| x * x).sum::<f32>().sqrt();
+            // Key number `i` of a panel, and the first of the key's values.
+            let panel = (j / PANEL) * PANEL * d + j % PANEL;
+            let values = BLOCK * d + j * wp;
             let longest = &mut self.norms[block * heads + head];
+            let norm = match self.way {
+                None => {
+                    let to = &mut self.data[start + BLOCK * dim + head * self.shape.head()..];
+                    for (i, x) in key.iter().enumerate() {
+                        to[panel + i * PANEL] = *x;
+                    }
+                    to[values..values + w].copy_from_slice(value);
+                    key.iter().map(|x| x * x).sum::<f32>().sqrt()
+                }
+                Some(way) => {
+                    let size = match way {
+                        Way::Dot => BLOCK * (2 * self.shape.pairs() + wp),
+                        Way::Storage => self.shape.head(),
+                    };
+                    let to = &mut self.half[(block * heads + head) * size..][..size];
+                    let pairs = self.shape.pairs();
+                    for (i, x) in key.iter().enumerate() {
+                        let at = match way {
+                            Way::Storage => panel + i * PANEL,
+                            Way::Dot => {
+                                2 * (((j / PANEL) * pairs + i / 2) * PANEL + j % PANEL) + i % 2
+                            }
+                        };
+                        to[at] = bf16::round(*x);
+                    }
+                    for (i, x) in value.iter().enumerate() {
+                        let at = match way {
+                            Way::Storage => values + i,
+                            Way::Dot => 2 * (BLOCK * pairs + (j / 2) * wp + i) + j % 2,
+                        };
+                        to[at] = bf16::round(*x);
+                    }
+                    let rounded = key.iter().map(|x| bf16::widen(bf16::round(*x)));
+                    rounded.map(|x| x * x).sum::<f32>().sqrt()
+                }
+            };
             *longest = longest.max(norm);
         }
     }
@@ -249,6 +322,16 @@ pub fn attend(job: &Job, q: &[f32], sites: &[f32], rows: &[u32], out: &mut [f32]
     if rows.is_empty() {
         return 0;
     }
+    #[cfg(target_arch = "x86_64")]
+    if job.keys.way == Some(Way::Dot) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+        unsafe fn dot(job: &Job, q: &[f32], sites: &[f32], rows: &[u32], out: &mut [f32]) -> u64 {
+            // SAFETY: as below.
+            unsafe { read::<lanes::Avx512, lanes::Bf16, 8, 2, 4>(job, q, sites, rows, out) }
+        }
+        // SAFETY: as below; `Packed::halved` asked whether the machine has the instruction.
+        return unsafe { dot(job, q, sites, rows, out) };
+    }
     // SAFETY: the slices were checked above, and `Packed` was sized by its shape.
     lanes::dispatch!(group(job: &Job, q: &[f32], sites: &[f32], rows: &[u32], out: &mut [f32]) -> u64)
 }
@@ -257,6 +340,8 @@ pub fn attend(job: &Job, q: &[f32], sites: &[f32], rows: &[u32], out: &mut [f32]
 struct State {
     /// `[tile, head, d, lane]`, scaled to powers of two.
     q: Aligned<f32>,
+    /// `[tile, head, pair, lane, 2]`: the same in bf16, where there are products of pairs.
+    pairs: Aligned<u16>,
     /// `[tile, dim, lane]`
     sites: Aligned<f32>,
     /// `[tile, head, padded w, lane]`
@@ -277,6 +362,8 @@ struct Scratch {
     segment: Aligned<i32>,
     /// Which blocks of the batch each head reads, one bit a block.
     reads: Vec<u8>,
+    /// `[head, block of the batch]`: keys and values of bf16, widened. One head where skipping.
+    wide: Aligned<f32>,
 }
 
 /// # Safety
@@ -289,13 +376,28 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
     rows: &[u32],
     out: &mut [f32],
 ) -> u64 {
+    // SAFETY: the caller's contract.
+    unsafe { read::<L, NoPairs, R, C, U>(job, q, sites, rows, out) }
+}
+
+/// # Safety
+/// As [`group`]; `D` has products of pairs if, and only if, the keys are made of pairs.
+#[inline(always)]
+unsafe fn read<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: usize>(
+    job: &Job,
+    q: &[f32],
+    sites: &[f32],
+    rows: &[u32],
+    out: &mut [f32],
+) -> u64 {
     let shape = job.keys.shape;
     let Shape { heads, d, w, dim } = shape;
     let lanes = C * L::N;
     let tiles = rows.len().div_ceil(lanes);
     let wp = shape.padded();
     let mut state = State {
-        q: Aligned::new(0.0, tiles * heads * d * lanes),
+        q: Aligned::new(0.0, if D::HAS { 0 } else { tiles * heads * d * lanes }),
+        pairs: Aligned::new(0, if D::HAS { tiles * heads * shape.pairs() * lanes * 2 } else { 0 }),
         sites: Aligned::new(0.0, tiles * dim * lanes),
         sum: Aligned::new(0.0, tiles * heads * wp * lanes),
         weight: Aligned::new(0.0, tiles * heads * lanes),
@@ -317,18 +419,28 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
             let query = &q[(from * heads + head) * d..][..d];
             let mut norm = 0.0;
             for (i, x) in query.iter().enumerate() {
-                state.q[((tile * heads + head) * d + i) * lanes + lane] = x * scale;
+                let mut x = x * scale;
+                if D::HAS {
+                    let half = bf16::round(x);
+                    let at = ((tile * heads + head) * shape.pairs() + i / 2) * lanes + lane;
+                    state.pairs[2 * at + i % 2] = half;
+                    x = bf16::widen(half);
+                } else {
+                    state.q[((tile * heads + head) * d + i) * lanes + lane] = x;
+                }
                 norm += x * x;
             }
-            state.norm[(tile * heads + head) * lanes + lane] = norm.sqrt() * scale;
+            state.norm[(tile * heads + head) * lanes + lane] = norm.sqrt();
         }
     }
     if let Some(sink) = job.sink {
         for tile in 0..tiles {
             for head in 0..heads {
                 let at = (tile * heads + head) * lanes;
-                state.top[at..at + lanes].fill(sink[head] * LOG2_E);
-                state.weight[at..at + lanes].fill(1.0);
+                let score = sink[head] * LOG2_E;
+                let top = if D::HAS { score.round() } else { score };
+                state.top[at..at + lanes].fill(top);
+                state.weight[at..at + lanes].fill((score - top).exp2());
             }
         }
     }
@@ -339,6 +451,14 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
         distance: Aligned::new(0.0, has(!matches!(job.bias, Bias::None))),
         segment: Aligned::new(0, has(matches!(job.bias, Bias::Table { .. }))),
         reads: vec![0; heads],
+        wide: Aligned::new(
+            0.0,
+            match (job.keys.way, &job.skip) {
+                (Some(Way::Storage), None) => BATCH * heads * shape.head(),
+                (Some(Way::Storage), Some(_)) => BATCH * shape.head(),
+                _ => 0,
+            },
+        ),
     };
     let mut pairs = 0;
     match &job.skip {
@@ -351,11 +471,20 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 for (i, b) in list.iter_mut().enumerate() {
                     b.1 = first + i as u32;
                 }
+                if job.keys.way == Some(Way::Storage) {
+                    // Once for all tiles.
+                    for head in 0..heads {
+                        // SAFETY: the blocks exist.
+                        unsafe {
+                            widen::<L>(job.keys, &mut scratch, head, head, &list[..count], !0)
+                        };
+                    }
+                }
                 for tile in 0..tiles {
                     let list = &list[..count];
                     // SAFETY: the caller's contract; `list` names blocks that exist.
                     pairs +=
-                        unsafe { step::<L, R, C, U>(job, &mut state, &mut scratch, tile, list) };
+                        unsafe { step::<L, D, R, C, U>(job, &mut state, &mut scratch, tile, list) };
                 }
             }
         }
@@ -391,7 +520,7 @@ unsafe fn group<L: Lanes, const R: usize, const C: usize, const U: usize>(
                         }) {
                             break; // what follows is farther still
                         }
-                        pairs += step::<L, R, C, U>(job, &mut state, &mut scratch, tile, batch);
+                        pairs += step::<L, D, R, C, U>(job, &mut state, &mut scratch, tile, batch);
                     }
                 }
             }
@@ -449,12 +578,43 @@ unsafe fn faint<L: Lanes, const C: usize>(
     true
 }
 
+/// Keys and values of a head in some blocks, from bf16 to place `slot` of the scratch.
+///
+/// # Safety
+/// The blocks and the place exist.
+#[inline(always)]
+unsafe fn widen<L: Lanes>(
+    keys: &Packed,
+    scratch: &mut Scratch,
+    slot: usize,
+    head: usize,
+    blocks: &[(f32, u32)],
+    reads: u8,
+) {
+    let size = keys.shape.head();
+    for i in 0..blocks.len() {
+        if reads >> i & 1 == 0 {
+            continue;
+        }
+        // SAFETY: the caller's contract.
+        unsafe {
+            let from = (blocks[i].1 as usize * keys.shape.heads + head) * size;
+            let from = keys.half.as_ptr().add(from);
+            let to = scratch.wide.as_mut_ptr().add((slot * BATCH + i) * size);
+            // A block holds 32 keys: whole vectors.
+            for k in (0..size).step_by(L::N) {
+                L::widen(from.add(k), to.add(k));
+            }
+        }
+    }
+}
+
 /// One batch of blocks against one tile of queries, all heads.
 ///
 /// # Safety
 /// `blocks` name at most [`BATCH`] blocks of the context; `tile` is a tile of the state.
 #[inline(always)]
-unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
+unsafe fn step<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: usize>(
     job: &Job,
     state: &mut State,
     scratch: &mut Scratch,
@@ -499,8 +659,20 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
             if reads == 0 {
                 continue;
             }
+            // Where the head's keys and values begin: those of the first block, and a block's step.
+            let (base, stride) = match keys.way {
+                None => (keys.data.as_ptr().add(BLOCK * dim + head * shape.head()), keys.block()),
+                Some(_) => (scratch.wide.as_ptr(), shape.head()),
+            };
+            let slot = match (keys.way, &job.skip) {
+                (Some(Way::Storage), Some(_)) => {
+                    widen::<L>(keys, scratch, 0, head, blocks, reads);
+                    0
+                }
+                _ => head * BATCH,
+            };
             let at = tile * heads + head;
-            let q = state.q.as_ptr().add(at * d * lanes);
+            let q = state.q.as_ptr().add(if D::HAS { 0 } else { at * d * lanes });
             let top = state.top.as_mut_ptr().add(at * lanes);
             let weight = state.weight.as_mut_ptr().add(at * lanes);
             let norm = state.norm.as_ptr().add(at * lanes);
@@ -528,11 +700,28 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 }
                 let b = blocks[i].1 as usize;
                 let len = keys.keys_in(b);
-                let k = keys.data.as_ptr().add(b * shape.block() + shape.head(head));
                 for r in (0..len).step_by(R) {
                     let mut acc = [[L::splat(0.0); C]; R];
-                    let panel = k.add((r / PANEL) * PANEL * d + r % PANEL);
-                    lanes::tile::<L, R, C>(d, panel, PANEL, q, lanes, &mut acc);
+                    if D::HAS {
+                        let k = keys.half.as_ptr().add((b * heads + head) * keys.half_head());
+                        let panel = ((r / PANEL) * PANEL * shape.pairs() + r % PANEL) * 2;
+                        let q = state.pairs.as_ptr().add(at * shape.pairs() * lanes * 2);
+                        lanes::pair_tile::<L, D, R, C>(
+                            shape.pairs(),
+                            k.add(panel).cast(),
+                            PANEL,
+                            q.cast(),
+                            lanes,
+                            &mut acc,
+                        );
+                    } else {
+                        let k = match keys.way {
+                            None => base.add(b * stride),
+                            Some(_) => base.add((slot + i) * stride),
+                        };
+                        let panel = k.add((r / PANEL) * PANEL * d + r % PANEL);
+                        lanes::tile::<L, R, C>(d, panel, PANEL, q, lanes, &mut acc);
+                    }
                     let to = scores.add((i * BLOCK + r) * lanes);
                     for (r, row) in acc.iter().enumerate() {
                         for (c, x) in row.iter().enumerate() {
@@ -578,6 +767,12 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                     }
                 }
                 for c in 0..C {
+                    if D::HAS {
+                        // Whole powers of two: how a weight is rounded then hangs on its score, and
+                        // not on what else was read.
+                        let whole = L::splat(WHOLE);
+                        next[c] = L::sub(L::add(next[c], whole), whole);
+                    }
                     let keep = L::exp2(L::sub(tops[c], next[c]));
                     let at = c * L::N;
                     L::store(weight.add(at), L::mul(L::load(weight.add(at)), keep));
@@ -597,6 +792,7 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                     continue;
                 }
                 let (first, len) = (i * BLOCK, keys.keys_in(blocks[i].1 as usize));
+                let weights0 = weights;
                 let whole = len - len % (U / C);
                 // One loop for each kind of curve: a choice inside would be made for every vector.
                 // (A macro, since closures do not inherit the instruction set.)
@@ -605,12 +801,22 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                         for j in (first..first + whole).step_by(U / C) {
                             let $at = j * lanes;
                             let $s = shifted::<L, C, U>(scores, $at, &tops);
-                            weigh::<L, C, U>($four, scores, $at, &mut weights);
+                            if D::HAS {
+                                let to = (first + (j - first) / 2) * lanes;
+                                weigh_pairs::<L, D, C, U>($four, scores, to, &mut weights);
+                            } else {
+                                weigh::<L, C, U>($four, scores, $at, &mut weights);
+                            }
                         }
                         for j in first + whole..first + len {
                             let $at = j * lanes;
                             let $s = shifted::<L, C, C>(scores, $at, &tops);
-                            weigh::<L, C, C>($one, scores, $at, &mut weights);
+                            if D::HAS {
+                                let to = (first + (j - first) / 2) * lanes;
+                                weigh_pairs::<L, D, C, C>($one, scores, to, &mut weights);
+                            } else {
+                                weigh::<L, C, C>($one, scores, $at, &mut weights);
+                            }
                         }
                     }};
                 }
@@ -619,6 +825,9 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                         for j in first..first + len {
                             let s = shifted::<L, C, C>(scores, j * lanes, &tops);
                             weigh_or_not::<L, C>(s, scores, j * lanes, &mut weights);
+                        }
+                        if D::HAS {
+                            weights = pair_up::<L, D, C>(scores, first * lanes, len, weights0);
                         }
                     }
                     Curve::Flat => weigh!(|at, s| s, s),
@@ -636,11 +845,11 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                 let at = weight.add(c * L::N);
                 L::store(at, L::add(L::load(at), *p));
             }
-            for first in (0..wp).step_by(R) {
+            for panel in (0..wp).step_by(R) {
                 let mut acc = [[L::splat(0.0); C]; R];
                 for (r, row) in acc.iter_mut().enumerate() {
                     for (c, x) in row.iter_mut().enumerate() {
-                        *x = L::load(sum.add((first + r) * lanes + c * L::N));
+                        *x = L::load(sum.add((panel + r) * lanes + c * L::N));
                     }
                 }
                 for i in 0..blocks.len() {
@@ -648,14 +857,26 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize, const U: usize>(
                         continue;
                     }
                     let b = blocks[i].1 as usize;
-                    let base = b * shape.block() + shape.head(head) + BLOCK * d;
-                    let v = keys.data.as_ptr().add(base + first);
                     let p = scores.add(i * BLOCK * lanes);
-                    lanes::tile::<L, R, C>(keys.keys_in(b), v, wp, p, lanes, &mut acc);
+                    let depth = keys.keys_in(b);
+                    if D::HAS {
+                        let v = (b * heads + head) * keys.half_head();
+                        let v = v + 2 * (BLOCK * shape.pairs() + panel);
+                        let v = keys.half.as_ptr().add(v).cast();
+                        let depth = depth.div_ceil(2);
+                        lanes::pair_tile::<L, D, R, C>(depth, v, wp, p.cast(), lanes, &mut acc);
+                    } else {
+                        let k = match keys.way {
+                            None => base.add(b * stride),
+                            Some(_) => base.add((slot + i) * stride),
+                        };
+                        let v = k.add(BLOCK * d + panel);
+                        lanes::tile::<L, R, C>(depth, v, wp, p, lanes, &mut acc);
+                    }
                 }
                 for (r, row) in acc.iter().enumerate() {
                     for (c, x) in row.iter().enumerate() {
-                        L::store(sum.add((first + r) * lanes + c * L::N), *x);
+                        L::store(sum.add((panel + r) * lanes + c * L::N), *x);
                     }
                 }
             }
@@ -726,6 +947,58 @@ unsafe fn weigh<L: Lanes, const C: usize, const U: usize>(
             weights[u % C] = L::add(weights[u % C], p[u]);
             L::store(scores.add(at + u * L::N), p[u]);
         }
+    }
+}
+
+/// [`weigh`] for products of pairs: weights are rounded, added up as such, and stored in pairs of
+/// keys from `to` on. One key (`U` = `C`) makes a pair with nothing.
+///
+/// # Safety
+/// As there, `U` being `C` or `2 C`.
+#[inline(always)]
+unsafe fn weigh_pairs<L: Lanes, D: Pairs<L>, const C: usize, const U: usize>(
+    s: [L::F; U],
+    scores: *mut f32,
+    to: usize,
+    weights: &mut [L::F; C],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let p = L::exp2_each::<U>(s);
+        for c in 0..C {
+            let other = if U > C { p[(C + c) % U] } else { L::splat(0.0) };
+            let [a, b] = D::pair(scores.add(to + c * L::N).cast(), p[c], other);
+            weights[c] = L::add(weights[c], L::add(a, b));
+        }
+    }
+}
+
+/// Weights of a block's `len` keys from `at` on, rounded and stored in pairs in their own place; adds
+/// them to `weights`.
+///
+/// # Safety
+/// They are in the scratch.
+#[inline(always)]
+unsafe fn pair_up<L: Lanes, D: Pairs<L>, const C: usize>(
+    scores: *mut f32,
+    at: usize,
+    len: usize,
+    mut weights: [L::F; C],
+) -> [L::F; C] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        for j in (0..len).step_by(2) {
+            for c in 0..C {
+                let from = at + (j * C + c) * L::N;
+                let a = L::load(scores.add(from));
+                let b =
+                    if j + 1 < len { L::load(scores.add(from + C * L::N)) } else { L::splat(0.0) };
+                let to = at + (j / 2 * C + c) * L::N;
+                let [a, b] = D::pair(scores.add(to).cast(), a, b);
+                weights[c] = L::add(weights[c], L::add(a, b));
+            }
+        }
+        weights
     }
 }
 
@@ -831,7 +1104,7 @@ unsafe fn distances<L: Lanes, const C: usize, const U: usize>(
             }
             let b = blocks[i].1 as usize;
             let len = keys.keys_in(b);
-            let columns = keys.data.as_ptr().add(b * shape.block());
+            let columns = keys.data.as_ptr().add(b * keys.block());
             let steps = U / C;
             let whole = len - len % steps;
             let to = scratch.distance.as_mut_ptr().add(i * BLOCK * lanes);

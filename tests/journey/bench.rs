@@ -68,6 +68,20 @@ fn attention_counts_heads_times_contexts_times_targets() {
     assert_gflops(&report, 1300 * phi + 1000 * 3 * 64 * 128 + 300 * 64 * 128);
 }
 
+/// Numbers of 16 bits: the report says how they were read, and the answer is nearly that of f32.
+#[test]
+fn half_precision_answers_nearly_the_same() {
+    let attention = "attention --contexts 300 --targets 70 --heads 2";
+    for line in [attention, "map --contexts 60 --targets 100 --layers 2 --attention sparse"] {
+        let [single, half] = ["f32", "bf16"].map(|p| json(&format!("{line} --precision {p}")));
+        assert_eq!([&single["precision"], &half["precision"]], ["f32", "bf16"]);
+        assert!(single["bf16"].is_null(), "{single:#}");
+        assert!(half["bf16"] == "storage" || half["bf16"] == "dot", "{half:#}");
+        let apart = (number(&single, "answer") - number(&half, "answer")).abs();
+        assert!(apart > 0.0 && apart < 5e-3, "{line}: {apart}");
+    }
+}
+
 /// Full attention and scan attention answer the same, so they were given the same to do.
 #[test]
 fn a_seed_names_the_work() {
@@ -175,9 +189,11 @@ fn nonsense_is_refused() {
         assert_error(&refused(&words(line)), what, facts, help);
     };
     let f32s = "--precision f32";
-    cannot("attention --precision bf16", "bf16 precision is not in this build", &[], f32s);
-    cannot("train-step --precision bf16", "bf16 precision is not in this build", &[], f32s);
     cannot("map --attention sparse --lose 2", "between 0 and 1", &["2"], "--lose 1e-3");
+    let packed = "bf16 is for contexts that scan or sparse attention reads";
+    cannot("attention --precision bf16 --attention dka", packed, &["dka"], f32s);
+    cannot("map --precision bf16 --attention full", packed, &["full"], f32s);
+    cannot("train-step --precision bf16", packed, &["train-step"], f32s);
     cannot("attention --bias rbff", "unknown value `rbff`", &[], "did you mean `rbf`?");
     cannot("map --attention dka --heads 2", "neither heads nor a bias", &[], "--heads");
     let dka = "map --model prevalence --attention dka";

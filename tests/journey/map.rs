@@ -317,6 +317,11 @@ fn a_map_may_lose_a_stated_share() {
     let moved = exact.iter().zip(&faint).filter(|(a, _)| !a.is_nan()).map(|(a, b)| (a - b).abs());
     let most = moved.fold(0.0, f64::max);
     assert!(most < 0.01, "prevalence moved by {most}");
+    let (halved, record) = mean("halved", &["--precision", "bf16"]);
+    assert_eq!(record["reading"]["precision"], "bf16");
+    let moved = exact.iter().zip(&halved).filter(|(a, _)| !a.is_nan()).map(|(a, b)| (a - b).abs());
+    let most = moved.fold(0.0, f64::max);
+    assert!(most > 0.0 && most < 0.02, "prevalence moved by {most}");
     for (lose, model) in [("0.5", "prevalence"), ("-1", "prevalence"), ("0.001", "gp")] {
         let lose = format!("--lose={lose}");
         let args = ["map", "--surveys", SURVEY, "--out", "nowhere", &lose, "--model", model];
