@@ -18,7 +18,7 @@ use super::{
     settings,
 };
 use crate::{
-    attention::{Bias, CHUNK, Keys, Metric, Reader, Reading, Start, Term, full, scan, scan_joined},
+    attention::{Bias, CHUNK, Keys, Metric, Precision, Reader, Reading, Start, Term, full, scan, scan_joined},
     error::{Error, Result},
     fused::{
         self, Host,
@@ -682,7 +682,13 @@ impl Process for TnpKr {
         let token = 4 * c.width + read + 16;
         // What a block keeps of a site, and what it takes on the way there. Hidden values of an
         // MLP are twice a token wide.
-        let kept = if dka { 0 } else { keys + values + 4 };
+        let halved = matches!(self.blocks[0].attention,
+            Attention::Softmax { reading, .. } if reading.precision == Precision::Bf16);
+        let kept = match (dka, halved) {
+            (true, _) => 0,
+            (_, true) => (keys + values).div_ceil(2) + 4,
+            (_, false) => keys + values + 4,
+        };
         let packing = if dka { 0 } else { keys + 3 * values + 2 * c.width + 16 };
         // A block's context may be one matrix, kept as it is and as it is read. On the way there
         // are sums in f64, and for each thread the features of some sites.
