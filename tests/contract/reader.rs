@@ -176,8 +176,11 @@ fn reading_equals_full_attention() {
     }
 }
 
-/// Scores of the keys, by number.
-const EXTREMES: [(&str, fn(usize) -> f64); 8] = [
+/// The score of a key, by its number.
+type Scores = fn(usize) -> f64;
+
+/// Scores from −10,000 to 80.
+const EXTREMES: [(&str, Scores); 8] = [
     ("rising", |j| -10_000.0 + 25.2 * j as f64),
     ("falling", |j| 80.0 - 25.2 * j as f64),
     ("one high", |j| if j == 377 { 80.0 } else { -10_000.0 }),
