@@ -90,8 +90,15 @@ fn faster() -> Way {
     let mut best = [f64::INFINITY; 2];
     for _ in 0..TURNS {
         for (keys, best) in contexts.iter().zip(&mut best) {
-            let job =
-                Job { keys, bias: Bias::None, highest: &[0.0], bend: None, sink: None, skip: None };
+            let job = Job {
+                keys,
+                bias: Bias::None,
+                highest: &[0.0],
+                bend: None,
+                sink: None,
+                skip: None,
+                fade: None,
+            };
             let start = Instant::now();
             attend(&job, &q, &sites, &rows, &mut out);
             *best = best.min(start.elapsed().as_secs_f64());
