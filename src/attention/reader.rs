@@ -25,7 +25,7 @@ use crate::{
     error::{Error, Result},
     fused::{
         Host, bf16,
-        softmax::{self, Faint, GROUP, Job, Packed, Shape, Skip, attend},
+        softmax::{self, Fade, Faint, GROUP, Job, Packed, Shape, Skip, attend},
     },
 };
 
@@ -96,6 +96,8 @@ pub struct Reader {
     /// Squared straight line from which on each head reads nothing.
     reach2: Box<[f32]>,
     envelope: Envelope,
+    /// Squared straight line from which on each head's bias is 0 to every digit, where all fade.
+    beyond2: Option<Box<[f32]>>,
     tables: Mutex<Vec<Arc<Tabled>>>,
     reading: Reading,
     read: AtomicU64,
@@ -188,6 +190,7 @@ impl Reader {
             rows,
             shape,
             envelope: Envelope::new(heads, bias.as_ref()),
+            beyond2: bias.as_ref().and_then(|b| (0..heads).map(|h| faded(b, h)).collect()),
             bumps: bias.as_ref().and_then(bumps),
             bias,
             sink,
@@ -265,6 +268,7 @@ impl Reader {
         let near = |tile: &[[f32; 2]], list: &mut Vec<(f32, u32)>| {
             row.boxes.near(tile, farthest, self.reading.lose > 0.0, list)
         };
+        let gap2 = |tile: &[[f32; 2]], b: usize| row.boxes.gap2(tile, b);
         let envelope = |head: usize, d2: f32| self.envelope.beyond(head, d2);
         let faint = (self.reading.lose > 0.0).then(|| Faint {
             envelope: &envelope,
@@ -283,8 +287,9 @@ impl Reader {
             },
             sink: self.sink.as_deref(),
             skip: sparse.then_some(Skip { near: &near, reach2: &self.reach2, faint }),
+            fade: self.beyond2.as_deref().map(|beyond2| Fade { gap2: &gap2, beyond2 }),
         };
-        let order: Vec<u32> = match sparse {
+        let order: Vec<u32> = match sparse || job.fade.is_some() {
             // Queries side by side in a tile should be neighbours, so that they skip the same.
             true => along_curve(places, places.len() / targets, (0..targets as u32).collect()),
             false => (0..targets as u32).collect(),
@@ -377,6 +382,39 @@ pub(super) fn bumps(radial: &Radial) -> Option<Vec<[f32; 2]>> {
         }
     };
     radial.heads.iter().map(one).collect()
+}
+
+/// Squared straight line from which on the bias of `head` is less than 2⁻³⁰; none where it does not
+/// fade to 0.
+fn faded(radial: &Radial, head: usize) -> Option<f32> {
+    const NOTHING: f64 = 1.0 / (1u64 << 30) as f64;
+    let (mut size, mut centre) = (vec![], 0.0f64);
+    for (term, p) in &radial.heads[head] {
+        match term {
+            Term::Sink => {}
+            Term::Rbf | Term::Tisa | Term::Exponential if p[1] > 0.0 => {
+                centre = if *term == Term::Tisa { centre.max(p[2]) } else { centre };
+                size.push((*term, *p));
+            }
+            _ => return None,
+        }
+    }
+    // Beyond the last centre every term falls all the way.
+    let at = |line: f64| -> f64 {
+        let distance = radial.metric.distance(line).max(centre);
+        let sum: f64 = size.iter().map(|(term, p)| term.value(*p, distance).abs()).sum();
+        if radial.metric.distance(line) < centre { f64::INFINITY } else { sum }
+    };
+    let far = if radial.metric == Metric::GreatCircle { 2.0 } else { 2f64.powi(20) };
+    if at(far).is_nan() || at(far) >= NOTHING {
+        return Some(f32::INFINITY);
+    }
+    let (mut near, mut far) = (0.0, far);
+    for _ in 0..80 {
+        let middle = 0.5 * (near + far);
+        if at(middle) < NOTHING { far = middle } else { near = middle }
+    }
+    Some((far * far * 1.000_001) as f32)
 }
 
 /// No less than the bias of `head` anywhere from distance `from` to `to`.

@@ -252,6 +252,7 @@ impl Scan {
             bend: (self.metric == Metric::GreatCircle).then_some(arcs as fn(&mut [f32])),
             sink: sink.as_deref(),
             skip: None,
+            fade: None,
         };
         let order: Vec<u32> = (0..targets as u32).collect();
         let (wide, all) = (heads * width, heads * (width + 2));

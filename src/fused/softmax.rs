@@ -265,6 +265,17 @@ pub struct Job<'a> {
     pub sink: Option<&'a [f32]>,
     /// Which blocks need not be read.
     pub skip: Option<Skip<'a>>,
+    /// Where the bias need not be looked at.
+    pub fade: Option<Fade<'a>>,
+}
+
+/// Where a bias has faded to nothing.
+#[derive(Clone, Copy)]
+pub struct Fade<'a> {
+    /// Squared distance between a box and a block's own.
+    pub gap2: &'a (dyn Fn(&[[f32; 2]], usize) -> f32 + Sync),
+    /// Squared distance from which on a head's bias is 0 to every digit.
+    pub beyond2: &'a [f32],
 }
 
 /// What may be left out.
@@ -318,6 +329,7 @@ pub fn attend(job: &Job, q: &[f32], sites: &[f32], rows: &[u32], out: &mut [f32]
         assert!(skip.reach2.len() >= heads, "a reach for every head");
         assert!(skip.faint.is_none_or(|f| f.longest.len() >= heads), "a norm for every head");
     }
+    assert!(job.fade.is_none_or(|f| f.beyond2.len() >= heads), "a distance for every head");
     assert!(heads > 0 && dim > 0 && d > 0, "sizes");
     if rows.is_empty() {
         return 0;
@@ -362,6 +374,8 @@ struct Scratch {
     segment: Aligned<i32>,
     /// Which blocks of the batch each head reads, one bit a block.
     reads: Vec<u8>,
+    /// Those of them in which the head's bias is not 0.
+    bends: Vec<u8>,
     /// `[head, block of the batch]`: keys and values of bf16, widened. One head where skipping.
     wide: Aligned<f32>,
 }
@@ -451,6 +465,7 @@ unsafe fn read<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
         distance: Aligned::new(0.0, has(!matches!(job.bias, Bias::None))),
         segment: Aligned::new(0, has(matches!(job.bias, Bias::Table { .. }))),
         reads: vec![0; heads],
+        bends: vec![0; heads],
         wide: Aligned::new(
             0.0,
             match (job.keys.way, &job.skip) {
@@ -465,6 +480,12 @@ unsafe fn read<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
         // Batch by batch for all tiles: the keys stay in the second-level cache.
         None => {
             let mut list = [(0.0, 0u32); BATCH];
+            let extents: Vec<[f32; 2]> = match job.fade {
+                Some(_) => {
+                    (0..tiles * dim).map(|i| extent(&state.sites[i * lanes..][..lanes])).collect()
+                }
+                None => Vec::new(),
+            };
             let blocks = job.keys.blocks() as u32;
             for first in (0..blocks).step_by(BATCH) {
                 let count = BATCH.min((blocks - first) as usize);
@@ -481,6 +502,11 @@ unsafe fn read<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
                     }
                 }
                 for tile in 0..tiles {
+                    if let Some(fade) = &job.fade {
+                        for (d2, b) in &mut list[..count] {
+                            *d2 = (fade.gap2)(&extents[tile * dim..][..dim], *b as usize);
+                        }
+                    }
                     let list = &list[..count];
                     // SAFETY: the caller's contract; `list` names blocks that exist.
                     pairs +=
@@ -489,16 +515,13 @@ unsafe fn read<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
             }
         }
         Some(skip) => {
-            let (mut list, mut extent) = (Vec::new(), vec![[0.0; 2]; dim]);
+            let (mut list, mut extents) = (Vec::new(), vec![[0.0; 2]; dim]);
             for tile in 0..tiles {
-                for (i, extent) in extent.iter_mut().enumerate() {
-                    let xs = &state.sites[(tile * dim + i) * lanes..][..lanes];
-                    let least = xs.iter().fold(f32::INFINITY, |m, x| m.min(*x));
-                    let most = xs.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-                    *extent = [least, most];
+                for (i, e) in extents.iter_mut().enumerate() {
+                    *e = extent(&state.sites[(tile * dim + i) * lanes..][..lanes]);
                 }
                 list.clear();
-                (skip.near)(&extent, &mut list);
+                (skip.near)(&extents, &mut list);
                 let blocks = job.keys.blocks();
                 assert!(list.iter().all(|(_, b)| (*b as usize) < blocks), "blocks that exist");
                 for batch in list.chunks(BATCH) {
@@ -543,6 +566,13 @@ unsafe fn read<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
         }
     }
     pairs
+}
+
+/// Least and most.
+fn extent(xs: &[f32]) -> [f32; 2] {
+    let least = xs.iter().fold(f32::INFINITY, |m, x| m.min(*x));
+    let most = xs.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+    [least, most]
 }
 
 /// Whether keys no longer than `longest`, at squared distance `d2` or beyond, are too faint to be
@@ -626,7 +656,7 @@ unsafe fn step<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
     let Shape { heads, d, w: _, dim } = shape;
     let (lanes, wp) = (C * L::N, shape.padded());
     let mut pairs = 0;
-    let mut any = 0u8;
+    let (mut any, mut bent) = (0u8, 0u8);
     for head in 0..heads {
         let mut reads = 0u8;
         for (i, (d2, b)) in blocks.iter().enumerate() {
@@ -643,19 +673,29 @@ unsafe fn step<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
                 pairs += (keys.keys_in(*b as usize) * lanes) as u64;
             }
         }
+        let mut bends = reads;
+        if let Some(fade) = &job.fade {
+            for i in 0..blocks.len() {
+                if blocks[i].0 >= fade.beyond2[head] {
+                    bends &= !(1 << i);
+                }
+            }
+        }
         scratch.reads[head] = reads;
+        scratch.bends[head] = bends;
         any |= reads;
+        bent |= bends;
     }
     if any == 0 {
         return 0;
     }
     // SAFETY: every offset below stays inside what `group` and `Packed::new` allocated.
     unsafe {
-        if !matches!(job.bias, Bias::None) {
-            distances::<L, C, U>(job, &state.sites[tile * dim * lanes..], scratch, blocks, any);
+        if !matches!(job.bias, Bias::None) && bent != 0 {
+            distances::<L, C, U>(job, &state.sites[tile * dim * lanes..], scratch, blocks, bent);
         }
         for head in 0..heads {
-            let reads = scratch.reads[head];
+            let (reads, bends) = (scratch.reads[head], scratch.bends[head]);
             if reads == 0 {
                 continue;
             }
@@ -729,7 +769,9 @@ unsafe fn step<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
                         }
                     }
                 }
-                if let Bias::Terms { add, .. } = job.bias {
+                if let Bias::Terms { add, .. } = job.bias
+                    && bends >> i & 1 == 1
+                {
                     let rows = i * BLOCK * lanes..(i * BLOCK + len) * lanes;
                     add(head, &scratch.distance[rows.clone()], &mut scratch.scores[rows]);
                 }
@@ -753,6 +795,7 @@ unsafe fn step<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
                     if reads >> i & 1 == 0 {
                         continue;
                     }
+                    let curve = if bends >> i & 1 == 1 { curve } else { Curve::Flat };
                     for j in i * BLOCK..i * BLOCK + keys.keys_in(blocks[i].1 as usize) {
                         let s = gather::<L, C>(scores, j * lanes);
                         let s = match curve {
@@ -793,6 +836,7 @@ unsafe fn step<L: Lanes, D: Pairs<L>, const R: usize, const C: usize, const U: u
                 }
                 let (first, len) = (i * BLOCK, keys.keys_in(blocks[i].1 as usize));
                 let weights0 = weights;
+                let curve = if bends >> i & 1 == 1 { curve } else { Curve::Flat };
                 let whole = len - len % (U / C);
                 // One loop for each kind of curve: a choice inside would be made for every vector.
                 // (A macro, since closures do not inherit the instruction set.)
