@@ -91,8 +91,8 @@ pub struct Reader {
     rows: Box<[Row]>,
     shape: Shape,
     bias: Option<Radial>,
-    sink: Option<Vec<f32>>,
-    bumps: Option<Vec<[f32; 2]>>,
+    sink: Option<Box<[f32]>>,
+    bumps: Option<Box<[[f32; 2]]>>,
     /// Squared straight line from which on each head reads nothing.
     reach2: Box<[f32]>,
     envelope: Envelope,
@@ -191,7 +191,7 @@ impl Reader {
             shape,
             envelope: Envelope::new(heads, bias.as_ref()),
             beyond2: bias.as_ref().and_then(|b| (0..heads).map(|h| faded(b, h)).collect()),
-            bumps: bias.as_ref().and_then(bumps),
+            bumps: bias.as_ref().and_then(bumps).map(Vec::into),
             bias,
             sink,
             reach2,
@@ -247,7 +247,8 @@ impl Reader {
         if targets == 0 || row.keys.is_empty() {
             return Ok(());
         }
-        let tabled = self.tabled(row.boxes.reach(points, dim))?;
+        let reach = row.boxes.reach(points, dim);
+        let tabled = self.tabled(reach)?;
         let compact = self.reach2.iter().any(|r| r.is_finite());
         let add;
         let bias = match (&self.bias, &self.bumps, &tabled.table) {
@@ -287,7 +288,10 @@ impl Reader {
             },
             sink: self.sink.as_deref(),
             skip: sparse.then_some(Skip { near: &near, reach2: &self.reach2, faint }),
-            fade: self.beyond2.as_deref().map(|beyond2| Fade { gap2: &gap2, beyond2 }),
+            // Not where every bias reaches everywhere.
+            fade: (self.beyond2.as_deref())
+                .filter(|beyond2| beyond2.iter().any(|b| f64::from(*b) < reach * reach))
+                .map(|beyond2| Fade { gap2: &gap2, beyond2 }),
         };
         let order: Vec<u32> = match sparse || job.fade.is_some() {
             // Queries side by side in a tile should be neighbours, so that they skip the same.

@@ -231,6 +231,32 @@ fn a_compact_support_skips_and_stays_exact() {
     }
 }
 
+/// A bias that fades is left out only where it is 0 to every digit.
+#[test]
+fn a_faded_bias_is_not_missed() {
+    let mut rng = Stream::new(17, "reader", 0);
+    let shape = Shape {
+        batch: 1,
+        targets: 600,
+        context: 1500,
+        spread: 0.1,
+        clumps: true,
+        heads: 2,
+        ..USUAL
+    };
+    for terms in [
+        &[(Term::Rbf, [3.0, 10.0, 0.0])][..],
+        &[(Term::Tisa, [2.0, 20.0, 0.7]), (Term::Rbf, [-2.0, 30.0, 0.0])],
+        &[(Term::Exponential, [4.0, 15.0, 0.0]), (Term::Sink, [1.0, 0.0, 0.0])],
+    ] {
+        for metric in [Metric::Euclidean, Metric::GreatCircle] {
+            let case = case(&mut rng, &shape, terms, metric);
+            let found = gap(&case.read(&case.reader(Reading::default())), &case.reference());
+            assert!(found < 2e-6, "{terms:?}, {metric:?}: {found:e}");
+        }
+    }
+}
+
 /// |sparse − full| ≤ 2 ε max|v|, for decaying and fading biases, ordinary and adversarial keys.
 #[test]
 fn faint_keys_cost_no_more_than_was_allowed() {
