@@ -5,13 +5,14 @@
 
 use std::{f64::consts::LOG2_E, sync::OnceLock};
 
-use candle_core::{CpuStorage, Layout, Result as CandleResult, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, Layout, Result as CandleResult, Shape, Tensor, Var};
 use rayon::prelude::*;
 
 use super::{
     Bias, Keys, Metric, Radial, Term,
     backward::Backward,
     bias::{arcs, geometry},
+    cuda,
     full::{biased, hide},
     reader::{bumps, highest_from, terms},
 };
@@ -70,13 +71,14 @@ pub fn scan(
         return Ok(Tensor::zeros(shape, q.dtype(), q.device())?);
     }
     // The published start is for reproduction only, and not worth a kernel.
-    if !fused::applies(q) || start == Start::Published {
+    let kernel = fused::applies(q) || cuda::applies(q, sites, keys, bias);
+    if !kernel || start == Start::Published {
         return composed(q, sites, keys, bias, chunk, start);
     }
     Ok(scan_joined(&q.flatten_from(2)?, sites, keys, bias)?.reshape(shape)?)
 }
 
-/// [`scan`] from the exact start, for f32 on the CPU, with heads joined: `q` `[batch, target,
+/// [`scan`] from the exact start, where there is a kernel for it, with heads joined: `q` `[batch, target,
 /// head · d]`, answer `[batch, target, head · w]`.
 pub(crate) fn scan_joined(
     q: &Tensor,
@@ -89,8 +91,16 @@ pub(crate) fn scan_joined(
     let heads = wide / d;
     // Coordinates dimension by dimension, so that distances to one target are a streaming pass.
     let metric = bias.map_or(Metric::Euclidean, |b| b.metric);
+    let on_device = match q.device().is_cpu() {
+        true => None,
+        false => Some(cuda::Places::new(sites, keys, metric)?),
+    };
     let (sites, places) = (geometry(sites, metric)?, geometry(&keys.sites, metric)?);
     let columns = places.transpose(1, 2)?.contiguous()?; // [batch, dim, context]
+    let host = |x: &Tensor| match &on_device {
+        None => x.flatten_all()?.to_vec1::<f32>(),
+        Some(_) => Ok(Vec::new()),
+    };
     let (terms, params) = match bias {
         Some(bias) => (bias.terms.clone(), bias.params.contiguous()?),
         None => (Vec::new(), Tensor::zeros((heads, 1, 3), q.dtype(), q.device())?),
@@ -98,12 +108,13 @@ pub(crate) fn scan_joined(
     let op = Scan {
         shape: Dims { targets, context: keys.len(), heads, d, width, dim: sites.dims()[2] },
         terms,
-        sites: sites.flatten_all()?.to_vec1::<f32>()?,
-        columns: columns.flatten_all()?.to_vec1::<f32>()?,
-        hidden: keys.mask.flatten_all()?.to_vec1::<f32>()?.iter().map(|m| *m == 0.0).collect(),
+        sites: host(&sites)?,
+        columns: host(&columns)?,
+        hidden: host(&keys.mask)?.iter().map(|m| *m == 0.0).collect(),
         sink: bias.and_then(Bias::sink),
         metric,
         marks: OnceLock::new(),
+        on_device,
     };
     Ok(q.contiguous()?.apply_op3(&keys.packed.contiguous()?, &params, op)?)
 }
@@ -179,6 +190,8 @@ struct Scan {
     metric: Metric,
     /// `[batch, target, 2 · head]`: tops and inverse weights, for the gradient.
     marks: OnceLock<Vec<f32>>,
+    /// What takes the place of sites, columns and hidden keys where tensors are not on the host.
+    on_device: Option<cuda::Places>,
 }
 
 /// No less than any straight line between a column of coordinates and `sites`.
@@ -270,6 +283,34 @@ impl Scan {
     }
 }
 
+impl Scan {
+    /// The gradient by way of [`composed`].
+    fn composed_gradient(
+        &self,
+        places: &cuda::Places,
+        [q, kv, params]: [&Tensor; 3],
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let Dims { targets, context, heads, d, width, .. } = self.shape;
+        let batch = q.dims()[0];
+        let [q, kv, params] =
+            [Var::from_tensor(q)?, Var::from_tensor(kv)?, Var::from_tensor(params)?];
+        let packed = kv.reshape((batch, context, heads, d + width))?;
+        let keys = Keys::joined(packed, d, &places.keys.detach(), &places.mask.detach())?;
+        let bias = (!self.terms.is_empty()).then(|| Bias {
+            terms: self.terms.clone(),
+            params: params.as_tensor().clone(),
+            metric: self.metric,
+        });
+        let queries = q.reshape((batch, targets, heads, d))?;
+        let sites = places.sites.detach();
+        let out = composed(&queries, &sites, &keys, bias.as_ref(), CHUNK, Start::Exact)?;
+        let sum = (out.flatten_from(2)? * grad)?.sum_all()?;
+        let gradients = sum.backward()?;
+        Ok([&q, &kv, &params].map(|x| gradients.get(x).cloned()))
+    }
+}
+
 impl candle_core::CustomOp3 for Scan {
     fn name(&self) -> &'static str {
         "scan-attention"
@@ -303,6 +344,22 @@ impl candle_core::CustomOp3 for Scan {
         Ok((CpuStorage::F32(out), shape))
     }
 
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        lq: &Layout,
+        kv: &CudaStorage,
+        lkv: &Layout,
+        params: &CudaStorage,
+        lp: &Layout,
+    ) -> CandleResult<(CudaStorage, Shape)> {
+        let Some(places) = &self.on_device else { candle_core::bail!("sites are on the host") };
+        let Dims { targets, context, heads, d, width: w, dim } = self.shape;
+        let (terms, metric) = (&self.terms[..], self.metric);
+        let problem = cuda::Problem { targets, context, heads, d, w, dim, terms, metric };
+        cuda::forward(&problem, places, [(q, lq), (kv, lkv), (params, lp)])
+    }
+
     fn bwd(
         &self,
         q: &Tensor,
@@ -311,6 +368,12 @@ impl candle_core::CustomOp3 for Scan {
         out: &Tensor,
         grad: &Tensor,
     ) -> CandleResult<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        if let Some(places) = &self.on_device {
+            let [dq, dkv, dparams] = self
+                .composed_gradient(places, [q, kv, params], grad)
+                .map_err(candle_core::Error::wrap)?;
+            return Ok((dq, dkv, dparams));
+        }
         let Dims { heads, d, width, dim, .. } = self.shape;
         let (qs, kvs, ps) = (Host::of(q)?, Host::of(kv)?, Host::of(params)?);
         let grad = grad.contiguous()?;

@@ -1,0 +1,64 @@
+//! Scan attention on an NVIDIA GPU, with the feature `cuda`; without it nothing here applies.
+//!
+//! The kernel is `scan.cu`, its arithmetic `scan.h`. Both forms of this module offer the same two
+//! functions: whether the kernel applies, and what it answers.
+
+use candle_core::Tensor;
+
+use super::{
+    Keys, Metric, Term,
+    bias::{Bias, geometry},
+};
+
+#[cfg(not(feature = "cuda"))]
+mod disabled;
+#[cfg(feature = "cuda")]
+mod enabled;
+
+#[cfg(not(feature = "cuda"))]
+pub(super) use disabled::{applies, forward};
+#[cfg(feature = "cuda")]
+pub(super) use enabled::{applies, forward};
+
+/// Where queries and keys are, on the device.
+pub(super) struct Places {
+    /// `[batch, target, dim]`, as given.
+    pub sites: Tensor,
+    /// The same as points of [`geometry`].
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    pub points: Tensor,
+    /// `[batch, context, dim]`, as given.
+    pub keys: Tensor,
+    /// The same as points of [`geometry`].
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    pub key_points: Tensor,
+    /// `[batch, context]`, 1 = observed.
+    pub mask: Tensor,
+}
+
+impl Places {
+    pub fn new(sites: &Tensor, keys: &Keys, metric: Metric) -> crate::error::Result<Self> {
+        Ok(Places {
+            sites: sites.clone(),
+            points: geometry(sites, metric)?.contiguous()?,
+            keys: keys.sites.clone(),
+            key_points: geometry(&keys.sites, metric)?.contiguous()?,
+            mask: keys.mask.contiguous()?,
+        })
+    }
+}
+
+/// What is asked of the kernel, beside tensors.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+pub(super) struct Problem<'a> {
+    pub targets: usize,
+    pub context: usize,
+    pub heads: usize,
+    /// Widths of a key and of a value.
+    pub d: usize,
+    pub w: usize,
+    /// Coordinates of a point.
+    pub dim: usize,
+    pub terms: &'a [Term],
+    pub metric: Metric,
+}
