@@ -91,26 +91,27 @@ pub(crate) fn scan_joined(
     let heads = wide / d;
     // Coordinates dimension by dimension, so that distances to one target are a streaming pass.
     let metric = bias.map_or(Metric::Euclidean, |b| b.metric);
-    let on_device = match q.device().is_cpu() {
-        true => None,
-        false => Some(cuda::Places::new(sites, keys, metric)?),
-    };
-    let (sites, places) = (geometry(sites, metric)?, geometry(&keys.sites, metric)?);
-    let columns = places.transpose(1, 2)?.contiguous()?; // [batch, dim, context]
-    let host = |x: &Tensor| match &on_device {
-        None => x.flatten_all()?.to_vec1::<f32>(),
-        Some(_) => Ok(Vec::new()),
-    };
+    let (points, places) = (geometry(sites, metric)?, geometry(&keys.sites, metric)?);
+    let dim = points.dims()[2];
+    let (mut on_host, mut on_device) = (Default::default(), None);
+    if q.device().is_cpu() {
+        let columns = places.transpose(1, 2)?.contiguous()?; // [batch, dim, context]
+        let flat = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+        on_host = (flat(&points)?, flat(&columns)?, flat(&keys.mask)?);
+    } else {
+        on_device = Some(cuda::Places::new([sites, &points], keys, &places)?);
+    }
+    let (points, columns, mask) = on_host;
     let (terms, params) = match bias {
         Some(bias) => (bias.terms.clone(), bias.params.contiguous()?),
         None => (Vec::new(), Tensor::zeros((heads, 1, 3), q.dtype(), q.device())?),
     };
     let op = Scan {
-        shape: Dims { targets, context: keys.len(), heads, d, width, dim: sites.dims()[2] },
+        shape: Dims { targets, context: keys.len(), heads, d, width, dim },
         terms,
-        sites: host(&sites)?,
-        columns: host(&columns)?,
-        hidden: host(&keys.mask)?.iter().map(|m| *m == 0.0).collect(),
+        sites: points,
+        columns,
+        hidden: mask.iter().map(|m| *m == 0.0).collect(),
         sink: bias.and_then(Bias::sink),
         metric,
         marks: OnceLock::new(),
@@ -396,5 +397,57 @@ impl candle_core::CustomOp3 for Scan {
             |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), q.device());
         let dparams = (!self.terms.is_empty()).then(|| tensor(dparams, params)).transpose()?;
         Ok((Some(tensor(dq, q)?), Some(tensor(dkv, kv)?), dparams))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::rng::Stream;
+
+    /// What a GPU does for a gradient, done on the CPU: it equals the kernel's.
+    #[test]
+    fn the_composed_gradient_equals_that_of_the_kernel() -> Result<()> {
+        let mut rng = Stream::new(7, "scan", 0);
+        let mut normal = |shape: &[usize]| -> Result<Tensor> {
+            let values: Vec<f32> =
+                rng.normals(shape.iter().product()).iter().map(|x| *x as f32).collect();
+            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+        };
+        let q = Var::from_tensor(&normal(&[2, 5, 6])?)?;
+        let packed = Var::from_tensor(&normal(&[2, 9, 2, 7])?)?;
+        let (sites, places) = (normal(&[2, 5, 2])?, normal(&[2, 9, 2])?);
+        let mask: Vec<f32> = (0..18).map(|j| if j % 4 == 1 { 0.0 } else { 1.0 }).collect();
+        let mask = Tensor::from_vec(mask, (2, 9), &Device::Cpu)?;
+        let keys = Keys::joined(packed.as_tensor().clone(), 3, &places, &mask)?;
+        let params = vec![1.0f32, 0.5, 0.0, 0.3, 0.0, 0.0, 0.7, 1.5, 0.0, -0.2, 0.0, 0.0];
+        let params = Var::from_vec(params, (2, 2, 3), &Device::Cpu)?;
+        let (terms, metric) = (vec![Term::Matern32, Term::Sink], Metric::Euclidean);
+        let bias = Bias { terms: terms.clone(), params: params.as_tensor().clone(), metric };
+        let weights = normal(&[2, 5, 8])?;
+        let out = scan_joined(&q, &sites, &keys, Some(&bias))?;
+        let truth = (out * &weights)?.sum_all()?.backward()?;
+        let op = Scan {
+            shape: Dims { targets: 5, context: 9, heads: 2, d: 3, width: 4, dim: 2 },
+            terms,
+            sites: Vec::new(),
+            columns: Vec::new(),
+            hidden: Vec::new(),
+            sink: Some(1),
+            metric,
+            marks: OnceLock::new(),
+            on_device: None,
+        };
+        let on_device = cuda::Places::new([&sites, &sites], &keys, &places)?;
+        let found = op.composed_gradient(&on_device, [&q, &packed, &params], &weights)?;
+        for (i, (found, of)) in found.iter().zip([&q, &packed, &params]).enumerate() {
+            let (found, truth) = (found.as_ref().unwrap(), truth.get(of).unwrap());
+            let off = (found - truth)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(off < 1e-5, "gradient {i} is off by {off:e}");
+            assert!(truth.abs()?.max_all()?.to_scalar::<f32>()? > 1e-2, "gradient {i} is nothing");
+        }
+        Ok(())
     }
 }

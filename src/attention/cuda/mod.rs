@@ -3,12 +3,9 @@
 //! The kernel is `scan.cu`, its arithmetic `scan.h`. Both forms of this module offer the same two
 //! functions: whether the kernel applies, and what it answers.
 
-use candle_core::Tensor;
+use candle_core::{Result, Tensor};
 
-use super::{
-    Keys, Metric, Term,
-    bias::{Bias, geometry},
-};
+use super::{Bias, Keys, Metric, Term};
 
 #[cfg(not(feature = "cuda"))]
 mod disabled;
@@ -24,12 +21,12 @@ pub(super) use enabled::{applies, forward};
 pub(super) struct Places {
     /// `[batch, target, dim]`, as given.
     pub sites: Tensor,
-    /// The same as points of [`geometry`].
+    /// The same as points of [`super::bias::geometry`].
     #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     pub points: Tensor,
     /// `[batch, context, dim]`, as given.
     pub keys: Tensor,
-    /// The same as points of [`geometry`].
+    /// The same as points of [`super::bias::geometry`].
     #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     pub key_points: Tensor,
     /// `[batch, context]`, 1 = observed.
@@ -37,12 +34,13 @@ pub(super) struct Places {
 }
 
 impl Places {
-    pub fn new(sites: &Tensor, keys: &Keys, metric: Metric) -> crate::error::Result<Self> {
+    /// Sites as given and as points, and the points of the keys.
+    pub fn new([sites, points]: [&Tensor; 2], keys: &Keys, key_points: &Tensor) -> Result<Self> {
         Ok(Places {
             sites: sites.clone(),
-            points: geometry(sites, metric)?.contiguous()?,
+            points: points.contiguous()?,
             keys: keys.sites.clone(),
-            key_points: geometry(&keys.sites, metric)?.contiguous()?,
+            key_points: key_points.contiguous()?,
             mask: keys.mask.contiguous()?,
         })
     }
