@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 
 mod backward;
 pub mod bias;
+mod cuda;
 mod full;
 mod reader;
 mod scan;

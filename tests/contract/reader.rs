@@ -11,21 +11,21 @@ const CPU: Device = Device::Cpu;
 
 /// Sizes and kinds of a case.
 #[derive(Debug, Clone)]
-struct Shape {
-    batch: usize,
-    targets: usize,
-    context: usize,
-    heads: usize,
-    d: usize,
-    w: usize,
+pub struct Shape {
+    pub batch: usize,
+    pub targets: usize,
+    pub context: usize,
+    pub heads: usize,
+    pub d: usize,
+    pub w: usize,
     /// Size of queries and keys: scores are about its square.
-    size: f64,
+    pub size: f64,
     /// Sites are normal with this sd, around a few centres if `clumps`.
-    spread: f64,
-    clumps: bool,
+    pub spread: f64,
+    pub clumps: bool,
 }
 
-const USUAL: Shape = Shape {
+pub const USUAL: Shape = Shape {
     batch: 2,
     targets: 70,
     context: 150,
@@ -37,17 +37,17 @@ const USUAL: Shape = Shape {
     clumps: false,
 };
 
-struct Case {
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    asked: Tensor,
-    sites: Tensor,
-    mask: Tensor,
-    bias: Option<Bias>,
+pub struct Case {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+    pub asked: Tensor,
+    pub sites: Tensor,
+    pub mask: Tensor,
+    pub bias: Option<Bias>,
 }
 
-fn case(rng: &mut Stream, shape: &Shape, terms: &[(Term, [f64; 3])], metric: Metric) -> Case {
+pub fn case(rng: &mut Stream, shape: &Shape, terms: &[(Term, [f64; 3])], metric: Metric) -> Case {
     let s = shape.clone();
     let normal = |rng: &mut Stream, shape: &[usize], scale: f64| {
         let values: Vec<f64> =
@@ -96,12 +96,12 @@ fn case(rng: &mut Stream, shape: &Shape, terms: &[(Term, [f64; 3])], metric: Met
     }
 }
 
-fn single(x: &Tensor) -> Tensor {
+pub fn single(x: &Tensor) -> Tensor {
     x.to_dtype(DType::F32).unwrap()
 }
 
 impl Case {
-    fn reference(&self) -> Tensor {
+    pub fn reference(&self) -> Tensor {
         let keys = Keys::pack(&self.k, &self.v, &self.sites, &self.mask).unwrap();
         full(&self.q, &self.asked, &keys, self.bias.as_ref()).unwrap()
     }
@@ -119,7 +119,7 @@ impl Case {
 }
 
 /// Largest difference, as a share of the largest value.
-fn gap(a: &Tensor, b: &Tensor) -> f64 {
+pub fn gap(a: &Tensor, b: &Tensor) -> f64 {
     let host = |x: &Tensor| {
         x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap()
     };
@@ -132,7 +132,7 @@ fn gap(a: &Tensor, b: &Tensor) -> f64 {
     }) / top
 }
 
-const BIASES: &[&[(Term, [f64; 3])]] = &[
+pub const BIASES: &[&[(Term, [f64; 3])]] = &[
     &[],
     &[(Term::Rbf, [1.0, 2.0, 0.0])],
     &[(Term::Rbf, [3.0, 30.0, 0.0]), (Term::Sink, [0.5, 0.0, 0.0])],
@@ -193,16 +193,23 @@ const EXTREMES: [(&str, Scores); 8] = [
 
 /// Scores as high as 80 and as low as −10,000, side by side and one after the other: the running
 /// maximum must be raised late, by much, and often.
-#[test]
-fn extreme_scores_are_read_like_any_other() {
+pub fn extreme() -> Vec<(&'static str, Case)> {
     let mut rng = Stream::new(12, "reader", 0);
     let shape = Shape { batch: 1, heads: 1, d: 1, w: 3, targets: 40, context: 400, ..USUAL };
-    for (name, score) in EXTREMES {
+    let of = |(name, score): (&'static str, Scores)| {
         let mut case = case(&mut rng, &shape, &[], Metric::Euclidean);
         // d = 1 and queries of 1: the score of key j is the key itself.
         let k: Vec<f64> = (0..400).map(|j| f64::from(score(j) as f32)).collect();
         case.k = Tensor::from_vec(k, (1, 400, 1, 1), &CPU).unwrap();
         case.q = case.q.ones_like().unwrap();
+        (name, case)
+    };
+    EXTREMES.map(of).into()
+}
+
+#[test]
+fn extreme_scores_are_read_like_any_other() {
+    for (name, case) in extreme() {
         let found = gap(&case.read(&case.reader(Reading::default())), &case.reference());
         assert!(found < 2e-6, "{name}: {found:e}");
     }
