@@ -18,7 +18,9 @@ use super::{
     settings,
 };
 use crate::{
-    attention::{Bias, CHUNK, Keys, Metric, Precision, Reader, Reading, Start, Term, full, scan, scan_joined},
+    attention::{
+        Bias, CHUNK, Keys, Metric, Precision, Reader, Reading, Start, Term, full, scan, scan_joined,
+    },
     error::{Error, Result},
     fused::{
         self, Host,
