@@ -6,10 +6,10 @@
 #   scripts/gpu-check.sh pack     here: builds the bundle (out/gpu; BUNDLE names another folder)
 #   scripts/gpu-check.sh          there: contract tests on the GPU, then benches; JSON in OUT/gpu-check.json
 #
-# The bundle is the command and the contract tests with the feature `cuda`, stripped (as the
-# profile says) and compressed; more than
-# 60 MiB is refused. There it needs a driver of the 580 series or later, and cuBLAS and cuRAND of CUDA 13
-# or 12, which PyTorch or a toolkit brings (LD_LIBRARY_PATH, where they are not found).
+# The bundle is the command and the contract tests with the feature `cuda`, stripped (as the profile
+# says) and compressed; more than 60 MiB is refused. There it needs a driver of the 580 series or later,
+# and cuBLAS and cuRAND of CUDA 13 or 12, which PyTorch or a toolkit brings (LD_LIBRARY_PATH, where they
+# are not found).
 # Exit code: 0 if the tests passed and every bench answered.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
