@@ -6,9 +6,10 @@
 #   scripts/gpu-check.sh pack     here: builds the bundle (out/gpu; BUNDLE names another folder)
 #   scripts/gpu-check.sh          there: contract tests on the GPU, then benches; JSON in OUT/gpu-check.json
 #
-# The bundle is the command and the contract tests with the feature `cuda`, both stripped; more than
-# 60 MiB is refused. There it needs a driver of the 580 series or later, and cuBLAS and cuRAND of CUDA 13
-# or 12, which PyTorch or a toolkit brings (LD_LIBRARY_PATH, where they are not found).
+# The bundle is the command and the contract tests with the feature `cuda`, stripped (as the profile
+# says) and compressed; more than 60 MiB is refused. There it needs a driver of the 580 series or later,
+# and cuBLAS and cuRAND of CUDA 13 or 12, which PyTorch or a toolkit brings (LD_LIBRARY_PATH, where they
+# are not found).
 # Exit code: 0 if the tests passed and every bench answered.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,9 +22,8 @@ pack() {
     tests="$(scripts/build-cuda.sh test --no-default-features --no-run --test contract_models \
         --message-format=json | sed -n '/"name":"contract_models"/s/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)"
     mkdir -p "$bundle"
-    install "${CARGO_TARGET_DIR:-target/cuda}/release/isopleth" "$bundle/isopleth"
-    install "$tests" "$bundle/contract"
-    strip "$bundle/isopleth" "$bundle/contract"
+    gzip -c "${CARGO_TARGET_DIR:-target/cuda}/release/isopleth" > "$bundle/isopleth.gz"
+    gzip -c "$tests" > "$bundle/contract.gz"
     local size
     size="$(du -sk "$bundle" | cut -f1)"
     [ "$size" -le $((60 * 1024)) ] || { echo "error: the bundle takes $size KiB; 60 MiB is the most" >&2; exit 1; }
@@ -36,11 +36,17 @@ if [ "${1:-}" = pack ]; then
 fi
 [ $# = 0 ] || { echo "error: scripts/gpu-check.sh [pack]" >&2; exit 2; }
 for file in isopleth contract; do
-    [ -x "$bundle/$file" ] || { echo "error: there is no $bundle/$file; make it with scripts/gpu-check.sh pack, and carry it here" >&2; exit 2; }
+    [ -e "$bundle/$file.gz" ] || { echo "error: there is no $bundle/$file.gz; make it with scripts/gpu-check.sh pack, and carry it here" >&2; exit 2; }
 done
 
 out="${OUT:-out}"
 mkdir -p "$out"
+programs="$(mktemp -d)"
+trap 'rm -rf "$programs"' EXIT
+for file in isopleth contract; do
+    gzip -dc "$bundle/$file.gz" > "$programs/$file"
+    chmod +x "$programs/$file"
+done
 export ISOPLETH_GPU=1 # tests fail where they would be skipped
 
 # cuBLAS and cuRAND, where the loader does not find them by itself.
@@ -59,7 +65,7 @@ quoted() { printf '"%s"' "$(printf '%s' "$1" | tr -d '\000-\037' | sed 's/\\/\\\
 echo "== contract tests"
 start=$SECONDS
 tests=0
-"$bundle/contract" cuda::on_a_gpu --test-threads 1 2>&1 | tee "$out/contract.log" || tests=$?
+"$programs/contract" cuda::on_a_gpu --test-threads 1 2>&1 | tee "$out/contract.log" || tests=$?
 test_seconds=$((SECONDS - start))
 counts="$(sed -n 's/^test result: .* \([0-9]*\) passed; \([0-9]*\) failed.*/{"passed": \1, "failed": \2}/p' "$out/contract.log" | tail -n 1)"
 
@@ -68,7 +74,7 @@ benches=() failed=0
 bench() {
     echo "== bench $*"
     local code=0 peak=0 now pid
-    timeout "${LIMIT:-120}" "$bundle/isopleth" bench "$@" --device cuda --json > "$out/bench.json" 2> "$out/bench.err" &
+    timeout "${LIMIT:-120}" "$programs/isopleth" bench "$@" --device cuda --json > "$out/bench.json" 2> "$out/bench.err" &
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do
         now="$(ask memory.used)"
@@ -98,7 +104,7 @@ bench train-step --batch 32 --fused
 {
     printf '{\n'
     printf '  "date": %s,\n' "$(quoted "$(date -u +%Y-%m-%dT%H:%M:%SZ)")"
-    printf '  "version": %s,\n' "$(quoted "$("$bundle/isopleth" --version)")"
+    printf '  "version": %s,\n' "$(quoted "$("$programs/isopleth" --version)")"
     printf '  "card": %s,\n' "$(quoted "$(ask name)")"
     printf '  "driver": %s,\n' "$(quoted "$(ask driver_version)")"
     printf '  "card_memory_before_mib": %s,\n' "$(quoted "$before")"

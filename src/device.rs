@@ -12,8 +12,10 @@ pub fn open(name: &str) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::Cpu),
         "cuda" if cfg!(feature = "cuda") => Device::new_cuda(0).map_err(|e| {
+            // What follows the first line is where in candle it happened.
+            let reason = e.to_string();
             Error::input("no CUDA device can be used")
-                .fact("reason", e)
+                .fact("reason", reason.lines().next().unwrap_or_default())
                 .try_this("check the driver with nvidia-smi, or use --device cpu")
         }),
         "cuda" => Err(Error::input("this build has no CUDA")
