@@ -61,6 +61,7 @@ fn build(
 ) -> Result<Box<dyn Process + Send + Sync>> {
     let config: Config = settings(table)?;
     config.head.check()?;
+    problem.reads_exactly("cnp")?;
     let hidden = vec![config.width; config.depth];
     let widths = |first: usize, last: usize| [&[first], hidden.as_slice(), &[last]].concat();
     let mut scope = params.scope();

@@ -34,6 +34,19 @@ impl Problem {
     pub fn new(dim: usize, likelihood: &'static dyn Likelihood) -> Self {
         Problem { dim, likelihood, reading: Reading::default() }
     }
+
+    /// Refuses ways of reading a context that a model would pass over in silence.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if any but the exact way is asked for.
+    pub(crate) fn reads_exactly(&self, model: &str) -> Result<()> {
+        if self.reading == Reading::default() {
+            return Ok(());
+        }
+        Err(Error::input("this model does not read its sites one by one: there is nothing to leave out or to round")
+            .fact("model", model)
+            .try_this("leave --lose and --precision out, or use a model of kind tnp-kr"))
+    }
 }
 
 /// Builds a model from its `[model]` table.

@@ -225,6 +225,14 @@ impl TnpKr {
     /// [`Error::Input`] for settings that make no network.
     pub fn new(config: Config, kind: Kind, problem: Problem, params: &mut Params) -> Result<Self> {
         config.head.check()?;
+        match kind {
+            Kind::Dka => problem.reads_exactly("tnp-kr-dka")?,
+            Kind::Full => problem.reads_exactly("tnp-kr-full")?,
+            Kind::Scan if config.published_start => {
+                problem.reads_exactly("tnp-kr with published_start")?;
+            }
+            Kind::Scan => {}
+        }
         if let Some([wide, narrow]) = config.bias_reach
             && !(narrow > 0.0 && wide >= narrow && wide.is_finite())
         {

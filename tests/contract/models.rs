@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::LazyLock};
 use candle_core::{DType, Device, Tensor};
 use isopleth::{
     Observations, Of, Predictive, Process, Result, Sites, Stream,
-    attention::Term,
+    attention::{Reading, Term},
     checkpoint::{Card, Checkpoint, FORMAT},
     likelihood::{LIKELIHOODS, Likelihood},
     model::{self, Entry, MODELS, Problem, params::Params},
@@ -458,6 +458,17 @@ fn a_checkpoint_reopens_to_equal_output() -> Result<()> {
         assert_eq!(gap(&before, &after), 0.0, "{name}");
         Ok(())
     })
+}
+
+/// A way of reading is followed or refused, never passed over.
+#[test]
+fn models_that_read_no_sites_refuse_to_leave_some_out() {
+    let reading = Reading { lose: 1e-3, ..Reading::default() };
+    for entry in MODELS {
+        let problem = Problem { reading, ..Problem::new(2, LIKELIHOODS[0]) };
+        let built = (entry.build)(&table(entry), problem, &mut fresh(1));
+        assert_eq!(built.is_ok(), entry.name == "tnp-kr", "{}", entry.name);
+    }
 }
 
 #[test]
