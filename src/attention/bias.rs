@@ -442,23 +442,6 @@ pub fn squared_distances(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 simd::vectorised! {
-    /// `out[j] = |s − keys[j]|²` for one target `s` and keys stored dimension by dimension.
-    pub fn distances_to(s: &[f32], keys: &[f32], stride: usize, out: &mut [f32]) {
-        let n = out.len();
-        let first = &keys[..n];
-        for (o, &k) in out.iter_mut().zip(first) {
-            *o = (s[0] - k) * (s[0] - k);
-        }
-        for (dim, &s) in s.iter().enumerate().skip(1) {
-            let column = &keys[dim * stride..dim * stride + n];
-            for (o, &k) in out.iter_mut().zip(column) {
-                *o = (s - k).mul_add(s - k, *o);
-            }
-        }
-    }
-}
-
-simd::vectorised! {
     /// Squared great-circle distances from squared chords of the unit sphere, in place.
     pub fn arcs(d2: &mut [f32]) {
         for d2 in d2 {

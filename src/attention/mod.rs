@@ -1,7 +1,6 @@
 //! Attention over a context: one signature, several ways to compute it.
 
 use candle_core::Tensor;
-use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -18,16 +17,6 @@ pub use full::full;
 pub use reader::{Precision, Reader, Reading, Tally};
 pub(crate) use scan::scan_joined;
 pub use scan::{CHUNK, Start, scan};
-
-/// How softmax attention is computed. All give the same answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Softmax {
-    /// The whole score matrix at once: the reference.
-    Full,
-    /// Chunk by chunk, never holding the score matrix.
-    Scan,
-}
 
 /// The context as attention sees it: keys and values packed side by side, sites and mask.
 #[derive(Debug, Clone)]
