@@ -286,6 +286,11 @@ impl Radial {
     pub fn sink(&self, head: usize) -> Option<f64> {
         self.heads[head].iter().find(|(term, _)| *term == Term::Sink).map(|(_, p)| p[0])
     }
+
+    /// Score of every head's sink, if heads have one.
+    pub(super) fn sinks(&self) -> Option<Vec<f32>> {
+        (0..self.heads.len()).map(|head| Some(self.sink(head)? as f32)).collect()
+    }
 }
 
 impl Bias {

@@ -184,8 +184,7 @@ impl Reader {
         };
         // A little farther than the support: rounding may not cut off what still has weight.
         let reach2 = of(&|b, h| (b.support_straight(h) * 1.000_001).powi(2), f32::INFINITY).into();
-        let sink = bias.as_ref().and_then(|b| (0..heads).map(|h| b.sink(h)).collect());
-        let sink = sink.map(|s: Vec<f64>| s.into_iter().map(|s| s as f32).collect());
+        let sink = bias.as_ref().and_then(Radial::sinks).map(Vec::into);
         Ok(Reader {
             rows,
             shape,
@@ -338,13 +337,11 @@ impl Reader {
         let tabled = Arc::new(match &self.bias {
             None => Tabled { reach, table: None, highest: vec![0.0; heads] },
             Some(radial) => {
-                let longest = radial.metric.distance(reach);
-                let highest = |h: usize| (highest_from(radial, h, 0.0, longest) * LOG2_E) as f32;
                 let tabulated = || Table::new(heads, reach, |h, x| radial.at_straight(h, x));
                 Tabled {
                     reach,
                     table: if self.bumps.is_some() { None } else { tabulated() },
-                    highest: (0..heads).map(|h| highest(h) + 1e-3).collect(),
+                    highest: highest(radial, reach),
                 }
             }
         });
@@ -421,8 +418,19 @@ fn faded(radial: &Radial, head: usize) -> Option<f32> {
     Some((far * far * 1.000_001) as f32)
 }
 
+/// No less than the bias of each head on straight lines up to `reach`, powers of two.
+pub(super) fn highest(radial: &Radial, reach: f64) -> Vec<f32> {
+    let to = radial.metric.distance(reach);
+    (0..radial.heads.len()).map(|head| rounded_up(highest_from(radial, head, 0.0, to))).collect()
+}
+
+/// A bias in powers of two, with room for the rounding of those that it bounds.
+fn rounded_up(bias: f64) -> f32 {
+    (bias * LOG2_E) as f32 + 1e-3
+}
+
 /// No less than the bias of `head` anywhere from distance `from` to `to`.
-pub(super) fn highest_from(radial: &Radial, head: usize, from: f64, to: f64) -> f64 {
+fn highest_from(radial: &Radial, head: usize, from: f64, to: f64) -> f64 {
     // Every family rises or falls all the way, save a bump at a distance of its own.
     let most = |(term, p): &(Term, [f64; 3])| {
         let ends = term.value(*p, from).max(term.value(*p, to));
@@ -455,7 +463,7 @@ impl Envelope {
                 let (metric, far) = (bias.metric, 2f64.powi(20));
                 let far = if metric == Metric::GreatCircle { 2.0 } else { far };
                 let (from, to) = (metric.distance(f64::from(least)), metric.distance(far));
-                *cell = (highest_from(bias, head, from.min(to), to) * LOG2_E) as f32 + 1e-3;
+                *cell = rounded_up(highest_from(bias, head, from.min(to), to));
             }
         }
         Envelope { cells }

@@ -1,9 +1,9 @@
 //! Scan attention: an online softmax over chunks of keys, so that no score matrix is ever held.
 //!
 //! Source: Milakov & Gimelshein (2018), arXiv:1805.02867; the biased form is Jenson et al.,
-//! arXiv:2506.09163. The backward pass recomputes the scores from the saved log-sum.
+//! arXiv:2506.09163. The backward pass recomputes the weights from saved tops and inverse weights.
 
-use std::{f64::consts::LOG2_E, sync::OnceLock};
+use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CudaStorage, Layout, Result as CandleResult, Shape, Tensor, Var};
 use rayon::prelude::*;
@@ -14,7 +14,7 @@ use super::{
     bias::{arcs, geometry},
     cuda,
     full::{biased, hide},
-    reader::{bumps, highest_from, terms},
+    reader::{bumps, highest, terms},
 };
 use crate::{
     error::Result,
@@ -112,7 +112,6 @@ pub(crate) fn scan_joined(
         sites: points,
         columns,
         hidden: mask.iter().map(|m| *m == 0.0).collect(),
-        sink: bias.and_then(Bias::sink),
         metric,
         marks: OnceLock::new(),
         on_device,
@@ -186,8 +185,6 @@ struct Scan {
     columns: Vec<f32>,
     /// `[batch, context]`
     hidden: Vec<bool>,
-    /// Which term is the sink.
-    sink: Option<usize>,
     metric: Metric,
     /// `[batch, target, 2 · head]`: tops and inverse weights, for the gradient.
     marks: OnceLock<Vec<f32>>,
@@ -249,12 +246,7 @@ impl Scan {
         let (bumps, terms) = (bumps(radial), terms(radial));
         let compact = self.terms.contains(&Term::Wendland);
         let reach = extent(columns.chunks(context.max(1)), sites, dim);
-        let reach = self.metric.distance(reach);
-        let highest: Vec<f32> = (0..heads)
-            .map(|h| (highest_from(radial, h, 0.0, reach) * LOG2_E) as f32 + 1e-3)
-            .collect();
-        let sink: Option<Vec<f32>> =
-            self.sink.map(|_| (0..heads).filter_map(|h| Some(radial.sink(h)? as f32)).collect());
+        let (highest, sink) = (highest(radial, reach), radial.sinks());
         let job = Job {
             keys: &keys,
             bias: match &bumps {
@@ -283,9 +275,7 @@ impl Scan {
                 }
             });
     }
-}
 
-impl Scan {
     /// The gradient by way of [`composed`].
     fn composed_gradient(
         &self,
@@ -436,7 +426,6 @@ mod tests {
             sites: Vec::new(),
             columns: Vec::new(),
             hidden: Vec::new(),
-            sink: Some(1),
             metric,
             marks: OnceLock::new(),
             on_device: None,

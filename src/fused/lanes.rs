@@ -835,8 +835,7 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
-/// `acc[r][c] += Σₖ a[r + k·a_step] · b[k·b_step + c·N …]`: the register tile that all matrix
-/// products here are made of. Lanes run along `b`.
+/// [`product`] with the values of `a` for one step side by side.
 ///
 /// # Safety
 /// `a` is valid for `(depth − 1)·a_step + R` values, `b` for `(depth − 1)·b_step + C·N`.
@@ -850,21 +849,39 @@ pub unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
     acc: &mut [[L::F; C]; R],
 ) {
     // SAFETY: the caller's contract.
+    unsafe { product::<L, R, C>(depth, a, [1, a_step], b, b_step, acc) }
+}
+
+/// `acc[r][c] += Σₖ a[r·row + k·step] · b[k·b_step + c·N …]`: the register tile that all matrix
+/// products here are made of. Lanes run along `b`.
+///
+/// # Safety
+/// `a` is valid at every place named, `b` for `(depth − 1)·b_step + C·N` values.
+#[inline(always)]
+pub unsafe fn product<L: Lanes, const R: usize, const C: usize>(
+    depth: usize,
+    a: *const f32,
+    [row, a_step]: [usize; 2],
+    b: *const f32,
+    b_step: usize,
+    acc: &mut [[L::F; C]; R],
+) {
+    // SAFETY: the caller's contract.
     unsafe {
         let (mut a, mut b) = (a, b);
         let mut left = depth;
         // Four steps to a turn: a short loop's end is hard to foresee.
         while left >= 4 {
-            step::<L, R, C>(a, b, acc);
-            step::<L, R, C>(a.add(a_step), b.add(b_step), acc);
-            step::<L, R, C>(a.add(2 * a_step), b.add(2 * b_step), acc);
-            step::<L, R, C>(a.add(3 * a_step), b.add(3 * b_step), acc);
+            step::<L, R, C>(a, row, b, acc);
+            step::<L, R, C>(a.add(a_step), row, b.add(b_step), acc);
+            step::<L, R, C>(a.add(2 * a_step), row, b.add(2 * b_step), acc);
+            step::<L, R, C>(a.add(3 * a_step), row, b.add(3 * b_step), acc);
             a = a.wrapping_add(4 * a_step);
             b = b.wrapping_add(4 * b_step);
             left -= 4;
         }
         while left > 0 {
-            step::<L, R, C>(a, b, acc);
+            step::<L, R, C>(a, row, b, acc);
             a = a.wrapping_add(a_step);
             b = b.wrapping_add(b_step);
             left -= 1;
@@ -872,10 +889,11 @@ pub unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
     }
 }
 
-/// One step of [`tile`].
+/// One step of [`product`].
 #[inline(always)]
 unsafe fn step<L: Lanes, const R: usize, const C: usize>(
     a: *const f32,
+    row: usize,
     b: *const f32,
     acc: &mut [[L::F; C]; R],
 ) {
@@ -885,9 +903,9 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize>(
         for (c, value) in column.iter_mut().enumerate() {
             *value = L::load(b.add(c * L::N));
         }
-        for (r, row) in acc.iter_mut().enumerate() {
-            let x = L::splat(*a.add(r));
-            for (value, y) in row.iter_mut().zip(&column) {
+        for (r, sums) in acc.iter_mut().enumerate() {
+            let x = L::splat(*a.add(r * row));
+            for (value, y) in sums.iter_mut().zip(&column) {
                 *value = L::fma(x, *y, *value);
             }
         }

@@ -413,10 +413,24 @@ unsafe fn chunk<L: Lanes, const R: usize, const C: usize, const U: usize, const 
             let (k, v) = (tile.k.as_ptr().add(from * dp), tile.v.as_ptr().add(from * wp));
             for r in (0..count).step_by(R) {
                 let mut acc = [[L::splat(0.0); C]; R];
-                across::<L, R, C>(tile.d, k.add(r * dp), dp, tile.qt.as_ptr(), lanes, &mut acc);
+                lanes::product::<L, R, C>(
+                    tile.d,
+                    k.add(r * dp),
+                    [dp, 1],
+                    tile.qt.as_ptr(),
+                    lanes,
+                    &mut acc,
+                );
                 store::<L, R, C>(&acc, p.add(r * lanes), lanes);
                 let mut acc = [[L::splat(0.0); C]; R];
-                across::<L, R, C>(tile.w, v.add(r * wp), wp, tile.gt.as_ptr(), lanes, &mut acc);
+                lanes::product::<L, R, C>(
+                    tile.w,
+                    v.add(r * wp),
+                    [wp, 1],
+                    tile.gt.as_ptr(),
+                    lanes,
+                    &mut acc,
+                );
                 store::<L, R, C>(&acc, ds.add(r * lanes), lanes);
             }
             let vectors = count * C;
@@ -761,7 +775,7 @@ unsafe fn part<L: Lanes, const R: usize, const C: usize, const ACROSS: bool>(
             }
         }
         if ACROSS {
-            across::<L, R, C>(depth, a, a_step, b, b_step, &mut acc);
+            lanes::product::<L, R, C>(depth, a, [a_step, 1], b, b_step, &mut acc);
         } else {
             lanes::tile::<L, R, C>(depth, a, a_step, b, b_step, &mut acc);
         }
@@ -784,61 +798,6 @@ unsafe fn store<L: Lanes, const R: usize, const C: usize>(
         for (r, row) in acc.iter().enumerate() {
             for (c, x) in row.iter().enumerate() {
                 L::store(to.add(r * step + c * L::N), *x);
-            }
-        }
-    }
-}
-
-/// [`lanes::tile`] with the other layout of `a`: `acc[r][c] += Σₖ a[r·a_row + k] · b[k·b_step + c·N …]`.
-///
-/// # Safety
-/// `a` is valid for `(R − 1)·a_row + depth` values, `b` for `(depth − 1)·b_step + C·N`.
-#[inline(always)]
-unsafe fn across<L: Lanes, const R: usize, const C: usize>(
-    depth: usize,
-    a: *const f32,
-    a_row: usize,
-    b: *const f32,
-    b_step: usize,
-    acc: &mut [[L::F; C]; R],
-) {
-    // SAFETY: the caller's contract.
-    unsafe {
-        let whole = depth - depth % 4;
-        // Four steps to a turn: a short loop's end is hard to foresee.
-        for k in (0..whole).step_by(4) {
-            step::<L, R, C>(a.add(k), a_row, b.add(k * b_step), acc);
-            step::<L, R, C>(a.add(k + 1), a_row, b.add((k + 1) * b_step), acc);
-            step::<L, R, C>(a.add(k + 2), a_row, b.add((k + 2) * b_step), acc);
-            step::<L, R, C>(a.add(k + 3), a_row, b.add((k + 3) * b_step), acc);
-        }
-        for k in whole..depth {
-            step::<L, R, C>(a.add(k), a_row, b.add(k * b_step), acc);
-        }
-    }
-}
-
-/// One step of [`across`].
-///
-/// # Safety
-/// As there.
-#[inline(always)]
-unsafe fn step<L: Lanes, const R: usize, const C: usize>(
-    a: *const f32,
-    a_row: usize,
-    b: *const f32,
-    acc: &mut [[L::F; C]; R],
-) {
-    // SAFETY: the caller's contract.
-    unsafe {
-        let mut column = [L::splat(0.0); C];
-        for (c, value) in column.iter_mut().enumerate() {
-            *value = L::load(b.add(c * L::N));
-        }
-        for (r, row) in acc.iter_mut().enumerate() {
-            let x = L::splat(*a.add(r * a_row));
-            for (value, y) in row.iter_mut().zip(&column) {
-                *value = L::fma(x, *y, *value);
             }
         }
     }
