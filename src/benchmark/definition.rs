@@ -189,7 +189,13 @@ impl Definition {
     ///
     /// # Errors
     /// [`Error::Input`] for tables that make no recipe.
-    pub fn recipe(&self, task: &str, name: &str, model: &Model) -> Result<Recipe> {
+    pub fn recipe(
+        &self,
+        task: &str,
+        name: &str,
+        model: &Model,
+        steps: Option<u64>,
+    ) -> Result<Recipe> {
         let mut tables = self.tables(&Evaluation {
             name: String::new(),
             prior: toml::Table::new(),
@@ -200,13 +206,21 @@ impl Definition {
             let mut head = toml::Table::new();
             head.insert("components".into(), 1.into());
             head.insert("nugget".into(), (self.reward()? == Reward::Both).into());
-            head.insert("floor".into(), self.floor(name).into());
             let own = table.get("head").and_then(|h| h.as_table()).cloned().unwrap_or_default();
-            table.insert("head".into(), merged(&head, &own).into());
+            let mut head = merged(&head, &own);
+            // The protocol's, whatever the model's table says: scores compare models, not floors.
+            head.insert("floor".into(), self.floor(name).into());
+            table.insert("head".into(), head.into());
         }
         let mut train = merged(&self.train, &model.train);
         // Cells run side by side, one part each, so that their number never changes a result.
         train.insert("parts".into(), 1.into());
+        let protocol = settings::parse_table::<train::Settings>("[train]", &train)?.steps;
+        let steps = steps.unwrap_or(protocol);
+        let every = (steps / 10).clamp(1, 500);
+        for (key, value) in [("steps", steps), ("validate_every", every), ("checkpoint_every", every)] {
+            train.insert(key.into(), (value as i64).into());
+        }
         tables.insert("name".into(), format!("{task}: {name}").into());
         let what = match self.reward()? {
             Reward::Surface => "the surface",

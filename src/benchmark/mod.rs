@@ -16,18 +16,21 @@ use candle_core::Device;
 use crate::{
     checkpoint::{Card, Checkpoint},
     error::{Error, Result},
+    process::Process,
     recipe::Recipe,
     registry::Named,
     task::Tasks,
     train, whole,
 };
 
+mod clusters;
 mod definition;
 mod pictures;
 mod score;
 mod table;
 
 pub use definition::{Definition, model, models};
+use clusters::Agreement;
 use definition::{Evaluation, Model};
 use score::{Fixed, Mean, Scores};
 
@@ -131,6 +134,8 @@ struct Trained {
     steps: u64,
     /// Scores by evaluation and task.
     scores: Vec<Vec<Scores>>,
+    /// By evaluation: how its task embedding tells classes apart, where it has one and they are some.
+    agreement: Vec<Option<Agreement>>,
 }
 
 /// All seeds of one model.
@@ -181,7 +186,9 @@ pub fn run(options: &Options, tell: &(dyn Fn(String) + Sync)) -> Result<String> 
         tell(format!("scoring {} (seed {})", cell.model, cell.seed));
         let process = checkpoint.process(&Device::Cpu)?;
         let scores = drawn.iter().map(|d| d.fixed.meet(&*process)).collect::<Result<_>>()?;
-        let trained = Trained { card: checkpoint.card, steps: cell.steps, scores };
+        let agreement =
+            drawn.iter().map(|d| told_apart(&d.fixed, &*process)).collect::<Result<_>>()?;
+        let trained = Trained { card: checkpoint.card, steps: cell.steps, scores, agreement };
         match entrants.last_mut().filter(|e| e.name == cell.model) {
             Some(entrant) => entrant.seeds.push(trained),
             None => entrants.push(Entrant {
@@ -196,6 +203,7 @@ pub fn run(options: &Options, tell: &(dyn Fn(String) + Sync)) -> Result<String> 
     let markdown = table::markdown(options, &definition, &drawn, &entrants)?;
     whole::write_bytes(&options.out.join("table.md"), markdown.as_bytes())?;
     pictures::sizes(&options.out.join("sizes.png"), options.task, &drawn, &entrants)?;
+    pictures::clusters(&options.out.join("clusters.png"), options.task, &drawn, &entrants)?;
     let posteriors = options.out.join("posteriors.png");
     pictures::posteriors(&posteriors, options.task, &definition, &cells)?;
     let leaks = leaks(&drawn, &entrants);
@@ -209,6 +217,13 @@ pub fn run(options: &Options, tell: &(dyn Fn(String) + Sync)) -> Result<String> 
         error = error.fact(who, gap);
     }
     Err(error.try_this("look for a leak of targets into the context"))
+}
+
+/// How a process's task embedding tells the classes of an evaluation apart.
+fn told_apart(fixed: &Fixed, process: &(dyn Process + Send + Sync)) -> Result<Option<Agreement>> {
+    let Some((names, class)) = fixed.classes() else { return Ok(None) };
+    let Some(embedding) = fixed.embed(process)? else { return Ok(None) };
+    Ok(Some(clusters::agreement(&embedding, &class, names.len())?))
 }
 
 /// Tasks are drawn one by one: those that share a kernel would not be independent.
@@ -226,14 +241,14 @@ fn cells(options: &Options, definition: &Definition, names: &[String]) -> Result
     let mut cells = Vec::new();
     for name in names {
         let model: Model = model(name)?;
-        let recipe = definition.recipe(options.task.name, name, &model)?;
+        let recipe = definition.recipe(options.task.name, name, &model, options.steps)?;
         let settings: train::Settings = recipe.settings("train")?;
         for seed in 1..=options.seeds.max(1) {
             let cell = Cell {
                 model: name.clone(),
                 seed,
                 recipe: recipe.clone(),
-                steps: options.steps.unwrap_or(settings.steps),
+                steps: settings.steps,
                 out: folder.join(format!("{name}-{seed}.safetensors")),
             };
             if cell.out.exists() && !options.resume {
@@ -376,3 +391,6 @@ fn gaps(fixed: &Fixed, scores: &[Scores], floor: f64) -> Vec<(&'static str, Mean
 pub fn usual_folder(task: &Task) -> PathBuf {
     Path::new("out").join("benchmark").join(task.name)
 }
+
+#[cfg(test)]
+mod tests;

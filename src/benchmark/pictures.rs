@@ -53,6 +53,33 @@ pub fn sizes(path: &Path, task: &Task, drawn: &[Drawn], entrants: &[Entrant]) ->
     curves::save(&title, task.about(), &legend, &charts, (3, [380, 280]), path)
 }
 
+/// Task embeddings of the first seed of each model that has one, along their principal components.
+pub fn clusters(path: &Path, task: &Task, drawn: &[Drawn], entrants: &[Entrant]) -> Result<()> {
+    let (mut charts, mut legend) = (Vec::new(), Vec::new());
+    for (e, drawn) in drawn.iter().enumerate() {
+        let Some((names, class)) = drawn.fixed.classes() else { continue };
+        legend = names.iter().enumerate().map(|(k, name)| (name.to_string(), k + 1)).collect();
+        for entrant in entrants {
+            let Some(found) = &entrant.seeds[0].agreement[e] else { continue };
+            let right = found.right.iter().filter(|r| **r).count() as f64;
+            charts.push(Chart {
+                caption: entrant.name.clone(),
+                across: "first component".into(),
+                up: format!("probe {:.2}", right / found.right.len() as f64),
+                // Enough to see the shape of a cloud.
+                dots: found.plane.iter().zip(&class).take(600).map(|(p, c)| (*p, c + 1)).collect(),
+                ..Chart::default()
+            });
+        }
+    }
+    if charts.is_empty() {
+        return Ok(());
+    }
+    let title = format!("{}: task embeddings, by class", task.name);
+    let line = "Principal components of what the first seed makes of each context";
+    curves::save(&title, line, &legend, &charts, (3, [320, 300]), path)
+}
+
 /// Contexts shown, as shares of the range of sizes.
 const SHARES: [f64; 3] = [0.1, 0.4, 0.9];
 /// Places that a posterior is drawn at.

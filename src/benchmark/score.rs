@@ -23,7 +23,7 @@ pub const LEVELS: [f64; 19] = [
     0.9, 0.95,
 ];
 /// Tasks that are drawn with the same sizes.
-pub const ROWS: usize = 8;
+pub const ROWS: usize = 4;
 /// Evaluation tasks are the same for every model and seed, and training sees none of them.
 const SEED: u64 = 0xbe9c_4a11;
 
@@ -83,6 +83,20 @@ pub struct Fixed {
     floored: BTreeMap<u64, Vec<f64>>,
 }
 
+/// Context sites of batch `i`: spread evenly over the range of the design, where it is one range with
+/// equal chances, for much of a score depends on the size; otherwise drawn.
+fn size(tasks: &Tasks, i: usize) -> usize {
+    // Multiples of the golden section fill [0, 1) evenly at any time.
+    const GOLDEN: f64 = 0.618_033_988_749_894_9;
+    match &tasks.design().context[..] {
+        [one] if one.uniform => {
+            let span = (one.sites[1] - one.sites[0] + 1) as f64;
+            one.sites[0] + (((i as f64 + 0.5) * GOLDEN).fract() * span) as usize
+        }
+        _ => tasks.design().size(&mut Stream::new(SEED, "size", i as u64)),
+    }
+}
+
 fn values(x: &Tensor, row: usize) -> Result<Vec<f64>> {
     Ok(x.narrow(0, row, 1)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?)
 }
@@ -97,7 +111,7 @@ impl Fixed {
         let batches: Vec<Batch> = (0..count.div_ceil(ROWS))
             .into_par_iter()
             .map(|i| {
-                let context = tasks.design().size(&mut Stream::new(SEED, "size", i as u64));
+                let context = size(tasks, i);
                 tasks.batch(SEED, i as u64, ROWS.min(count - i * ROWS), context)
             })
             .collect::<Result<_>>()?;
@@ -129,6 +143,12 @@ impl Fixed {
     /// Batch and row of every task.
     fn rows(&self) -> Vec<(&Batch, usize)> {
         self.batches.iter().flat_map(|b| (0..b.rules.len()).map(move |row| (b, row))).collect()
+    }
+
+    /// The tasks, batch by batch.
+    #[cfg(test)]
+    pub fn tasks(&self) -> impl Iterator<Item = &crate::sites::Task> {
+        self.batches.iter().map(|b| &b.task)
     }
 
     fn truth<'a>(&self, batch: &'a Batch) -> &'a Tensor {
@@ -210,6 +230,35 @@ impl Fixed {
             })
             .collect::<Result<_>>()?;
         Ok(parts.into_iter().flatten().collect())
+    }
+}
+
+impl Fixed {
+    /// The embedding of every task, `[task][width]`; nothing if the process has none.
+    ///
+    /// # Errors
+    /// Those of the process.
+    pub fn embed(&self, process: &(dyn Process + Send + Sync)) -> Result<Option<Vec<Vec<f64>>>> {
+        let parts: Vec<Option<Vec<Vec<f64>>>> = self
+            .batches
+            .par_iter()
+            .map(|batch| {
+                let embedding = process.condition(&batch.task.context)?.embedding()?;
+                Ok(embedding.map(|e| e.to_dtype(DType::F64)?.to_vec2::<f64>()).transpose()?)
+            })
+            .collect::<Result<_>>()?;
+        Ok(parts.into_iter().collect::<Option<Vec<_>>>().map(|parts| parts.concat()))
+    }
+
+    /// The classes there are, and the one of each task; nothing with fewer than two.
+    pub fn classes(&self) -> Option<(Vec<Arc<str>>, Vec<usize>)> {
+        let own: Vec<Arc<str>> = self.facts.iter().map(|f| f.class.clone()).collect::<Option<_>>()?;
+        let mut names = own.clone();
+        names.sort();
+        names.dedup();
+        let place = |c: &Arc<str>| names.binary_search(c).expect("one of them");
+        let class = own.iter().map(place).collect();
+        (names.len() > 1).then_some((names, class))
     }
 }
 

@@ -97,8 +97,8 @@ pub fn markdown(
     let _ = writeln!(
         w,
         "Foretold is {reward}; {asked}. *Pointwise* is the log density at each target alone, *joint* that of all targets \
-         together, both in nats per target, higher is better, in f64. ± is a standard error over tasks; tasks drawn with the \
-         same sizes count as one. The *true process* is told the kernel of every task; no model is. *Floor* is the least sd \
+         together, both in nats per target, higher is better, in f64. ± is a standard error over tasks; those drawn with the \
+         same sizes count as one, and sizes are spread evenly, so it is rather too large. The *true process* is told the kernel of every task; no model is. *Floor* is the least sd \
          that a head can say; the ceiling that applies to it is the true process with its sd raised to that floor.\n"
     );
     for (e, drawn) in drawn.iter().enumerate() {
@@ -106,6 +106,7 @@ pub fn markdown(
         let _ = writeln!(w, "## {}, {} tasks\n", drawn.name, fixed.facts.len());
         scores(w, definition, drawn, e, entrants);
         breakdown(w, definition, drawn, e, entrants);
+        told_apart(w, definition, drawn, e, entrants);
     }
     let _ = writeln!(w, "## Trainings\n");
     head(
@@ -338,6 +339,54 @@ fn breakdown(
     for entrant in entrants {
         let told = |label: &str| published(definition, label, &entrant.name);
         line(entrant.name.clone(), &told, &|i| over_seeds(entrant, e, i, |s| s.pointwise));
+    }
+    let _ = writeln!(w);
+}
+
+/// How task embeddings tell classes apart, where models have one.
+fn told_apart(
+    w: &mut String,
+    definition: &Definition,
+    drawn: &Drawn,
+    e: usize,
+    entrants: &[Entrant],
+) {
+    let fixed = &drawn.fixed;
+    let told: Vec<&Entrant> =
+        entrants.iter().filter(|x| x.seeds.iter().any(|t| t.agreement[e].is_some())).collect();
+    let Some((names, _)) = fixed.classes().filter(|_| !told.is_empty()) else { return };
+    let bins = bins(fixed);
+    let _ = writeln!(
+        w,
+        "Task embeddings: k-means with {} clusters against the classes, and the share of held-out tasks that a linear \
+         probe puts right; chance {}, told by the true law: {}.\n",
+        names.len(),
+        number(1.0 / names.len() as f64),
+        reference(definition, &drawn.name, &["probe"]),
+    );
+    let labels: Vec<String> = bins.iter().map(|[a, b]| format!("probe, {a}–{b} sites")).collect();
+    let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
+    head(w, &[&["model", "seed", "NMI", "ARI", "probe"], labels.as_slice(), &["published"]].concat());
+    for entrant in told {
+        for trained in &entrant.seeds {
+            let Some(found) = &trained.agreement[e] else { continue };
+            let right = |chosen: &dyn Fn(usize) -> bool| {
+                with_error(mean(fixed, chosen, &|i| f64::from(found.right[i])))
+            };
+            let inside = bins.iter().map(|[low, high]| {
+                right(&|i| (*low..=*high).contains(&fixed.facts[i].context))
+            });
+            let mut cells = vec![
+                entrant.name.clone(),
+                trained.card.seed.to_string(),
+                number(found.nmi),
+                number(found.ari),
+                right(&|_| true),
+            ];
+            cells.extend(inside);
+            cells.push(published(definition, &drawn.name, &entrant.name));
+            row(w, &cells);
+        }
     }
     let _ = writeln!(w);
 }

@@ -111,6 +111,10 @@ impl Process for Cnp {
 }
 
 impl Posterior for Conditioned<'_> {
+    fn embedding(&self) -> Result<Option<Tensor>> {
+        Ok(Some(self.summary.squeeze(1)?))
+    }
+
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let summary = spread(&self.summary, targets.len())?; // [batch, target, width]
         let raw = self.model.decode.forward(&Tensor::cat(&[&summary, &targets.s], 2)?)?;

@@ -178,8 +178,8 @@ impl Chart {
             mark(canvas, place(*at), 3.0, Some(colour(*number)));
         }
         canvas.frame(left, top, size[0], size[1]);
-        let at = (left as i32, top as i32 - 8);
-        canvas.text(&self.caption, at, 14.0, INK, HPos::Left, VPos::Bottom)?;
+        let at = (left as i32, top as i32 - 13);
+        canvas.text(&self.caption, at, 14.0, INK, HPos::Left, VPos::Center)?;
         self.axes(canvas, [left, top], size, (sides, ends))
     }
 
@@ -213,8 +213,8 @@ impl Chart {
         }
         let at = ((left + size[0]) as i32, bottom as i32 + 24);
         canvas.text(&self.across, at, 12.0, GREY, HPos::Right, VPos::Top)?;
-        let at = ((left + size[0]) as i32, top as i32 - 8);
-        canvas.text(&self.up, at, 12.0, GREY, HPos::Right, VPos::Bottom)?;
+        let at = ((left + size[0]) as i32, top as i32 - 12);
+        canvas.text(&self.up, at, 12.0, GREY, HPos::Right, VPos::Center)?;
         Ok(())
     }
 }
