@@ -68,9 +68,8 @@ fn k_means(points: &[Vec<f64>], k: usize, restarts: u64) -> Vec<usize> {
         let mut rng = Stream::new(0, "k-means", restart);
         let mut centres = vec![points[rng.below(points.len())].clone()];
         while centres.len() < k {
-            let far = |p: &Vec<f64>| {
-                centres.iter().map(|c| apart(p, c)).fold(f64::INFINITY, f64::min)
-            };
+            let far =
+                |p: &Vec<f64>| centres.iter().map(|c| apart(p, c)).fold(f64::INFINITY, f64::min);
             let weight: Vec<f64> = points.iter().map(far).collect();
             let mut left = rng.unit() * weight.iter().sum::<f64>();
             let chosen = weight.iter().position(|w| {
@@ -133,9 +132,8 @@ fn margins(counts: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
 fn nmi(a: &[usize], b: &[usize]) -> f64 {
     let (counts, n) = (table(a, b), a.len() as f64);
     let (rows, columns) = margins(&counts);
-    let entropy = |m: &[f64]| -> f64 {
-        m.iter().filter(|c| **c > 0.0).map(|c| -c / n * (c / n).ln()).sum()
-    };
+    let entropy =
+        |m: &[f64]| -> f64 { m.iter().filter(|c| **c > 0.0).map(|c| -c / n * (c / n).ln()).sum() };
     let mut shared = 0.0;
     for (i, row) in counts.iter().enumerate() {
         for (j, count) in row.iter().enumerate().filter(|(_, c)| **c > 0.0) {
@@ -232,8 +230,7 @@ fn probe(points: &[Vec<f64>], class: &[usize], classes: usize) -> Result<Vec<boo
 /// Points along their first two principal components, by power iteration.
 fn plane(points: &[Vec<f64>]) -> Vec<[f64; 2]> {
     let (n, width) = (points.len() as f64, points[0].len());
-    let mean: Vec<f64> =
-        (0..width).map(|d| points.iter().map(|p| p[d]).sum::<f64>() / n).collect();
+    let mean: Vec<f64> = (0..width).map(|d| points.iter().map(|p| p[d]).sum::<f64>() / n).collect();
     let mut rest: Vec<Vec<f64>> =
         points.iter().map(|p| p.iter().zip(&mean).map(|(x, m)| x - m).collect()).collect();
     let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };

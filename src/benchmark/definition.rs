@@ -218,7 +218,9 @@ impl Definition {
         let protocol = settings::parse_table::<train::Settings>("[train]", &train)?.steps;
         let steps = steps.unwrap_or(protocol);
         let every = (steps / 10).clamp(1, 500);
-        for (key, value) in [("steps", steps), ("validate_every", every), ("checkpoint_every", every)] {
+        for (key, value) in
+            [("steps", steps), ("validate_every", every), ("checkpoint_every", every)]
+        {
             train.insert(key.into(), (value as i64).into());
         }
         tables.insert("name".into(), format!("{task}: {name}").into());

@@ -29,8 +29,8 @@ mod pictures;
 mod score;
 mod table;
 
-pub use definition::{Definition, model, models};
 use clusters::Agreement;
+pub use definition::{Definition, model, models};
 use definition::{Evaluation, Model};
 use score::{Fixed, Mean, Scores};
 

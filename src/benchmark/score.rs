@@ -252,7 +252,8 @@ impl Fixed {
 
     /// The classes there are, and the one of each task; nothing with fewer than two.
     pub fn classes(&self) -> Option<(Vec<Arc<str>>, Vec<usize>)> {
-        let own: Vec<Arc<str>> = self.facts.iter().map(|f| f.class.clone()).collect::<Option<_>>()?;
+        let own: Vec<Arc<str>> =
+            self.facts.iter().map(|f| f.class.clone()).collect::<Option<_>>()?;
         let mut names = own.clone();
         names.sort();
         names.dedup();

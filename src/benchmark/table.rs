@@ -366,16 +366,19 @@ fn told_apart(
     );
     let labels: Vec<String> = bins.iter().map(|[a, b]| format!("probe, {a}–{b} sites")).collect();
     let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
-    head(w, &[&["model", "seed", "NMI", "ARI", "probe"], labels.as_slice(), &["published"]].concat());
+    head(
+        w,
+        &[&["model", "seed", "NMI", "ARI", "probe"], labels.as_slice(), &["published"]].concat(),
+    );
     for entrant in told {
         for trained in &entrant.seeds {
             let Some(found) = &trained.agreement[e] else { continue };
             let right = |chosen: &dyn Fn(usize) -> bool| {
                 with_error(mean(fixed, chosen, &|i| f64::from(found.right[i])))
             };
-            let inside = bins.iter().map(|[low, high]| {
-                right(&|i| (*low..=*high).contains(&fixed.facts[i].context))
-            });
+            let inside = bins
+                .iter()
+                .map(|[low, high]| right(&|i| (*low..=*high).contains(&fixed.facts[i].context)));
             let mut cells = vec![
                 entrant.name.clone(),
                 trained.card.seed.to_string(),

@@ -4,11 +4,7 @@
 use candle_core::Tensor;
 
 use super::*;
-use crate::{
-    Of, Predictive, Sites,
-    process::Posterior,
-    sites::Observations,
-};
+use crate::{Of, Predictive, Sites, process::Posterior, sites::Observations};
 
 #[test]
 fn every_model_trains_on_every_task_by_its_own_name() -> Result<()> {
@@ -66,7 +62,15 @@ fn drawn(task: &str, count: usize, floors: &[f64]) -> Result<Vec<(Definition, St
 /// The reference computed these with a program of its own.
 #[test]
 fn the_true_process_scores_what_the_reference_says() -> Result<()> {
-    for task in ["gp-a", "gp-b-eq", "gp-b-noisy-mixture", "gp-c-weakly-periodic", "gp-r-eq", "gp-d-periodic", "tnp-kr-matern"] {
+    for task in [
+        "gp-a",
+        "gp-b-eq",
+        "gp-b-noisy-mixture",
+        "gp-c-weakly-periodic",
+        "gp-r-eq",
+        "gp-d-periodic",
+        "tnp-kr-matern",
+    ] {
         for (definition, name, fixed) in drawn(task, 400, &[0.1])? {
             let own = |value: &dyn Fn(usize) -> f64| table::mean(&fixed, &|_| true, value);
             let floored = fixed.ceiling(0.1);

@@ -2,8 +2,6 @@
 
 use std::{fs, path::Path, process::Command, time::Duration};
 
-use super::*;
-
 fn benchmark(out: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_isopleth"));
     command.args(["benchmark", "gp-a", "--models", "cnp", "--tasks", "32", "--out"]);
@@ -79,8 +77,7 @@ fn tasks_and_models_are_listed_and_slips_are_named() {
     let listed = String::from_utf8(run.stdout).unwrap();
     assert!(listed.contains("  gp-a ") && listed.contains("  tnp-kr-dka "), "{listed}");
     let slip = |args: &[&str]| {
-        let run =
-            Command::new(env!("CARGO_BIN_EXE_isopleth")).arg("benchmark").args(args).output();
+        let run = Command::new(env!("CARGO_BIN_EXE_isopleth")).arg("benchmark").args(args).output();
         String::from_utf8(run.unwrap().stderr).unwrap()
     };
     assert!(slip(&["gp-q"]).contains("gp-"));
