@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::{
     Cell, Definition, Drawn, Entrant, Task,
@@ -132,9 +132,10 @@ pub fn posteriors(path: &Path, task: &Task, definition: &Definition, cells: &[Ce
         Ok(Some(chart(&*gp.condition(&batch.task.context)?, batch, of, &at)?))
     })?;
     for cell in cells.iter().filter(|c| c.seed == 1) {
-        let process = Checkpoint::open(&cell.out)?.process(&Device::Cpu)?;
-        row(&cell.model, &|batch| {
-            Ok(Some(chart(&*process.condition(&batch.task.context)?, batch, of, &at)?))
+        cell.ask(&Checkpoint::open(&cell.out)?, |process| {
+            row(&cell.model, &|batch| {
+                Ok(Some(chart(&*process.condition(&batch.task.context)?, batch, of, &at)?))
+            })
         })?;
     }
     let title = format!("{}: posteriors of the first seed", task.name);

@@ -10,7 +10,7 @@ use crate::{
     registry::{self, Named},
 };
 
-/// Train models on a published protocol and score them beside the true process (for speed: `bench`)
+/// Train models on a published protocol and score them by the truth (for speed: `bench`)
 #[derive(clap::Args)]
 pub struct Args {
     /// Task; the list of them when left out
