@@ -181,7 +181,8 @@ pub fn objective(
         (None, Some(divergence)) => (fit.mean(D::Minus1)? - divergence)?,
         (None, None) => fit.mean(D::Minus1)?,
     };
-    Ok(Objective { loss: (value.mean_all()? / -(targets.max(1) as f64))?, measured })
+    let loss = (value.mean_all()? / -(targets.max(1) as f64))?;
+    Ok(Objective { loss, measured, surrogate: false })
 }
 
 /// Weights that add up to 1 over the last axis.

@@ -13,7 +13,7 @@ use super::{
     layer::{Activation, Chain, Mlp},
     multihead::{Cache, MultiHead, Scale},
     params::{Init, Scope},
-    pool::{self, Pool, at_least_one, features, joined},
+    pool::{self, Pool, at_least_one, features},
 };
 use crate::{
     error::{Error, Result},
@@ -185,7 +185,7 @@ impl Paths {
         let Some(targets) = targets else {
             return Ok((Normal::from_raw(&latent.pool.of(features_seen, sites, mask)?)?, None));
         };
-        let all = joined(context, targets)?;
+        let all = context.and(targets)?;
         let of_all = Tensor::cat(&[features_seen, &features(likelihood, targets)?], 1)?;
         let hidden = Tensor::cat(&[mask, &targets.mask.zeros_like()?], 1)?;
         let [prior, posterior] = match latent.pool.of_each(&of_all, &[&hidden, &all.mask])? {

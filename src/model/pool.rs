@@ -154,15 +154,3 @@ pub(crate) fn at_least_one(seen: &Observations) -> Result<Observations> {
     some.sites.x = seen.sites.x.as_ref().map(one).transpose()?;
     Ok(some)
 }
-
-/// Both sets as one, `a` first.
-pub(crate) fn joined(a: &Observations, b: &Observations) -> Result<Observations> {
-    let both = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 1);
-    let mut all = a.clone();
-    all.sites.s = both(&a.sites.s, &b.sites.s)?;
-    (all.y, all.mask) = (both(&a.y, &b.y)?, both(&a.mask, &b.mask)?);
-    if let (Some(x), Some(y)) = (&a.trials, &b.trials) {
-        all.trials = Some(both(x, y)?);
-    }
-    Ok(all)
-}
