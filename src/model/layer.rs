@@ -33,6 +33,13 @@ impl Dense {
         })
     }
 
+    /// [`Dense::new`] whose bias is 0 for ever.
+    pub fn unbiased(scope: &mut Scope, inputs: usize, outputs: usize, init: &Init) -> Result<Self> {
+        let weight = scope.get("weight", &[inputs, outputs], init)?;
+        let bias = Tensor::zeros(outputs, weight.dtype(), weight.device())?;
+        Ok(Dense { weight, bias, packed: OnceLock::new() })
+    }
+
     /// `[…, inputs]` → `[…, outputs]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Chain::new(x).dense(self).run()

@@ -14,7 +14,9 @@ pub mod cnp;
 pub mod head;
 pub mod layer;
 pub mod params;
+pub mod tnp;
 pub mod tnp_kr;
+pub mod transformer;
 
 use params::Params;
 
@@ -67,7 +69,7 @@ pub struct Entry {
 }
 
 /// Every model.
-pub const MODELS: &[Entry] = &[cnp::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
+pub const MODELS: &[Entry] = &[cnp::ENTRY, tnp::D, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
 
 impl Named for Entry {
     fn name(&self) -> &str {
