@@ -21,11 +21,13 @@ pub mod matrix;
 pub mod mlp;
 pub mod simd;
 pub(crate) mod softmax;
+mod softmax_first;
 pub(crate) mod softmax_gradient;
 
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use softmax_first::softmax_first;
 
 /// Whether the fused operations apply: f32 on the CPU, and nobody asked for the [`plain`] ones.
 pub fn applies(x: &Tensor) -> bool {

@@ -83,7 +83,7 @@ fn build(
 
 /// The mean over observed sites: `x` `[batch, site, w]`, `mask` `[batch, site]` → `[batch, 1, w]`,
 /// 0 where nothing was observed.
-fn masked_mean(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+pub(crate) fn masked_mean(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let mask = mask.unsqueeze(2)?;
     let sum = x.broadcast_mul(&mask)?.sum_keepdim(1)?;
     Ok(sum.broadcast_div(&mask.sum_keepdim(1)?.maximum(1.0)?)?)

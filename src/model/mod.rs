@@ -11,8 +11,11 @@ use crate::{
 };
 
 pub mod cnp;
+pub mod gnp;
 pub mod head;
+pub mod joint;
 pub mod layer;
+pub mod lbanp;
 pub mod params;
 pub mod tnp;
 pub mod tnp_kr;
@@ -69,7 +72,17 @@ pub struct Entry {
 }
 
 /// Every model.
-pub const MODELS: &[Entry] = &[cnp::ENTRY, tnp::D, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
+pub const MODELS: &[Entry] = &[
+    cnp::ENTRY,
+    gnp::ENTRY,
+    lbanp::ENTRY,
+    tnp::D,
+    tnp::A,
+    tnp::ND,
+    tnp_kr::SCAN,
+    tnp_kr::DKA,
+    tnp_kr::FULL,
+];
 
 impl Named for Entry {
     fn name(&self) -> &str {
