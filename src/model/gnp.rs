@@ -265,7 +265,11 @@ impl Process for Gnp {
         _rng: &mut Stream,
     ) -> Result<Option<Objective>> {
         let joint = self.absorb(&task.context)?.gaussian(&task.target.sites)?;
-        Ok(Some(Objective { loss: joint.loss(task, reward)?, measured: Vec::new() }))
+        Ok(Some(Objective {
+            loss: joint.loss(task, reward)?,
+            measured: Vec::new(),
+            surrogate: false,
+        }))
     }
 
     fn memory(&self, sites: usize) -> Memory {

@@ -421,7 +421,7 @@ impl Process for Tnp {
             }
             _ => return Ok(None),
         };
-        Ok(Some(Objective { loss, measured: Vec::new() }))
+        Ok(Some(Objective { loss, measured: Vec::new(), surrogate: false }))
     }
 
     fn memory(&self, sites: usize) -> Memory {
