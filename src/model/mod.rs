@@ -11,6 +11,8 @@ use crate::{
 };
 
 pub mod cnp;
+pub mod conv;
+pub mod convcnp;
 pub mod head;
 pub mod layer;
 pub mod params;
@@ -67,7 +69,7 @@ pub struct Entry {
 }
 
 /// Every model.
-pub const MODELS: &[Entry] = &[cnp::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
+pub const MODELS: &[Entry] = &[cnp::ENTRY, convcnp::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
 
 impl Named for Entry {
     fn name(&self) -> &str {
