@@ -275,7 +275,8 @@ impl Row<'_> {
             if self.dim > 1 {
                 gather(field, columns, corner, &along.slope, &across.weight, &mut sum);
             }
-            total += sum.iter().zip(values).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+            total +=
+                sum.iter().zip(values).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
         });
         total
     }

@@ -649,8 +649,9 @@ fn set_convolutions_equal_the_sum_over_all_cells() -> Result<()> {
                 ),
             ];
             for (name, [rows, columns], [there, back]) in cases {
-                let values = normal(&mut rng, &[2, 4, channels], 1.0);
-                let field = normal(&mut rng, &[2, rows, columns, channels], 1.0);
+                // All of one sign: the gradient of ln ℓ is one sum, which must not cancel.
+                let values = normal(&mut rng, &[2, 4, channels], 1.0).abs()?;
+                let field = normal(&mut rng, &[2, rows, columns, channels], 1.0).abs()?;
                 let name = format!("{name}, {channels} channels, ln ℓ = {log_length}");
                 let inputs = [values.clone(), log_length.clone()];
                 check(&format!("to {name}"), there, &inputs, &field)?;
