@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Entry, Problem,
     cnp::masked_mean,
+    convcnp,
     joint::{Covariance, Joint, Outputs},
     layer::{Activation, Chain, Dense, Mlp, Norm},
     params::{Init, Params, Scope},
@@ -44,6 +45,8 @@ pub enum Kind {
     Cnp,
     /// Attention of each target to the context.
     Attention,
+    /// A convolutional network over a raster, as in a [`convcnp`].
+    Convcnp,
 }
 
 /// Settings of a [`Gnp`].
@@ -58,12 +61,14 @@ pub struct Config {
     pub rank: usize,
     /// Hidden width.
     pub width: usize,
-    /// Hidden layers of encoder and decoder.
+    /// Hidden layers of encoder and decoder; without any, a decoder is one linear layer.
     pub depth: usize,
     /// Attention heads, which divide the width.
     pub heads: usize,
     /// Whether observation and surface differ.
     pub nugget: bool,
+    /// The raster and its network, for that back end; the head in there plays no part.
+    pub convcnp: convcnp::Config,
 }
 
 impl Default for Config {
@@ -76,6 +81,7 @@ impl Default for Config {
             depth: 3,
             heads: 8,
             nugget: true,
+            convcnp: convcnp::Config::default(),
         }
     }
 }
@@ -97,7 +103,7 @@ fn build(
     let config: Config = settings(table)?;
     problem.reads_exactly("gnp")?;
     let Config { width, depth, rank, heads, covariance, nugget, .. } = config;
-    check_sizes(&[("width", width), ("depth", depth), ("rank", rank), ("heads", heads)])?;
+    check_sizes(&[("width", width), ("rank", rank), ("heads", heads)])?;
     if config.backend == Kind::Attention {
         check_heads(width, heads)?;
     }
@@ -113,6 +119,7 @@ fn build(
 enum Backend {
     Cnp { encode: Mlp, dim: usize },
     Attention(Box<Attention>),
+    Convcnp(Box<convcnp::Backbone>),
 }
 
 /// A context, ready to give features at any target.
@@ -120,6 +127,7 @@ enum Encoded {
     /// `[batch, 1, width]`
     Mean(Tensor),
     Keys(Keys),
+    Raster(convcnp::Encoded),
 }
 
 struct Attention {
@@ -138,6 +146,10 @@ struct Attention {
 
 impl Backend {
     fn new(scope: &mut Scope, c: &Config, problem: Problem) -> Result<Self> {
+        if c.backend == Kind::Convcnp {
+            let backbone = convcnp::Backbone::new(scope, &c.convcnp, &problem)?;
+            return Ok(Backend::Convcnp(Box::new(backbone)));
+        }
         let seen = problem.dim + problem.likelihood.width();
         let mlp = |scope: &mut Scope, name: &str, first: usize| {
             let widths = [vec![first], vec![c.width; c.depth + 1]].concat();
@@ -176,6 +188,7 @@ impl Backend {
         match self {
             Backend::Cnp { encode, dim } => encode.outputs() + dim,
             Backend::Attention(a) => a.residual.outputs(),
+            Backend::Convcnp(backbone) => backbone.width(),
         }
     }
 
@@ -187,6 +200,7 @@ impl Backend {
                 Ok(Encoded::Mean(masked_mean(&encode.forward(&tokens)?, &context.mask)?))
             }
             Backend::Attention(a) => Ok(Encoded::Keys(a.keys(context, &tokens)?)),
+            Backend::Convcnp(backbone) => Ok(Encoded::Raster(backbone.encode(context)?)),
         }
     }
 
@@ -194,6 +208,9 @@ impl Backend {
     fn at(&self, encoded: &Encoded, targets: &Sites) -> Result<Tensor> {
         match (self, encoded) {
             (Backend::Attention(a), Encoded::Keys(keys)) => a.read(&targets.s, keys),
+            (Backend::Convcnp(backbone), Encoded::Raster(field)) => {
+                backbone.features(field, targets)
+            }
             (_, Encoded::Mean(mean)) => {
                 Ok(Tensor::cat(&[&spread(mean, targets.len())?, &targets.s], 2)?)
             }
@@ -274,9 +291,13 @@ impl Process for Gnp {
 
     fn memory(&self, sites: usize) -> Memory {
         let each = 4 * (5 * self.width + 3 * self.outputs.count() + 16);
-        let held = match self.backend {
+        let held = match &self.backend {
             Backend::Cnp { .. } => 4 * self.width,
             Backend::Attention(_) => 4 * sites * (2 * self.width + 4),
+            Backend::Convcnp(backbone) => {
+                let memory = backbone.memory(sites);
+                return Memory { target: memory.target + each, ..memory };
+            }
         };
         Memory { conditioning: held + sites * each, held, target: each + 256 }
     }

@@ -11,6 +11,8 @@ use crate::{
 };
 
 pub mod cnp;
+pub mod conv;
+pub mod convcnp;
 pub mod gnp;
 pub mod head;
 pub mod joint;
@@ -74,6 +76,7 @@ pub struct Entry {
 /// Every model.
 pub const MODELS: &[Entry] = &[
     cnp::ENTRY,
+    convcnp::ENTRY,
     gnp::ENTRY,
     lbanp::ENTRY,
     tnp::D,
@@ -81,6 +84,7 @@ pub const MODELS: &[Entry] = &[
     tnp::ND,
     tnp_kr::SCAN,
     tnp_kr::DKA,
+    tnp_kr::PERFORMER,
     tnp_kr::FULL,
 ];
 

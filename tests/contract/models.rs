@@ -61,7 +61,10 @@ static BACKENDS: LazyLock<Vec<(String, Entry)>> = LazyLock::new(|| {
         let name = format!("gnp, {backend}, {covariance}");
         (name, Entry { about: "", tiny: tiny.leak(), ..*base })
     };
-    vec![with("cnp", "linear"), with("attention", "linear")]
+    let raster = "\nconvcnp = { points_per_unit = 4, width = 4, kernel = 3, network = 'unet', levels = 2, margin = 0.5 }";
+    let (name, entry) = with("convcnp", "linear");
+    let entry = Entry { tiny: format!("{}{raster}", entry.tiny).leak(), ..entry };
+    vec![with("cnp", "linear"), with("attention", "linear"), (name, entry)]
 });
 
 /// The biased model at the size it calls tiny, with one term, or great circles.
