@@ -3,7 +3,7 @@
 //! Source: Markou et al. (2022), arXiv:2203.08775; back ends as in Bruinsma et al. (2021),
 //! arXiv:2101.03606, and the `neuralprocesses` package. Departures: mean in place of sum pooling,
 //! so that contexts larger than any in training are read; variances are exponentials; linear
-//! features are divided by the root of their number.
+//! features are divided by the root of their number; GELU where they have ReLU.
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -111,7 +111,7 @@ fn build(
     let mut scope = params.scope();
     let backend = Backend::new(&mut scope.at("backend"), &config, problem)?;
     let widths = [vec![backend.features()], vec![width; depth], vec![outputs.count()]].concat();
-    let decode = Mlp::new(&mut scope.at("decode"), &widths, Activation::Relu, &Init::LeCun)?;
+    let decode = Mlp::new(&mut scope.at("decode"), &widths, Activation::Gelu, &Init::LeCun)?;
     Ok(Box::new(Gnp { backend, decode, outputs, likelihood: problem.likelihood, width }))
 }
 
@@ -153,7 +153,7 @@ impl Backend {
         let seen = problem.dim + problem.likelihood.width();
         let mlp = |scope: &mut Scope, name: &str, first: usize| {
             let widths = [vec![first], vec![c.width; c.depth + 1]].concat();
-            Mlp::new(&mut scope.at(name), &widths, Activation::Relu, &Init::LeCun)
+            Mlp::new(&mut scope.at(name), &widths, Activation::Gelu, &Init::LeCun)
         };
         if c.backend == Kind::Cnp {
             return Ok(Backend::Cnp { encode: mlp(scope, "encode", seen)?, dim: problem.dim });
@@ -175,7 +175,7 @@ impl Backend {
             feed_forward: Mlp::new(
                 &mut scope.at("feed_forward"),
                 &[c.width; 3],
-                Activation::Relu,
+                Activation::Gelu,
                 &Init::LeCun,
             )?,
             after: Norm::new(&mut scope.at("after"), c.width)?,

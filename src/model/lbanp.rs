@@ -33,7 +33,7 @@ pub const ENTRY: Entry = Entry {
     about: "latent bottlenecked attentive NP: targets read a few latents (Feng et al. 2023, arXiv:2211.08458)",
     build,
     joint: false,
-    tiny: "width = 8\nlatents = 3\nblocks = 2\nheads = 2\nfeed_forward = 8\nembed = [8]\nhead_widths = [8]",
+    tiny: "width = 8\nlatents = 3\nblocks = 2\nheads = 2\nfeed_forward = 8\nembed = [8]\nhead_widths = [8]\nactivation = \"gelu\"",
 };
 
 /// Settings; the defaults are the published sizes.
@@ -50,6 +50,8 @@ pub struct Config {
     pub heads: usize,
     /// Features between the feed-forward layers, and as many gates.
     pub feed_forward: usize,
+    /// What stands between the dense layers of embeddings and head.
+    pub activation: Activation,
     /// Hidden widths of the embeddings of context and targets.
     pub embed: Vec<usize>,
     /// Hidden widths of the head.
@@ -66,6 +68,7 @@ impl Default for Config {
             blocks: 6,
             heads: 4,
             feed_forward: 128,
+            activation: Activation::Relu,
             embed: vec![64; 3],
             head_widths: vec![128],
             head: Head { scale: Scale::Exp, ..Head::default() },
@@ -105,7 +108,7 @@ fn build(
     let mut scope = params.scope();
     let mut mlp = |name: &str, first: usize, hidden: &[usize], last: usize| {
         let widths = [&[first], hidden, &[last]].concat();
-        Mlp::new(&mut scope.at(name), &widths, Activation::Relu, &Init::LeCun)
+        Mlp::new(&mut scope.at(name), &widths, config.activation, &Init::LeCun)
     };
     let observation = problem.dim + problem.likelihood.width();
     let embed = mlp("embed", observation, &config.embed, config.width)?;

@@ -56,12 +56,13 @@ pub const ND: Entry = Entry {
     about: "transformer neural process with a joint covariance (Nguyen & Grover 2022, arXiv:2207.04179)",
     build: build_nd,
     joint: true,
-    tiny: "width = 8\nblocks = 2\nheads = 2\nfeed_forward = 8\nembed = [8]\nhead_widths = [8]\nrank = 3\n\
+    tiny: "width = 8\nblocks = 2\nheads = 2\nfeed_forward = 8\nembed = [8]\nhead_widths = [8]\n\
+        activation = \"gelu\"\nrank = 3\n\
         covariance_blocks = 1\ncovariance_widths = [8]",
 };
 
-const TINY: &str =
-    "width = 8\nblocks = 2\nheads = 2\nfeed_forward = 8\nembed = [8]\nhead_widths = [8]";
+const TINY: &str = "width = 8\nblocks = 2\nheads = 2\nfeed_forward = 8\nembed = [8]\n\
+    head_widths = [8]\nactivation = \"gelu\"";
 
 /// Settings; the defaults are the published sizes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -75,6 +76,8 @@ pub struct Config {
     pub heads: usize,
     /// Features between the feed-forward layers of a block.
     pub feed_forward: usize,
+    /// What stands between dense layers.
+    pub activation: Activation,
     /// Hidden widths of the embedding.
     pub embed: Vec<usize>,
     /// Hidden widths of the head.
@@ -102,6 +105,7 @@ impl Default for Config {
             blocks: 6,
             heads: 4,
             feed_forward: 128,
+            activation: Activation::Relu,
             embed: vec![64; 3],
             head_widths: vec![128],
             flag: true,
@@ -195,7 +199,7 @@ impl Tnp {
         let mut scope = params.scope();
         let mut mlp = |name: &str, first: usize, hidden: &[usize], last: usize| {
             let widths = [&[first], hidden, &[last]].concat();
-            Mlp::new(&mut scope.at(name), &widths, Activation::Relu, &Init::LeCun)
+            Mlp::new(&mut scope.at(name), &widths, config.activation, &Init::LeCun)
         };
         let embed = mlp("embed", token, &config.embed, config.width)?;
         let decode = mlp("head", config.width, &config.head_widths, outputs)?;
@@ -206,7 +210,13 @@ impl Tnp {
         let mut blocks = |name: &str, count: usize| {
             let block = |i: usize| {
                 let mut scope = scope.at(&format!("{name}.{i}"));
-                Block::new(&mut scope, config.width, config.heads, config.feed_forward)
+                Block::new(
+                    &mut scope,
+                    config.width,
+                    config.heads,
+                    config.feed_forward,
+                    config.activation,
+                )
             };
             (0..count).map(block).collect::<Result<Vec<_>>>()
         };

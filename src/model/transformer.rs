@@ -1,7 +1,6 @@
 //! Multi-head attention between tokens, and the blocks of stock transformers.
 //!
-//! Source: Vaswani et al. (2017), arXiv:1706.03762: a norm after each addition, ReLU between the
-//! feed-forward layers. Nothing here knows of distance; [`super::tnp_kr`] has the kind that does.
+//! Source: Vaswani et al. (2017), arXiv:1706.03762: a norm after each addition. Nothing here knows of distance; [`super::tnp_kr`] has the kind that does.
 
 use candle_core::Tensor;
 
@@ -94,15 +93,21 @@ pub struct Block {
 }
 
 impl Block {
-    /// Over tokens of `width`, with `feed_forward` features between the last two layers.
-    pub fn new(scope: &mut Scope, width: usize, heads: usize, feed_forward: usize) -> Result<Self> {
+    /// Over tokens of `width`, with `feed_forward` features and `activation` between the last two layers.
+    pub fn new(
+        scope: &mut Scope,
+        width: usize,
+        heads: usize,
+        feed_forward: usize,
+        activation: Activation,
+    ) -> Result<Self> {
         Ok(Block {
             attention: MultiHead::new(&mut scope.at("attention"), width, heads, true)?,
             between: Norm::new(&mut scope.at("between"), width)?,
             feed_forward: Mlp::new(
                 &mut scope.at("feed_forward"),
                 &[width, feed_forward, width],
-                Activation::Relu,
+                activation,
                 &Init::LeCun,
             )?,
             after: Norm::new(&mut scope.at("after"), width)?,
