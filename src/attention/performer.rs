@@ -117,7 +117,7 @@ mod tests {
         let mask = Tensor::from_vec(mask, (2, 9), &Device::Cpu)?;
         let nowhere = |n: usize| Tensor::zeros((2, n, 1), DType::F64, &Device::Cpu);
         let truth = full(&q, &nowhere(5)?, &Keys::pack(&k, &v, &nowhere(9)?, &mask)?, None)?;
-        let mut off = |features: usize| -> Result<f64> {
+        let off = |features: usize| -> Result<f64> {
             let mut rng = Stream::new(2, "features", 0);
             let performer = Performer::new(4, features, false, &mut rng, &Device::Cpu, DType::F64)?;
             let read = performer.read(&q, &performer.sum(&k, &v, &mask)?)?;

@@ -2,7 +2,7 @@
 //!
 //! Source: Markou et al. (2022), arXiv:2203.08775; back ends as in Bruinsma et al. (2021),
 //! arXiv:2101.03606, and the `neuralprocesses` package. Departures: mean in place of sum pooling,
-//! so that contexts larger than any in training are read; variances are exponentials; linear
+//! so that contexts larger than any in training are read; variances are exponentials;
 //! features are divided by the root of their number; GELU where they have ReLU.
 
 use candle_core::Tensor;

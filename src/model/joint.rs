@@ -66,18 +66,18 @@ impl Outputs {
         2 + self.rank + kvv + usize::from(self.nugget)
     }
 
-    /// Raw outputs `[batch, target, count]` to a Gaussian. Variances are exponentials; features of
-    /// the linear kind are divided by the root of their number.
+    /// Raw outputs `[batch, target, count]` to a Gaussian. Variances and v are exponentials; features
+    /// are divided by the root of their number, so that likeness starts neither at 0 nor at 1.
     pub fn joint(&self, link: Link, raw: &Tensor) -> Result<Joint> {
         let mut at = 1 + self.rank;
         let mut next = || -> Result<Tensor> {
             at += 1;
             Scale::Exp.positive(&raw.narrow(2, at - 1, 1)?.squeeze(2)?)
         };
-        let features = raw.narrow(2, 1, self.rank)?;
-        let (features, scale) = match self.covariance {
-            Covariance::Linear => ((features / (self.rank as f64).sqrt())?, None),
-            Covariance::Kvv => (features, Some(next()?)),
+        let features = (raw.narrow(2, 1, self.rank)? / (self.rank as f64).sqrt())?;
+        let scale = match self.covariance {
+            Covariance::Linear => None,
+            Covariance::Kvv => Some(next()?),
         };
         let own = next()?;
         let nugget = if self.nugget { Some(next()?) } else { None };

@@ -8,9 +8,10 @@
 //!
 //! Three ways to answer several targets. `tnp-d`: each alone. `tnp-a`: one after the other, each told
 //! what those before it were; one target alone is as in `tnp-d`. `tnp-nd`: a joint Gaussian whose
-//! covariance comes from targets that read each other. As published, a target's variance depends on
-//! who else is asked; here one that is asked alone reads itself alone, and training minds that too
-//! (`alone`). Its covariance is the one of low rank, with a variance of each target's own.
+//! covariance comes from targets that read each other, of low rank, with a variance of each target's
+//! own. As published, a target's variance there depends on who else is asked; here one that is asked
+//! alone reads itself alone. Training minds targets alone too, in both, which the authors' does not
+//! (`alone`): maps are made of them.
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -94,7 +95,8 @@ pub struct Config {
     pub covariance_blocks: usize,
     /// `tnp-nd`: hidden widths from there to the features.
     pub covariance_widths: Vec<usize>,
-    /// `tnp-nd`: weight in training of each target alone, beside all together; as published 0.
+    /// `tnp-a`, `tnp-nd`: weight in training of each target alone, beside all together; as
+    /// published 0.
     pub alone: f64,
 }
 
@@ -393,12 +395,15 @@ impl Process for Tnp {
         rng: &mut Stream,
     ) -> Result<Option<Objective>> {
         let sites = &task.target.sites;
-        let loss = match (self.kind, &self.shared) {
-            (Kind::Chained, _) => {
-                let keys = self.read(&task.context)?;
+        let keys = match self.kind {
+            Kind::Alone => return Ok(None),
+            _ => self.read(&task.context)?,
+        };
+        let (mut loss, alone) = match &self.shared {
+            None => {
                 // Any order is as good; one that the design of the tasks has would be learnt.
                 let order = rng.permutation(sites.len());
-                let sites = Sites::new(reorder(&sites.s, &order)?);
+                let shuffled = Sites::new(reorder(&sites.s, &order)?);
                 let mut total: Option<Tensor> = None;
                 for (of, truth) in reward.truths(task) {
                     let truth = reorder(truth, &order)?;
@@ -410,27 +415,28 @@ impl Process for Tnp {
                             (&truth + (noise.to_dtype(truth.dtype())? * sd)?)?
                         }
                     };
-                    let density =
-                        self.chained(&sites, &keys, of, &told)?.log_prob(of, &truth)?.mean_all()?;
+                    let chain = self.chained(&shuffled, &keys, of, &told)?;
+                    let density = chain.log_prob(of, &truth)?.mean_all()?;
                     total = Some(match total {
                         Some(before) => (before + density)?,
                         None => density,
                     });
                 }
-                total.expect("something is always foretold").neg()?
+                let total = total.expect("something is always foretold");
+                let alone = || self.predictive(&self.asked(sites, &keys)?);
+                (total.neg()?, (self.config.alone > 0.0).then(alone).transpose()?)
             }
-            (Kind::Together, Some(shared)) => {
-                let features = self.asked(sites, &self.read(&task.context)?)?;
-                let mut loss = self.together(shared, &features, false)?.loss(task, reward)?;
-                if self.config.alone > 0.0 {
-                    let alone = self.together(shared, &features, true)?.predictive()?;
-                    let alone = reward.density(&alone, task)?.mean_all()?;
-                    loss = (loss - (alone * self.config.alone)?)?;
-                }
-                loss
+            Some(shared) => {
+                let features = self.asked(sites, &keys)?;
+                let alone = || self.together(shared, &features, true)?.predictive();
+                let alone = (self.config.alone > 0.0).then(alone).transpose()?;
+                (self.together(shared, &features, false)?.loss(task, reward)?, alone)
             }
-            _ => return Ok(None),
         };
+        if let Some(alone) = alone {
+            let alone = reward.density(&alone, task)?.mean_all()?;
+            loss = (loss - (alone * self.config.alone)?)?;
+        }
         Ok(Some(Objective { loss, measured: Vec::new(), surrogate: false }))
     }
 
