@@ -12,16 +12,23 @@ use crate::{
 
 pub mod anp;
 pub mod cnp;
+pub mod conv;
+pub mod convcnp;
 pub mod decoder;
+pub mod gnp;
 pub mod head;
+pub mod joint;
 pub mod latent;
 pub mod layer;
+pub mod lbanp;
 pub mod multihead;
 pub mod np;
 pub mod params;
 pub mod paths;
 pub mod pool;
+pub mod tnp;
 pub mod tnp_kr;
+pub mod transformer;
 
 use params::Params;
 
@@ -74,8 +81,22 @@ pub struct Entry {
 }
 
 /// Every model.
-pub const MODELS: &[Entry] =
-    &[cnp::ENTRY, np::ENTRY, anp::ANP, anp::CANP, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
+pub const MODELS: &[Entry] = &[
+    cnp::ENTRY,
+    np::ENTRY,
+    anp::ANP,
+    anp::CANP,
+    convcnp::ENTRY,
+    gnp::ENTRY,
+    lbanp::ENTRY,
+    tnp::D,
+    tnp::A,
+    tnp::ND,
+    tnp_kr::SCAN,
+    tnp_kr::DKA,
+    tnp_kr::PERFORMER,
+    tnp_kr::FULL,
+];
 
 impl Named for Entry {
     fn name(&self) -> &str {
