@@ -13,6 +13,7 @@ use crate::{
 pub mod cnp;
 pub mod conv;
 pub mod convcnp;
+pub mod convcnp_grid;
 pub mod head;
 pub mod layer;
 pub mod params;
@@ -69,7 +70,7 @@ pub struct Entry {
 }
 
 /// Every model.
-pub const MODELS: &[Entry] = &[cnp::ENTRY, convcnp::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
+pub const MODELS: &[Entry] = &[cnp::ENTRY, convcnp::ENTRY, convcnp_grid::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
 
 impl Named for Entry {
     fn name(&self) -> &str {
