@@ -14,6 +14,7 @@ pub mod anp;
 pub mod cnp;
 pub mod conv;
 pub mod convcnp;
+pub mod convcnp_grid;
 pub mod decoder;
 pub mod gnp;
 pub mod head;
@@ -87,6 +88,7 @@ pub const MODELS: &[Entry] = &[
     anp::ANP,
     anp::CANP,
     convcnp::ENTRY,
+    convcnp_grid::ENTRY,
     gnp::ENTRY,
     lbanp::ENTRY,
     tnp::D,
