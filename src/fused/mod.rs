@@ -20,6 +20,7 @@ pub mod log;
 pub mod matrix;
 pub mod mlp;
 pub mod simd;
+pub mod special;
 pub(crate) mod softmax;
 pub(crate) mod softmax_gradient;
 
