@@ -20,9 +20,9 @@ pub mod log;
 pub mod matrix;
 pub mod mlp;
 pub mod simd;
-pub mod special;
 pub(crate) mod softmax;
 pub(crate) mod softmax_gradient;
+pub mod special;
 
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;

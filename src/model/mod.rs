@@ -10,9 +10,15 @@ use crate::{
     registry::{self, Named},
 };
 
+pub mod adapt;
+pub mod autoregressive;
+pub mod cavia;
 pub mod cnp;
+pub mod dirichlet;
 pub mod head;
 pub mod layer;
+pub mod maml;
+pub mod nmdp;
 pub mod params;
 pub mod tnp_kr;
 
@@ -67,7 +73,8 @@ pub struct Entry {
 }
 
 /// Every model.
-pub const MODELS: &[Entry] = &[cnp::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
+pub const MODELS: &[Entry] =
+    &[cavia::ENTRY, cnp::ENTRY, maml::ENTRY, nmdp::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
 
 impl Named for Entry {
     fn name(&self) -> &str {

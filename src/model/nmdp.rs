@@ -19,7 +19,6 @@ use super::{
     tnp_kr::{self, Caches, Kind, TnpKr},
 };
 use crate::{
-    attention::Reading,
     error::{Error, Result},
     predictive::Predictive,
     process::{Memory, Objective, Posterior, Process, Reward},
@@ -105,11 +104,15 @@ fn build(
     let config: Config = settings(table)?;
     problem.reads_exactly("nmdp")?;
     if config.experts == 0 || config.particles == 0 || config.backbone.head.components != 1 {
-        return Err(Error::input("a mixture of experts needs experts, particles, and one component each")
-            .fact("experts", config.experts)
-            .fact("particles", config.particles)
-            .fact("components of the backbone's head", config.backbone.head.components)
-            .try_this("set experts = 8, particles = 16 and leave components under [model.backbone] out"));
+        return Err(Error::input(
+            "a mixture of experts needs experts, particles, and one component each",
+        )
+        .fact("experts", config.experts)
+        .fact("particles", config.particles)
+        .fact("components of the backbone's head", config.backbone.head.components)
+        .try_this(
+            "set experts = 8, particles = 16 and leave components under [model.backbone] out",
+        ));
     }
     let outputs = config.experts * config.backbone.head.outputs();
     let width = config.backbone.width;
@@ -191,7 +194,8 @@ impl Nmdp {
 impl Conditioned<'_> {
     /// The predictive under one set of log shares `[batch, expert]`.
     fn mixed(&self, experts: Experts, log_share: &Tensor) -> Result<Predictive> {
-        let log_weight = log_share.unsqueeze(1)?.broadcast_as(experts.mean.shape())?.contiguous()?;
+        let log_weight =
+            log_share.unsqueeze(1)?.broadcast_as(experts.mean.shape())?.contiguous()?;
         Ok(Predictive {
             link: self.model.problem.likelihood.link(),
             log_weight,
@@ -258,8 +262,7 @@ impl Process for Nmdp {
             let posterior = self.conditioned(&seen)?.alpha.expect("as above");
             let log = dirichlet::log_shares(&posterior, particles, rng)?;
             let divergence = dirichlet::divergence(&posterior, prior)?;
-            let measured =
-                vec![("concentration", concentration), ("kl", host(&divergence)?)];
+            let measured = vec![("concentration", concentration), ("kl", host(&divergence)?)];
             let loss = (per_target(divergence)? - per_target(likelihood(&log)?)?)?;
             return Ok(Some(Objective { loss, measured, surrogate: false }));
         }
