@@ -26,6 +26,7 @@ pub mod simd;
 pub(crate) mod softmax;
 mod softmax_first;
 pub(crate) mod softmax_gradient;
+pub mod special;
 
 pub use conv::conv;
 pub use depthwise::depthwise;

@@ -10,19 +10,25 @@ use crate::{
     registry::{self, Named},
 };
 
+pub mod adapt;
 pub mod anp;
+pub mod autoregressive;
+pub mod cavia;
 pub mod cnp;
 pub mod conv;
 pub mod convcnp;
 pub mod convcnp_grid;
 pub mod decoder;
+pub mod dirichlet;
 pub mod gnp;
 pub mod head;
 pub mod joint;
 pub mod latent;
 pub mod layer;
 pub mod lbanp;
+pub mod maml;
 pub mod multihead;
+pub mod nmdp;
 pub mod np;
 pub mod params;
 pub mod paths;
@@ -91,6 +97,9 @@ pub const MODELS: &[Entry] = &[
     convcnp_grid::ENTRY,
     gnp::ENTRY,
     lbanp::ENTRY,
+    maml::ENTRY,
+    cavia::ENTRY,
+    nmdp::ENTRY,
     tnp::D,
     tnp::A,
     tnp::ND,
