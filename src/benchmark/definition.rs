@@ -115,9 +115,23 @@ pub struct Model {
     /// Settings of `[train]` that its authors choose differently.
     #[serde(default)]
     pub train: toml::Table,
-    /// Whether it has a head of its own, which a task must not set.
-    #[serde(default)]
-    pub headless: bool,
+    /// Path of the table of its head; none for models that have no such table.
+    #[serde(default = "usual_head")]
+    pub head: Vec<String>,
+}
+
+fn usual_head() -> Vec<String> {
+    vec!["head".into()]
+}
+
+/// The table at `path` of `table`, made where it is not there.
+fn inner<'a>(table: &'a mut toml::Table, path: &[String]) -> &'a mut toml::Table {
+    let Some((first, rest)) = path.split_first() else { return table };
+    let place = table.entry(first).or_insert_with(|| toml::Table::new().into());
+    if !place.is_table() {
+        *place = toml::Table::new().into();
+    }
+    inner(place.as_table_mut().expect("made so"), rest)
 }
 
 /// Every model table, by name.
@@ -202,15 +216,13 @@ impl Definition {
             design: toml::Table::new(),
         });
         let mut table = model.model.clone();
-        if !model.headless {
-            let mut head = toml::Table::new();
-            head.insert("components".into(), 1.into());
-            head.insert("nugget".into(), (self.reward()? == Reward::Both).into());
-            let own = table.get("head").and_then(|h| h.as_table()).cloned().unwrap_or_default();
-            let mut head = merged(&head, &own);
+        if !model.head.is_empty() {
+            let nugget = self.reward()? == Reward::Both;
+            let head = inner(&mut table, &model.head);
+            head.entry("components").or_insert(1.into());
+            head.entry("nugget").or_insert(nugget.into());
             // The protocol's, whatever the model's table says: scores compare models, not floors.
             head.insert("floor".into(), self.floor(name).into());
-            table.insert("head".into(), head.into());
         }
         let mut train = merged(&self.train, &model.train);
         // Cells run side by side, one part each, so that their number never changes a result.

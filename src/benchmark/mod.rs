@@ -16,6 +16,7 @@ use candle_core::Device;
 use crate::{
     checkpoint::{Card, Checkpoint},
     error::{Error, Result},
+    model::autoregressive::Autoregressive,
     process::Process,
     recipe::Recipe,
     registry::Named,
@@ -280,7 +281,7 @@ impl Cell {
     ) -> Result<T> {
         let process = checkpoint.process(&Device::Cpu)?;
         match self.model.ends_with(AUTOREGRESSIVE) {
-            true => Err(Error::input("no autoregressive deployment yet").fact("targets", COARSE)),
+            true => ask(&Autoregressive::new(&*process, checkpoint.likelihood()?, COARSE)?),
             false => ask(&*process),
         }
     }

@@ -300,6 +300,14 @@ impl Experts {
 }
 
 impl Posterior for Conditioned<'_> {
+    /// The concentrations, or the shares where they have no law.
+    fn embedding(&self) -> Result<Option<Tensor>> {
+        Ok(Some(match &self.alpha {
+            Some(alpha) => alpha.clone(),
+            None => self.log_share.exp()?,
+        }))
+    }
+
     /// The mixture with every expert's expected share: exact, with nothing drawn.
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         self.mixed(self.model.experts(&self.caches, targets)?, &self.log_share)

@@ -289,6 +289,12 @@ fn side_by_side(parts: &[Predictive]) -> Result<Predictive> {
 }
 
 impl Posterior for Conditioned<'_> {
+    /// The latent's mean, or else what was pooled.
+    fn embedding(&self) -> Result<Option<Tensor>> {
+        let told = self.prior.as_ref().map(|prior| &prior.mean).or(self.known.pooled.as_ref());
+        Ok(told.map(|x| x.squeeze(1)).transpose()?)
+    }
+
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let Some(drawn) = &self.drawn else {
             return self.model.given(&self.known, &targets.s, None);
