@@ -176,7 +176,7 @@ pub fn run(options: &Options, tell: &(dyn Fn(String) + Sync)) -> Result<String> 
 
     let count = options.tasks.unwrap_or(definition.tasks).max(2 * score::ROWS);
     let mut floors: Vec<f64> =
-        names.iter().map(|n| definition.floor(n.trim_end_matches(AUTOREGRESSIVE))).collect();
+        names.iter().map(|n| floor(&definition, n)).collect::<Result<_>>()?;
     floors.retain(|f| *f > 0.0);
     floors.sort_by(f64::total_cmp);
     floors.dedup();
@@ -201,7 +201,7 @@ pub fn run(options: &Options, tell: &(dyn Fn(String) + Sync)) -> Result<String> 
             Some(entrant) => entrant.seeds.push(trained),
             None => entrants.push(Entrant {
                 name: cell.model.clone(),
-                floor: definition.floor(cell.model.trim_end_matches(AUTOREGRESSIVE)),
+                floor: floor(&definition, &cell.model)?,
                 seeds: vec![trained],
             }),
         }
@@ -232,6 +232,12 @@ fn told_apart(fixed: &Fixed, process: &(dyn Process + Send + Sync)) -> Result<Op
     let Some((names, class)) = fixed.classes() else { return Ok(None) };
     let Some(embedding) = fixed.embed(process)? else { return Ok(None) };
     Ok(Some(clusters::agreement(&embedding, &class, names.len())?))
+}
+
+/// Least sd that a model can say: 0 for those whose head cannot be told.
+fn floor(definition: &Definition, name: &str) -> Result<f64> {
+    let base = name.trim_end_matches(AUTOREGRESSIVE);
+    Ok(if model(base)?.head.is_empty() { 0.0 } else { definition.floor(base) })
 }
 
 /// Tasks are drawn one by one: those that share a kernel would not be independent.

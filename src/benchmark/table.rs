@@ -248,7 +248,7 @@ fn scores(w: &mut String, definition: &Definition, drawn: &Drawn, e: usize, entr
             number(calibration_error(&pooled)),
             number(pooled.iter().map(|s| s.inside[18]).sum::<f64>() / pooled.len() as f64),
             entrant.floor.to_string(),
-            published(definition, &drawn.name, &entrant.name),
+            published(definition, &drawn.name, &entrant.name, false),
         ];
         row(w, &cells);
     }
@@ -270,8 +270,12 @@ fn said(score: &str, value: f64, error: Option<f64>, tag: &str) -> String {
     format!("{kind}{}{error} [{tag}]", number(value))
 }
 
-fn published(definition: &Definition, evaluation: &str, model: &str) -> String {
-    let found = definition.published(evaluation, model);
+/// Scores of task embeddings: a table of their own.
+const APART: [&str; 3] = ["probe", "nmi", "ari"];
+
+fn published(definition: &Definition, evaluation: &str, model: &str, apart: bool) -> String {
+    let mut found = definition.published(evaluation, model);
+    found.retain(|p| APART.contains(&p.score.as_str()) == apart);
     match found.is_empty() {
         true => "–".into(),
         false => {
@@ -337,7 +341,7 @@ fn breakdown(
         line(name, &|label| reference(definition, label, &[kind]), &|i| ceiling[i]);
     }
     for entrant in entrants {
-        let told = |label: &str| published(definition, label, &entrant.name);
+        let told = |label: &str| published(definition, label, &entrant.name, false);
         line(entrant.name.clone(), &told, &|i| over_seeds(entrant, e, i, |s| s.pointwise));
     }
     let _ = writeln!(w);
@@ -387,7 +391,7 @@ fn told_apart(
                 right(&|_| true),
             ];
             cells.extend(inside);
-            cells.push(published(definition, &drawn.name, &entrant.name));
+            cells.push(published(definition, &drawn.name, &entrant.name, true));
             row(w, &cells);
         }
     }

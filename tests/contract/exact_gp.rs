@@ -275,6 +275,33 @@ fn joint_draws_have_the_marginals_and_the_covariance() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn the_joint_density_is_that_of_one_value_after_the_other() -> Result<()> {
+    let y = [0.3, -0.9, 1.4];
+    for of in [Of::Surface, Of::Observation] {
+        // Told values have no noise where surfaces are asked.
+        let gp = gp(1.7, if of == Of::Surface { 0.0 } else { 0.3 }, 0.25);
+        let told = Tensor::from_vec(y.to_vec(), (1, 3, 1), &Device::Cpu)?;
+        let joint = gp.condition(&values(&S, &Y))?.joint(&sites(&T), of, &told)?;
+        let (mut seen, mut known, mut chain) = (S.to_vec(), Y.to_vec(), 0.0);
+        for (at, y) in T.iter().zip(y) {
+            let posterior = gp.condition(&values(&seen, &known))?;
+            let one = posterior.at(&sites(&[*at]))?.marginals(0, of)?;
+            chain += one.link_log_density(0, y);
+            seen.push(*at);
+            known.push(y);
+        }
+        let joint = joint.expect("a joint density").to_vec1::<f64>()?;
+        near("joint density", &joint, &[chain], 1e-6);
+    }
+    let twice = gp(1.7, 0.3, 0.0);
+    let told = Tensor::from_vec(vec![0.1, 0.2], (1, 2, 1), &Device::Cpu)?;
+    let posterior = twice.condition(&values(&S, &Y))?;
+    let singular = posterior.joint(&sites(&[T[0], T[0]]), Of::Surface, &told);
+    assert!(singular.is_err(), "one place has one surface, and two values have no density");
+    Ok(())
+}
+
 /// A surface with noise over the square, drawn from a known process.
 fn simulate(
     n: usize,
