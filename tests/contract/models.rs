@@ -98,7 +98,7 @@ fn host(x: &Tensor) -> Vec<f64> {
     x.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
 }
 
-/// Largest difference in any parameter of the predictive.
+/// Largest difference in any parameter of the predictive, of its size where that is above 1.
 fn gap(a: &Predictive, b: &Predictive) -> f64 {
     let parts = |p: &Predictive| {
         let tensors = [&p.log_weight, &p.mean, &p.surface_sd, &p.observation_sd];
@@ -107,7 +107,7 @@ fn gap(a: &Predictive, b: &Predictive) -> f64 {
     let (a, b) = (parts(a), parts(b));
     assert_eq!(a.len(), b.len());
     assert!(a.iter().chain(&b).all(|v| v.is_finite()), "not finite");
-    a.iter().zip(&b).fold(0.0, |most, (a, b)| most.max((a - b).abs()))
+    a.iter().zip(&b).fold(0.0, |most, (a, b)| most.max((a - b).abs() / b.abs().max(1.0)))
 }
 
 /// Targets `start … start + len` of a predictive.
