@@ -202,6 +202,7 @@ impl Conditioned<'_> {
             mean: experts.mean,
             surface_sd: experts.surface_sd,
             observation_sd: experts.observation_sd,
+            law: None,
         })
     }
 }
@@ -228,7 +229,7 @@ impl Process for Nmdp {
         let blank = experts.mean.zeros_like()?.narrow(2, 0, 1)?;
         // Log density of each truth under each expert alone, [batch, target, expert].
         let alone = reward
-            .truths(task)
+            .truths(task)?
             .into_iter()
             .map(|(of, truth)| {
                 let sd = experts.sd(of);

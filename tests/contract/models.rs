@@ -119,6 +119,7 @@ fn part(p: &Predictive, start: usize, len: usize) -> Result<Predictive> {
         mean: cut(&p.mean)?,
         surface_sd: cut(&p.surface_sd)?,
         observation_sd: cut(&p.observation_sd)?,
+        law: None,
     })
 }
 
@@ -282,6 +283,7 @@ fn a_row_does_not_see_its_neighbours() -> Result<()> {
                 mean: cut(&whole.mean)?,
                 surface_sd: cut(&whole.surface_sd)?,
                 observation_sd: cut(&whole.observation_sd)?,
+                law: None,
             };
             let moved = gap(&alone, &there);
             assert!(moved < ROUNDING, "{name}: row {row} alone differs by {moved:e}");
