@@ -79,6 +79,9 @@ pub struct Objective {
     pub loss: Tensor,
     /// What else is worth a line in the journal, such as a divergence or an effective sample size.
     pub measured: Vec<(&'static str, f64)>,
+    /// Whether the gradient is meant to be another than the loss's own, as where draws and weights
+    /// that hang on the parameters are held fixed.
+    pub surrogate: bool,
 }
 
 /// A process that has seen its context. Cheap to ask, tile after tile, by several threads at once.
@@ -95,6 +98,13 @@ pub trait Posterior: Send + Sync {
     /// Joint log density of `values` `[batch, target, 1]` (link scale) over all `targets`:
     /// `[batch]`. Nothing for processes that know each target only alone.
     fn joint(&self, _targets: &Sites, _of: Of, _values: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// What the posterior is made from, one row per task: `[batch, width]`. Where every number is
+    /// positive, they are weights of a whole, up to a factor. Nothing for processes that do not sum
+    /// up a context in few numbers.
+    fn embedding(&self) -> Result<Option<Tensor>> {
         Ok(None)
     }
 

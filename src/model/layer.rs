@@ -33,6 +33,13 @@ impl Dense {
         })
     }
 
+    /// `inputs → outputs` without a bias: `x W`.
+    pub fn linear(scope: &mut Scope, inputs: usize, outputs: usize, init: &Init) -> Result<Self> {
+        let weight = scope.get("weight", &[inputs, outputs], init)?;
+        let bias = Tensor::zeros(outputs, weight.dtype(), weight.device())?;
+        Ok(Dense { weight, bias, packed: OnceLock::new() })
+    }
+
     /// `[…, inputs]` → `[…, outputs]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Chain::new(x).dense(self).run()
@@ -253,6 +260,11 @@ impl<'a> Chain<'a> {
             self.links.push(Link::Dense(layer));
         }
         self
+    }
+
+    /// Through an activation.
+    pub fn activation(self, activation: Activation) -> Self {
+        self.and(Link::Activation(activation))
     }
 
     /// Normalised.

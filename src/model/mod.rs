@@ -10,13 +10,20 @@ use crate::{
     registry::{self, Named},
 };
 
+pub mod anp;
 pub mod cnp;
 pub mod conv;
 pub mod convcnp;
 pub mod convcnp_grid;
+pub mod decoder;
 pub mod head;
+pub mod latent;
 pub mod layer;
+pub mod multihead;
+pub mod np;
 pub mod params;
+pub mod paths;
+pub mod pool;
 pub mod tnp_kr;
 
 use params::Params;
@@ -70,7 +77,17 @@ pub struct Entry {
 }
 
 /// Every model.
-pub const MODELS: &[Entry] = &[cnp::ENTRY, convcnp::ENTRY, convcnp_grid::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
+pub const MODELS: &[Entry] = &[
+    cnp::ENTRY,
+    np::ENTRY,
+    anp::ANP,
+    anp::CANP,
+    convcnp::ENTRY,
+    convcnp_grid::ENTRY,
+    tnp_kr::SCAN,
+    tnp_kr::DKA,
+    tnp_kr::FULL,
+];
 
 impl Named for Entry {
     fn name(&self) -> &str {
@@ -105,7 +122,7 @@ pub(crate) fn settings<T: serde::de::DeserializeOwned>(table: &toml::Table) -> R
 }
 
 /// `x` with a last axis of `features` repeated for every site: `[batch, 1, w]` → `[batch, n, w]`.
-pub(crate) fn spread(x: &Tensor, sites: usize) -> Result<Tensor> {
+pub fn spread(x: &Tensor, sites: usize) -> Result<Tensor> {
     let (batch, _, width) = x.dims3()?;
     Ok(x.broadcast_as((batch, sites, width))?.contiguous()?)
 }
