@@ -13,6 +13,7 @@ use crate::{
 pub mod anp;
 pub mod cnp;
 pub mod decoder;
+pub mod dnp;
 pub mod head;
 pub mod latent;
 pub mod layer;

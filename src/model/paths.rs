@@ -271,23 +271,6 @@ fn parts<T>(sites: usize, f: impl Fn(usize, usize) -> Result<T>) -> Result<Vec<T
     starts.map(|start| f(start, TARGETS.min(sites - start))).collect()
 }
 
-/// Predictives of parts of the targets as one.
-fn side_by_side(parts: &[Predictive]) -> Result<Predictive> {
-    if let [alone] = parts {
-        return Ok(alone.clone());
-    }
-    let join = |of: fn(&Predictive) -> &Tensor| -> Result<Tensor> {
-        Ok(Tensor::cat(&parts.iter().map(of).collect::<Vec<_>>(), 1)?)
-    };
-    Ok(Predictive {
-        link: parts[0].link,
-        log_weight: join(|p| &p.log_weight)?,
-        mean: join(|p| &p.mean)?,
-        surface_sd: join(|p| &p.surface_sd)?,
-        observation_sd: join(|p| &p.observation_sd)?,
-    })
-}
-
 impl Posterior for Conditioned<'_> {
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let Some(drawn) = &self.drawn else {
@@ -298,7 +281,7 @@ impl Posterior for Conditioned<'_> {
             let part = targets.s.narrow(1, start, len)?.contiguous()?;
             latent::mixture(self.model.given(&self.known, &part, Some(drawn))?, n)
         })?;
-        side_by_side(&parts)
+        latent::side_by_side(&parts)
     }
 
     /// Log mean over the draws of z of the density of all targets given one.
