@@ -2,6 +2,8 @@
 
 #[path = "contract/attention.rs"]
 mod attention;
+#[path = "contract/convcnp.rs"]
+mod convcnp;
 #[path = "contract/cuda.rs"]
 mod cuda;
 #[path = "contract/fused.rs"]

@@ -481,6 +481,11 @@ impl Posterior for Conditioned<'_> {
         Ok(Some(latent::log_mean_exp(&sum)?))
     }
 
+    /// The global latent's mean.
+    fn embedding(&self) -> Result<Option<Tensor>> {
+        Ok(Some(self.prior.mean.squeeze(1)?))
+    }
+
     /// Each draw is the decoder's mean given one global latent and a local one for every target. Local latents
     /// are independent given the context, so that a draw is as rough as they are wide.
     fn draws(&self, targets: &Sites, n: usize, rng: &mut Stream) -> Result<Draws> {

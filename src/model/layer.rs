@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::params::{Init, Scope};
@@ -53,6 +53,11 @@ impl Dense {
     /// Features that it gives.
     pub fn outputs(&self) -> usize {
         self.bias.elem_count()
+    }
+
+    /// Where its weights are, and in what precision.
+    pub fn place(&self) -> (&Device, DType) {
+        (self.weight.device(), self.weight.dtype())
     }
 
     /// This layer and another of the same input as one, that gives what the two give in `parts`

@@ -302,6 +302,12 @@ impl Posterior for Conditioned<'_> {
         Ok(Some(latent::log_mean_exp(&sum)?))
     }
 
+    /// The latent's mean; or what pooled vectors add to the decoder's first layer.
+    fn embedding(&self) -> Result<Option<Tensor>> {
+        let vector = self.prior.as_ref().map(|law| &law.mean).or(self.known.pooled.as_ref());
+        Ok(vector.map(|x| x.squeeze(1)).transpose()?)
+    }
+
     /// Each draw is the decoder's mean given one z: coherent, and without the surface's own sd at each
     /// target, which is independent between targets and no part of a surface.
     fn draws(&self, targets: &Sites, n: usize, rng: &mut Stream) -> Result<Draws> {

@@ -154,3 +154,11 @@ pub(crate) fn at_least_one(seen: &Observations) -> Result<Observations> {
     some.sites.x = seen.sites.x.as_ref().map(one).transpose()?;
     Ok(some)
 }
+
+/// The mean over observed sites: `x` `[batch, site, w]`, `mask` `[batch, site]` → `[batch, 1, w]`,
+/// 0 where nothing was observed.
+pub(crate) fn masked_mean(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let mask = mask.unsqueeze(2)?;
+    let sum = x.broadcast_mul(&mask)?.sum_keepdim(1)?;
+    Ok(sum.broadcast_div(&mask.sum_keepdim(1)?.maximum(1.0)?)?)
+}
