@@ -39,7 +39,8 @@ fn fresh(seed: u64) -> Params {
 fn each(mut law: impl FnMut(&str, &Entry, &'static dyn Likelihood) -> Result<()>) -> Result<()> {
     for entry in MODELS {
         for likelihood in LIKELIHOODS {
-            law(&format!("{} {}", entry.name, likelihood.name()), entry, *likelihood)?;
+            let name = format!("{} {}", entry.name, likelihood.name());
+            law(&name, entry, *likelihood).map_err(|e| e.fact("model", &name))?;
         }
     }
     for (i, (name, entry)) in BIASED.iter().enumerate() {
