@@ -293,6 +293,9 @@ fn reference(definition: &Definition, evaluation: &str, kinds: &[&str]) -> Strin
     if words.is_empty() { "–".into() } else { words.join(", ") }
 }
 
+/// A part of the tasks, by name.
+type Part<'a> = (String, Box<dyn Fn(usize) -> bool + 'a>);
+
 /// Pointwise scores by context size and by class.
 fn breakdown(
     w: &mut String,
@@ -303,7 +306,7 @@ fn breakdown(
 ) {
     let fixed = &drawn.fixed;
     let bins = bins(fixed);
-    let mut columns: Vec<(String, Box<dyn Fn(usize) -> bool + '_>)> = Vec::new();
+    let mut columns: Vec<Part> = Vec::new();
     for [low, high] in bins {
         let label =
             if low == high { format!("{low} sites") } else { format!("{low}–{high} sites") };
