@@ -8,6 +8,8 @@ mod convcnp;
 mod cuda;
 #[path = "contract/fused.rs"]
 mod fused;
+#[path = "contract/latent.rs"]
+mod latent;
 #[path = "contract/models.rs"]
 mod models;
 #[path = "contract/reader.rs"]

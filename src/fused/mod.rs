@@ -12,6 +12,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 pub mod bf16;
 pub mod ceiling;
 pub mod conv;
+mod depthwise;
 mod gelu;
 pub(crate) mod lanes;
 mod layer_norm;
@@ -25,8 +26,10 @@ pub mod simd;
 pub(crate) mod softmax;
 mod softmax_first;
 pub(crate) mod softmax_gradient;
+pub mod special;
 
 pub use conv::conv;
+pub use depthwise::depthwise;
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;

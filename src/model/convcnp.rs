@@ -128,6 +128,12 @@ struct Part {
     field: Tensor, // [rows, row, column, outputs]
 }
 
+/// How far a raster goes along an axis: `reach` both ways, or as far as a site was observed.
+pub(super) fn reached(sites: &[Vec<f64>], observed: &[f64], axis: usize, reach: f64) -> (f64, f64) {
+    let seen = sites.iter().zip(observed).filter(|(_, seen)| **seen > 0.0);
+    seen.fold((-reach, reach), |(low, high), (site, _)| (low.min(site[axis]), high.max(site[axis])))
+}
+
 impl Backbone {
     /// Allocates it; the head of `config` plays no part.
     ///
@@ -177,12 +183,7 @@ impl Backbone {
         let mut lattice = Lattice { per_unit: self.per_unit, cells: [1, 1], first: [0, 0] };
         let (per_unit, multiple) = (self.per_unit as f64, self.network.multiple() as f64);
         for d in 0..self.dim {
-            let (mut low, mut high) = (-self.reach, self.reach);
-            for (site, seen) in sites.iter().zip(observed) {
-                if *seen > 0.0 {
-                    (low, high) = (low.min(site[d]), high.max(site[d]));
-                }
-            }
+            let (low, high) = reached(sites, observed, d, self.reach);
             // In whole steps of the coarsest raster, so that where a cell lies does not depend on it.
             let low = ((low - self.margin) * per_unit / multiple).floor() * multiple;
             let high = ((high + self.margin) * per_unit / multiple).ceil() * multiple;

@@ -9,12 +9,11 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Entry, Problem,
-    cnp::masked_mean,
-    convcnp,
+    Entry, Problem, convcnp,
     joint::{Covariance, Joint, Outputs},
     layer::{Activation, Chain, Dense, Mlp, Norm},
     params::{Init, Params, Scope},
+    pool::masked_mean,
     settings, spread,
     tnp::{check_heads, check_sizes},
 };

@@ -33,8 +33,8 @@ impl Dense {
         })
     }
 
-    /// [`Dense::new`] whose bias is 0 for ever.
-    pub fn unbiased(scope: &mut Scope, inputs: usize, outputs: usize, init: &Init) -> Result<Self> {
+    /// `inputs → outputs` without a bias: `x W`.
+    pub fn linear(scope: &mut Scope, inputs: usize, outputs: usize, init: &Init) -> Result<Self> {
         let weight = scope.get("weight", &[inputs, outputs], init)?;
         let bias = Tensor::zeros(outputs, weight.dtype(), weight.device())?;
         Ok(Dense { weight, bias, packed: OnceLock::new() })
@@ -43,6 +43,11 @@ impl Dense {
     /// `[…, inputs]` → `[…, outputs]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Chain::new(x).dense(self).run()
+    }
+
+    /// W, `[inputs, outputs]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
     }
 
     /// Features that it gives.
@@ -265,6 +270,11 @@ impl<'a> Chain<'a> {
             self.links.push(Link::Dense(layer));
         }
         self
+    }
+
+    /// Through an activation.
+    pub fn activation(self, activation: Activation) -> Self {
+        self.and(Link::Activation(activation))
     }
 
     /// Normalised.

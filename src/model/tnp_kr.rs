@@ -253,6 +253,18 @@ impl TnpKr {
     /// # Errors
     /// [`Error::Input`] for settings that make no network.
     pub fn new(config: Config, kind: Kind, problem: Problem, params: &mut Params) -> Result<Self> {
+        let outputs = config.head.outputs();
+        Self::with_outputs(config, kind, problem, params, outputs)
+    }
+
+    /// [`TnpKr::new`] with any number of outputs, for models that make their own of them.
+    pub(super) fn with_outputs(
+        config: Config,
+        kind: Kind,
+        problem: Problem,
+        params: &mut Params,
+        outputs: usize,
+    ) -> Result<Self> {
         config.head.check()?;
         match kind {
             Kind::Dka => problem.reads_exactly("tnp-kr-dka")?,
@@ -307,7 +319,7 @@ impl TnpKr {
             norm: Norm::new(&mut scope.at("norm"), config.width)?,
             decode: Mlp::new(
                 &mut scope.at("head"),
-                &through(config.width, &config.head_widths, config.head.outputs()),
+                &through(config.width, &config.head_widths, outputs),
                 Activation::Gelu,
                 &init,
             )?,
@@ -729,9 +741,12 @@ fn summarise(
 /// Sites whose products are summed in f32.
 const SUMMED: usize = 512;
 
+/// A context as each block's targets read it.
+pub(super) struct Caches(Vec<Cache>);
+
 struct Conditioned<'a> {
     model: &'a TnpKr,
-    caches: Vec<Cache>,
+    caches: Caches,
 }
 
 /// Context sites whose intermediate results are held at once: memory, never the answer.
@@ -752,27 +767,53 @@ fn in_parts(
     Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1)?)
 }
 
-impl Process for TnpKr {
-    fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
+impl TnpKr {
+    /// What targets will read of a context; with `tokens`, also the context's own tokens after the
+    /// last block, normalised: `[batch, context, width]`.
+    pub(super) fn encode(
+        &self,
+        context: &Observations,
+        tokens: bool,
+    ) -> Result<(Caches, Option<Tensor>)> {
         let features = self.likelihood.features(context)?;
-        let mut tokens = in_parts(context.len(), SITES, |start, len| {
+        let mut x = in_parts(context.len(), SITES, |start, len| {
             let part = features.narrow(1, start, len)?;
             self.tokens(&context.sites.narrow(start, len)?, Some(&part))
         })?;
         let sites = &context.sites.s;
         let mut caches = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
-            let normed = block.before.forward(&tokens)?;
+            let normed = block.before.forward(&x)?;
             let cache = block.attention.cache(&normed, sites, &context.mask)?;
-            // Nobody reads the context's tokens after the last block.
-            if i + 1 < self.blocks.len() {
-                tokens = in_parts(context.len(), SITES, |start, len| {
+            // Targets do not read the context's tokens after the last block.
+            if tokens || i + 1 < self.blocks.len() {
+                x = in_parts(context.len(), SITES, |start, len| {
                     let part = |x: &Tensor| x.narrow(1, start, len);
-                    block.read(&part(&tokens)?, &part(sites)?, &cache)
+                    block.read(&part(&x)?, &part(sites)?, &cache)
                 })?;
             }
             caches.push(cache);
         }
+        let tokens = if tokens { Some(self.norm.forward(&x)?) } else { None };
+        Ok((Caches(caches), tokens))
+    }
+
+    /// The network's outputs at targets, `[batch, target, outputs]`.
+    pub(super) fn decode(&self, caches: &Caches, targets: &Sites) -> Result<Tensor> {
+        in_parts(targets.len(), TARGETS, |start, len| {
+            let targets = targets.narrow(start, len)?;
+            let mut tokens = self.tokens(&targets, None)?;
+            for (block, cache) in self.blocks.iter().zip(&caches.0) {
+                tokens = block.read(&tokens, &targets.s, cache)?;
+            }
+            Chain::new(&tokens).norm(&self.norm).mlp(&self.decode).run()
+        })
+    }
+}
+
+impl Process for TnpKr {
+    fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
+        let (caches, _) = self.encode(context, false)?;
         Ok(Box::new(Conditioned { model: self, caches }))
     }
 
@@ -823,14 +864,7 @@ impl Process for TnpKr {
 impl Posterior for Conditioned<'_> {
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let model = self.model;
-        let raw = in_parts(targets.len(), TARGETS, |start, len| {
-            let targets = targets.narrow(start, len)?;
-            let mut tokens = model.tokens(&targets, None)?;
-            for (block, cache) in model.blocks.iter().zip(&self.caches) {
-                tokens = block.read(&tokens, &targets.s, cache)?;
-            }
-            Chain::new(&tokens).norm(&model.norm).mlp(&model.decode).run()
-        })?;
+        let raw = model.decode(&self.caches, targets)?;
         model.config.head.predictive(model.likelihood.link(), &raw)
     }
 
@@ -839,7 +873,7 @@ impl Posterior for Conditioned<'_> {
             Cache::Reader(reader) => Some(reader.tally()),
             _ => None,
         };
-        let tally = self.caches.iter().filter_map(one).reduce(|a, b| a + b)?;
+        let tally = self.caches.0.iter().filter_map(one).reduce(|a, b| a + b)?;
         Some([tally.read, tally.all])
     }
 }

@@ -28,7 +28,7 @@ impl MultiHead {
     /// values have a bias.
     pub fn new(scope: &mut Scope, width: usize, heads: usize, biased: bool) -> Result<Self> {
         let mut dense = |name: &str, biased: bool| {
-            let make = if biased { Dense::new } else { Dense::unbiased };
+            let make = if biased { Dense::new } else { Dense::linear };
             make(&mut scope.at(name), width, width, &Init::LeCun)
         };
         Ok(MultiHead {

@@ -110,6 +110,7 @@ fn the_raster_ends_where_it_says() -> Result<()> {
             mean: cut(&whole.mean)?,
             surface_sd: cut(&whole.surface_sd)?,
             observation_sd: cut(&whole.observation_sd)?,
+            law: None,
         };
         let moved = gap(&alone, &here);
         assert!(moved < 1e-5, "row {row} alone differs by {moved:e}");
@@ -135,4 +136,63 @@ fn the_published_sizes() {
     let small = format!("kind = 'convcnp'\nnetwork = 'plain'{head}");
     assert_eq!(build(&small, 1).1, 6_532 - (2 + 2 * 8) + 2);
     assert_eq!(build(&format!("kind = 'convcnp'{head}"), 1).1, 50_612 - (2 + 2 * 16) + 2);
+}
+
+/// On the grid a site is its pixel: where in it does not matter, several of one pixel count as their
+/// mean, and a hidden pixel is one that is missing. All of it moves by whole pixels.
+#[test]
+fn on_the_grid_sites_are_their_pixels() -> Result<()> {
+    for (dim, origin) in [(1, 0.0), (2, 0.0), (2, 0.05)] {
+        let settings = format!(
+            "kind = 'convcnp-grid'\nstep = 0.1\norigin = {origin}\nreach = 3.0\nwidth = 8\n\
+             kernel = 3\nkernel_in = 5\nblocks = 2"
+        );
+        let (model, _) = build(&settings, dim);
+        let snap = |sites: &Sites, by: f64| -> Result<Sites> {
+            let cell = ((&sites.s - origin)? / 0.1)?.round()?;
+            Ok(Sites::new((((cell * 0.1)? + origin)? + by)?))
+        };
+        let (context, targets) = (sites(20, dim, 1.0, 0.0), sites(30, dim, 1.2, 0.0));
+        let here = ask(&model, &observed(context.clone()), &targets)?;
+        let middle = ask(&model, &observed(snap(&context, 0.0)?), &snap(&targets, 0.02)?)?;
+        let moved = gap(&here, &middle);
+        assert!(moved < 1e-5, "the middle of a pixel is another place: {moved:e}");
+        let shifted = ask(&model, &observed(snap(&context, 0.7)?), &snap(&targets, 0.7)?)?;
+        let moved = gap(&here, &shifted);
+        assert!(moved < 1e-5, "seven pixels on the map is another: {moved:e}");
+        let off = ask(&model, &observed(snap(&context, 0.1)?), &snap(&targets, 0.0)?)?;
+        assert!(gap(&here, &off) > 1e-4, "a pixel to the side is the same: this test sees nothing");
+
+        // Every site twice, with values that have the same mean: the same.
+        let once = observed(context.clone());
+        let twice = Observations::new(
+            Sites::new(Tensor::cat(&[&context.s, &context.s], 1)?),
+            Tensor::cat(&[&(&once.y + 0.5)?, &(&once.y - 0.5)?], 1)?,
+            None,
+        )?;
+        let moved = gap(&here, &ask(&model, &twice, &targets)?);
+        assert!(moved < 1e-5, "two of a pixel are not their mean: {moved:e}");
+
+        // Hidden pixels, even those that hold no number, are missing pixels.
+        let mut hidden = twice.clone();
+        let seen = Tensor::ones((1, 20), DType::F32, &CPU)?;
+        hidden.mask = Tensor::cat(&[&seen, &seen.zeros_like()?], 1)?;
+        hidden.y = Tensor::cat(&[&once.y, &(&once.y * f64::NAN)?], 1)?;
+        assert_eq!(gap(&here, &ask(&model, &hidden, &targets)?), 0.0);
+    }
+    Ok(())
+}
+
+/// Off the grid too, what stands at a site that is hidden need not be a number.
+#[test]
+fn hidden_sites_may_hold_anything() -> Result<()> {
+    let (model, _) = build("kind = 'convcnp'\npoints_per_unit = 8", 1);
+    let (once, targets) = (observed(sites(9, 1, 1.0, 0.0)), sites(7, 1, 1.0, 0.0));
+    let mut more = once.clone();
+    let seen = Tensor::ones((1, 9), DType::F32, &CPU)?;
+    more.sites = Sites::new(Tensor::cat(&[&once.sites.s, &(&once.sites.s * 1e9)?], 1)?);
+    more.y = Tensor::cat(&[&once.y, &(&once.y * f64::NAN)?], 1)?;
+    more.mask = Tensor::cat(&[&seen, &seen.zeros_like()?], 1)?;
+    assert_eq!(gap(&ask(&model, &once, &targets)?, &ask(&model, &more, &targets)?), 0.0);
+    Ok(())
 }

@@ -9,7 +9,7 @@ use isopleth::{
     fused::{
         conv,
         conv::Window,
-        gelu, layer_norm, linear,
+        depthwise, gelu, layer_norm, linear,
         set_conv::{Lattice, from_lattice, to_lattice},
     },
     likelihood,
@@ -674,4 +674,19 @@ fn plane(x: &[Tensor]) -> Result<Tensor> {
         [[0.0, 0.0], [40.0, 0.1], [-1.6, 0.6], [0.33, -0.4]],
     ];
     Tensor::new(&s, &CPU)?.to_dtype(x[0].dtype())
+}
+
+#[test]
+fn depthwise_convolutions_equal_candle_s() -> Result<()> {
+    let mut rng = Stream::new(8, "depthwise", 0);
+    for (rows, columns, side) in [(1, 7, 3), (5, 4, 3), (6, 7, 5)] {
+        for channels in [1, 3, 16] {
+            let x = normal(&mut rng, &[2, rows, columns, channels], 1.0);
+            let weight = normal(&mut rng, &[side, side, channels], 0.5);
+            let weigh = normal(&mut rng, x.dims(), 1.0);
+            let name = format!("{rows} × {columns}, side {side}, {channels} channels");
+            check(&name, |x| depthwise(&x[0], &x[1]), &[x, weight], &weigh)?;
+        }
+    }
+    Ok(())
 }
