@@ -90,6 +90,11 @@ impl Performer {
 
     /// What queries `[batch, target, head, d]` read of a context: `[batch, target, head, w]`.
     pub fn read(&self, q: &Tensor, context: &Summed) -> Result<Tensor> {
+        let (batch, targets, heads, _) = q.dims4()?;
+        if targets == 0 {
+            let shape = (batch, 0, heads, context.matrix.dim(3)? - 1);
+            return Ok(Tensor::zeros(shape, q.dtype(), q.device())?);
+        }
         let read = self.features(q, true)?.matmul(&context.matrix)?;
         let width = context.matrix.dim(3)? - 1;
         let weight = read.narrow(3, width, 1)?.maximum(1e-12)?;
@@ -111,7 +116,8 @@ mod tests {
             let values = rng.normals(shape.iter().product());
             Ok((Tensor::from_vec(values, shape, &Device::Cpu)? * sd)?)
         };
-        let (q, k) = (normal(&[2, 5, 2, 4], 1.0)?, normal(&[2, 9, 2, 4], 1.0)?);
+        // Short ones: the spread of an estimate grows as e to the square of the length.
+        let (q, k) = (normal(&[2, 5, 2, 4], 0.5)?, normal(&[2, 9, 2, 4], 0.5)?);
         let v = normal(&[2, 9, 2, 3], 1.0)?;
         let mask: Vec<f64> = (0..18).map(|j| if j % 4 == 1 { 0.0 } else { 1.0 }).collect();
         let mask = Tensor::from_vec(mask, (2, 9), &Device::Cpu)?;
@@ -124,7 +130,7 @@ mod tests {
             Ok((read - &truth)?.sqr()?.mean_all()?.to_scalar::<f64>()?.sqrt())
         };
         let (few, many) = (off(64)?, off(16_384)?);
-        assert!(many < 0.02 && many < 0.2 * few, "{few} with 64 features, {many} with 16,384");
+        assert!(many < 0.01 && many < 0.3 * few, "{few} with 64 features, {many} with 16,384");
         Ok(())
     }
 }

@@ -81,7 +81,7 @@ impl Config {
     /// [`Error::Input`] for a raster without cells, or a kernel without a middle.
     fn check(&self) -> Result<()> {
         let sound = self.reach > 0.0 && self.reach.is_finite() && (0.0..1e3).contains(&self.margin);
-        if self.width == 0 || self.kernel % 2 == 0 || self.levels > 16 || !sound {
+        if self.width == 0 || self.kernel.is_multiple_of(2) || self.levels > 16 || !sound {
             return Err(Error::input("the [model] table gives no raster to convolve")
                 .fact("width", self.width)
                 .fact("kernel", self.kernel)
@@ -187,7 +187,9 @@ impl Backbone {
             // In whole steps of the coarsest raster, so that where a cell lies does not depend on it.
             let low = ((low - self.margin) * per_unit / multiple).floor() * multiple;
             let high = ((high + self.margin) * per_unit / multiple).ceil() * multiple;
-            if !(high - low < MOST) {
+            // Places that are not finite, too.
+            let fits = high - low < MOST;
+            if !fits {
                 return Err(Error::input("the sites reach too far for a raster")
                     .fact("cells along one axis", high - low)
                     .fact("points_per_unit", self.per_unit)

@@ -187,7 +187,8 @@ impl ConvCnpGrid {
             pixels.first[1 - d] = low as i64;
             let others = pixels.cells[0] * pixels.cells[1];
             pixels.cells[1 - d] = (high - low).min(2.0 * MOST) as usize;
-            if !((high - low) * others as f64 <= MOST) {
+            let fits = (high - low) * others as f64 <= MOST;
+            if !fits {
                 return Err(Error::input("the sites reach too far for a raster")
                     .fact("pixels along one axis", high - low)
                     .fact("step", self.config.step)

@@ -63,7 +63,8 @@ pub const ND: Entry = Entry {
 };
 
 const TINY: &str = "width = 8\nblocks = 2\nheads = 2\nfeed_forward = 8\nembed = [8]\n\
-    head_widths = [8]\nactivation = \"gelu\"";
+    head_widths = [8]\nactivation = \"gelu\"\n\
+    head = { components = 2 }";
 
 /// Settings; the defaults are the published sizes.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -15,6 +15,7 @@ use super::{
     head::Head,
     layer::{Activation, Chain, Dense, Mlp, Norm, Summary},
     params::{Init, Params, Scope},
+    pool::at_least_one,
     settings,
 };
 use crate::{
@@ -775,6 +776,7 @@ impl TnpKr {
         context: &Observations,
         tokens: bool,
     ) -> Result<(Caches, Option<Tensor>)> {
+        let context = &at_least_one(context)?;
         let features = self.likelihood.features(context)?;
         let mut x = in_parts(context.len(), SITES, |start, len| {
             let part = features.narrow(1, start, len)?;

@@ -226,7 +226,7 @@ fn the_bounds_of_distances_hold_after_a_short_training() -> Result<()> {
     let model = built("kind = 'dnp'\nwidth = 12\nlatent = 6\nembed = 12", 1, &mut params)?;
     let mut optimiser = Optimiser::new(Rule::Adamw, 0.0, params.vars());
     let (mut first, mut last) = (Vec::new(), Vec::new());
-    for step in 0..300 {
+    for step in 0..500 {
         let task = tasks.batch(1, step, 8, 12)?.task;
         let mut rng = Stream::new(1, "objective", step);
         let found = model.objective(&task, Reward::Observation, &mut rng)?.unwrap();
@@ -234,7 +234,7 @@ fn the_bounds_of_distances_hold_after_a_short_training() -> Result<()> {
             first = found.measured.clone();
         }
         last = found.measured;
-        optimiser.update(params.vars(), &[found.loss.backward()?], 3e-3, 1.0)?;
+        optimiser.update(params.vars(), &[found.loss.backward()?], 1e-2, 1.0)?;
     }
     let of = |measured: &[(&str, f64)], name| measured.iter().find(|m| m.0 == name).unwrap().1;
     assert!(of(&first, "penalty") > 0.1, "{first:?}: nothing to learn");

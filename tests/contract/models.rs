@@ -40,7 +40,7 @@ fn each(mut law: impl FnMut(&str, &Entry, &'static dyn Likelihood) -> Result<()>
     for entry in MODELS {
         for likelihood in LIKELIHOODS {
             let name = format!("{} {}", entry.name, likelihood.name());
-            law(&name, entry, *likelihood).map_err(|e| e.fact("model", &name))?;
+            law(&name, entry, *likelihood).inspect_err(|_| eprintln!("{name}"))?;
         }
     }
     for (i, (name, entry)) in BIASED.iter().enumerate() {
@@ -437,13 +437,16 @@ fn gradients_equal_those_of_the_f64_twin_and_finite_differences() -> Result<()> 
             if learning(&twin, &batch, DType::F64)?.surrogate {
                 continue;
             }
-            let h = 1e-5;
-            let numeric = (step(h)? - step(-h)?) / (2.0 * h);
-            step(0.0)?;
             let analytic: f64 = slope.iter().zip(&along).map(|(g, d)| g * d).sum();
+            // A long step may cross a kink of ReLU, where it says nothing of the slope here.
+            let mut apart = Vec::new();
+            for h in [1e-5, 1e-7] {
+                apart.push((step(h)? - step(-h)?) / (2.0 * h) - analytic);
+            }
+            step(0.0)?;
             assert!(
-                (numeric - analytic).abs() < 1e-4 * (1e-2 + norm),
-                "{name}: along `{path}` the loss changes by {numeric}, its gradient says {analytic}"
+                apart.iter().any(|d| d.abs() < 1e-4 * (1e-2 + norm)),
+                "{name}: along `{path}` the gradient says {analytic}, steps of the loss {apart:?} more"
             );
         }
         Ok(())
