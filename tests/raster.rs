@@ -535,22 +535,25 @@ const FULL: &str = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
 #[test]
 fn a_card_without_memory_is_asked_less_and_the_map_stays() {
     let whole = map(counts(), Link::Logit, &square(), &Plan::new(Device::Cpu));
-    for (targets, room, cut) in [(448, 448, None), (448, 447, Some(224)), (1000, 130, Some(125))] {
-        for workers in [1, 3] {
-            let known = Known { link: Link::Logit, asked: Default::default() };
-            let posterior = Cramped { known: &known, room, error: FULL };
-            let plan = Plan { targets, workers, ..Plan::new(Device::Cpu) };
-            let (maps, summary) = map_by(&[&posterior], &plan).unwrap();
-            for (a, b) in whole.0.iter().zip(&maps) {
-                assert!(same(a, b), "{targets} targets where {room} fit");
-            }
-            assert_eq!(summary.cut_to, cut);
-            assert!((summary.average - whole.1.average).abs() < 1e-12);
-            // Each call that was running may find out for itself, once for each halving.
-            let asked = known.asked.into_inner().unwrap();
-            let refused = asked.iter().filter(|n| **n > room).count();
-            assert!(refused <= 3 * workers, "{refused} refusals for {workers} workers");
+    for (targets, workers, room, cut) in [
+        (448, 1, 425, None), // 2550 pixels in six questions of 425
+        (448, 1, 424, Some(212)),
+        (1000, 1, 130, Some(79)),  // 638, 319, 159
+        (1000, 3, 200, Some(106)), // 213 for each of four questions a thread
+    ] {
+        let known = Known { link: Link::Logit, asked: Default::default() };
+        let posterior = Cramped { known: &known, room, error: FULL };
+        let plan = Plan { targets, workers, ..Plan::new(Device::Cpu) };
+        let (maps, summary) = map_by(&[&posterior], &plan).unwrap();
+        for (a, b) in whole.0.iter().zip(&maps) {
+            assert!(same(a, b), "{targets} targets where {room} fit");
         }
+        assert_eq!(summary.cut_to, cut);
+        assert!((summary.average - whole.1.average).abs() < 1e-12);
+        // Each call that was running may find out for itself, once for each halving.
+        let asked = known.asked.into_inner().unwrap();
+        let refused = asked.iter().filter(|n| **n > room).count();
+        assert!(refused <= 3 * workers, "{refused} refusals for {workers} workers");
     }
 }
 

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     attention::Precision,
-    bench::{Attention, Layout, Plan, Report, layer, network, step},
+    bench::{Attention, Layout, Plan, Report, accuracy, layer, network, step},
     device,
     error::{Error, Result},
     model::{self, tnp_kr::Config},
@@ -37,6 +37,14 @@ enum What {
     Condition(ConditionArgs),
     Map(MapArgs),
     TrainStep(StepArgs),
+    Accuracy(AccuracyArgs),
+}
+
+/// How far attention is from full attention in f64: every bias family, and extreme scores
+#[derive(clap::Args)]
+struct AccuracyArgs {
+    #[command(flatten)]
+    run: Run,
 }
 
 /// How to run.
@@ -191,6 +199,7 @@ pub fn run(args: &Args) -> Result<()> {
         What::Condition(args) => (&args.run, condition(args)?),
         What::Map(args) => (&args.run, map(args)?),
         What::TrainStep(args) => (&args.run, train_step(args)?),
+        What::Accuracy(args) => return accuracy(args),
     };
     match run.json {
         true => say(serde_json::to_string(&report).expect("a report is plain data")),
@@ -245,6 +254,17 @@ fn train_step(args: &StepArgs) -> Result<Report> {
     step::run(&plan, &step, attention, |attention| {
         network::Network::trainable(&plan, &table, attention)
     })
+}
+
+fn accuracy(args: &AccuracyArgs) -> Result<()> {
+    let found = accuracy::run(&args.run.plan(1)?)?;
+    if args.run.json {
+        return say(serde_json::to_string(&found).expect("a report is plain data"));
+    }
+    for case in &found.cases {
+        line(&case.name, format!("{:.1e}, allowed {:.0e}", case.error, case.gate))?;
+    }
+    line("all", if found.passed { "within what is allowed" } else { "NOT within what is allowed" })
 }
 
 impl Run {
@@ -397,6 +417,9 @@ fn table(report: &Report) -> Result<()> {
         precision += &format!(" ({way})");
     }
     let machine = format!("{} × {}", report.threads, report.cpu);
+    if let Some(card) = &report.card {
+        line("card", card)?;
+    }
     line("machine", format!("{} {precision}, {machine}, {}", report.device, report.ceiling.simd))?;
     line("wall", format!("{} s, best of {}", round(report.wall_s), report.repeat))?;
     if let Some(seconds) = report.condition_s {
@@ -425,6 +448,9 @@ fn table(report: &Report) -> Result<()> {
             round(100.0 * skipped)
         );
         line("left out", text)?;
+    }
+    if let Some(mib) = report.peak_card_mib {
+        line("peak on the card", format!("{mib:.0} MiB"))?;
     }
     if let Some(mib) = report.peak_rss_mib {
         line("peak memory", format!("{mib:.0} MiB"))?;

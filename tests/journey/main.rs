@@ -4,6 +4,8 @@ use std::process::{Command, Stdio};
 
 mod bench;
 mod calibrate;
+#[cfg(target_os = "linux")]
+mod gpu;
 mod inspect;
 #[cfg(feature = "gdal")]
 mod map;
