@@ -15,7 +15,7 @@
 # for the peers, where they are there).
 #
 # Environment, all optional: OUT (out), SECONDS_ALLOWED for all of it (560: a command there may take ten
-# minutes), ISOPLETH and CONTRACT, programs to use in place of the bundle's.
+# minutes), ISOPLETH and CONTRACT, programs to use in place of the bundle's, PEERS=no.
 # Exit code: 0 if the tests passed and everything but peers answered.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -30,7 +30,7 @@ fn script(name: &str, out: &Path) -> Option<Command> {
     let mut command = Command::new("bash");
     command.arg(format!("scripts/{name}")).current_dir(env!("CARGO_MANIFEST_DIR"));
     command.env("ISOPLETH", assert_cmd::cargo::cargo_bin!("isopleth"));
-    command.env("DEVICE", "cpu").env("OUT", out).stdin(Stdio::null());
+    command.env("DEVICE", "cpu").env("PEERS", "no").env("OUT", out).stdin(Stdio::null());
     Some(command)
 }
 
@@ -65,7 +65,6 @@ fn every_step_of_the_check_answers() {
     assert!(step("scan 100K × 1,048,576")["wall_s"].is_f64());
     assert!(step("training")["steps_per_s"].is_f64());
     assert_eq!(step("table to table, 100K × 1,048,576")["device"]["asked"], "cpu");
-    assert!(report["peers"]["torch"].is_string() || steps.iter().any(|s| s["needed"] == false));
 }
 
 /// Out of time, a failed law, and a device that is not there: all on the record, which stays whole.
