@@ -164,6 +164,18 @@ pub struct Task {
     pub noisy: Tensor,
 }
 
+impl Task {
+    /// The same task on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Task {
+            context: self.context.to_device(device)?,
+            target: self.target.to_device(device)?,
+            surface: self.surface.to_device(device)?,
+            noisy: self.noisy.to_device(device)?,
+        })
+    }
+}
+
 /// The affine map that brings planar coordinates to model units: centre and metres (or whatever
 /// the coordinates are in) per unit. One unit is half the longer side of the bounding box, so the
 /// sites span [−1, 1] along it. Training and mapping both use this function.
