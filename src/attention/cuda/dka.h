@@ -25,6 +25,7 @@ typedef tensor::Image<Exact, INPUTS, OUTPUTS, TOGETHER> Im;
 
 // Shared memory of a block.
 constexpr size_t ROOM = STAGES * sizeof(Im);
+static_assert(sizeof(Im) == 40576, "dka.rs makes room for so many");
 
 // Sizes; dka.rs has them too.
 struct Sizes {

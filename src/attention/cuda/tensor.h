@@ -500,16 +500,17 @@ DEVICE void combine(int parts, size_t sites, int heads, int w, size_t i, const f
     }
 }
 
-// Queries of a warp in units of 16, keys of an image and images on their way, as registers and shared
-// memory allow; tensor.rs knows them too.
-template <class N, int WIDTH> struct Plan {
-    static constexpr int TILES = WIDTH == 64 && N::PER == 1 ? 1 : 2;
-    static constexpr int KEYS = N::PER == 2 ? 64 : 32;
-    static constexpr int STAGES = N::PARTS == 2 && WIDTH == 64 ? 2 : 3;
-    typedef Image<N, WIDTH, WIDTH, KEYS> Im;
-    // Shared memory of a block.
-    static constexpr size_t ROOM = STAGES * sizeof(Im) + TERMS * sizeof(Bent);
-};
+template <class N, int WIDTH> struct Plan;
+#define PLAN(NUMBERS, WIDTH, OF_WARP, OF_IMAGE, ON_THEIR_WAY, BYTES)                                        \
+    template <> struct Plan<NUMBERS, WIDTH> {                                                               \
+        static constexpr int TILES = OF_WARP, KEYS = OF_IMAGE, STAGES = ON_THEIR_WAY;                       \
+        typedef Image<NUMBERS, WIDTH, WIDTH, KEYS> Im;                                                      \
+        static_assert(sizeof(Im) == BYTES, "tensor.rs makes room for so many");                             \
+        /* Shared memory of a block. */                                                                     \
+        static constexpr size_t ROOM = STAGES * sizeof(Im) + TERMS * sizeof(Bent);                          \
+    };
+#include "plan.inc"
+#undef PLAN
 
 // Block (x, y, z) packs image x of head y of row z.
 template <class N, int WIDTH>
