@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CudaStorage, Layout, Result as CandleResult, Shape
 use rayon::prelude::*;
 
 use super::{
-    Bias, Keys, Metric, Radial, Term,
+    Bias, Keys, Metric, Precision, Radial, Term,
     backward::Backward,
     bias::{arcs, geometry},
     cuda,
@@ -17,7 +17,7 @@ use super::{
     reader::{bumps, highest, terms},
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     fused::{
         self, Host, slice,
         softmax::{self, GROUP, Job, Packed, attend},
@@ -73,6 +73,12 @@ pub fn scan(
     // The published start is for reproduction only, and not worth a kernel.
     let kernel = fused::applies(q) || cuda::applies(q, sites, keys, bias);
     if !kernel || start == Start::Published {
+        if keys.precision != Precision::F32 && !fused::is_plain() {
+            return Err(Error::input("there is no kernel that reads this context in fewer bits")
+                .fact("precision", keys.precision.name())
+                .fact("widths of keys and values", format!("{} and {}", keys.width, shape.3))
+                .try_this("use --precision f32"));
+        }
         return composed(q, sites, keys, bias, chunk, start);
     }
     Ok(scan_joined(&q.flatten_from(2)?, sites, keys, bias)?.reshape(shape)?)
@@ -115,6 +121,10 @@ pub(crate) fn scan_joined(
         metric,
         marks: OnceLock::new(),
         on_device,
+        numbers: cuda::Numbers::of(
+            keys.precision,
+            q.track_op() || keys.packed.track_op() || params.track_op(),
+        ),
     };
     Ok(q.contiguous()?.apply_op3(&keys.packed.contiguous()?, &params, op)?)
 }
@@ -190,6 +200,8 @@ struct Scan {
     marks: OnceLock<Vec<f32>>,
     /// What takes the place of sites, columns and hidden keys where tensors are not on the host.
     on_device: Option<cuda::Places>,
+    /// What tensor cores multiply there, if they do.
+    numbers: Option<cuda::Numbers>,
 }
 
 /// No less than any straight line between a column of coordinates and `sites`.
@@ -349,7 +361,11 @@ impl candle_core::CustomOp3 for Scan {
         let Dims { targets, context, heads, d, width: w, dim } = self.shape;
         let (terms, metric) = (&self.terms[..], self.metric);
         let problem = cuda::Problem { targets, context, heads, d, w, dim, terms, metric };
-        cuda::forward(&problem, places, [(q, lq), (kv, lkv), (params, lp)])
+        let tensors = [(q, lq), (kv, lkv), (params, lp)];
+        match self.numbers {
+            Some(numbers) => cuda::tensor::forward(&problem, places, tensors, numbers),
+            None => cuda::forward(&problem, places, tensors),
+        }
     }
 
     fn bwd(
@@ -429,6 +445,7 @@ mod tests {
             metric,
             marks: OnceLock::new(),
             on_device: None,
+            numbers: None,
         };
         let on_device = cuda::Places::new([&sites, &sites], &keys, &places)?;
         let found = op.composed_gradient(&on_device, [&q, &packed, &params], &weights)?;

@@ -13,10 +13,13 @@ use candle_core::{
 };
 
 use super::{Bias, Keys, Metric, Places, Problem};
-use crate::{attention::Term, fused};
+use crate::{
+    attention::Term,
+    device::kernels::{Kernels, kernels},
+    fused,
+};
 
-/// The kernels of `scan.cu`, compiled by `build.rs`.
-const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/scan.ptx"));
+static KERNELS: Kernels = kernels!("scan");
 /// Threads of a block, as in `scan.cu`.
 const THREADS: usize = 128;
 /// Widths of keys and values that kernels are compiled for.
@@ -43,18 +46,18 @@ pub fn applies(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> 
 }
 
 /// A contiguous f32 tensor on the device, borrowed.
-struct Borrowed<'a> {
-    storage: Box<dyn Deref<Target = Storage> + 'a>,
+pub(super) struct Borrowed<'a> {
+    pub(super) storage: Box<dyn Deref<Target = Storage> + 'a>,
     layout: &'a Layout,
 }
 
 impl<'a> Borrowed<'a> {
-    fn of(x: &'a Tensor) -> Self {
+    pub(super) fn of(x: &'a Tensor) -> Self {
         let (storage, layout) = x.storage_and_layout();
         Borrowed { storage: Box::new(storage), layout }
     }
 
-    fn view(&self, len: usize) -> Result<CudaView<'_, f32>> {
+    pub(super) fn view(&self, len: usize) -> Result<CudaView<'_, f32>> {
         match &**self.storage {
             Storage::Cuda(storage) => view((storage, self.layout), len),
             _ => bail!("scan attention needs all its tensors on one device"),
@@ -63,7 +66,7 @@ impl<'a> Borrowed<'a> {
 }
 
 /// The `len` values of a contiguous tensor.
-fn view<'a>(
+pub(super) fn view<'a>(
     (storage, layout): (&'a CudaStorage, &Layout),
     len: usize,
 ) -> Result<CudaView<'a, f32>> {
@@ -118,8 +121,9 @@ pub fn forward(
     let (targets_, context_, heads_) = (targets_?, context_?, heads_?);
     let (d_, w_, dim_, terms_) = (d_?, w_?, dim_?, terms_?);
 
-    let kernel = device.get_or_load_custom_func(&format!("scan_{width}"), "isopleth_scan", PTX)?;
-    let mut launch = kernel.builder();
+    let stream = device.cuda_stream();
+    let kernel = KERNELS.get(&device, &format!("scan_{width}"))?;
+    let mut launch = stream.launch_builder(&kernel);
     launch.arg(&targets_).arg(&context_).arg(&heads_).arg(&d_).arg(&w_).arg(&dim_).arg(&terms_);
     launch.arg(&families).arg(&globe);
     launch.arg(&q).arg(&kv).arg(&params).arg(&points).arg(&key_points).arg(&mask);
