@@ -212,6 +212,11 @@ def run(check):
     bench("condition 100K", "condition", ["--contexts", contexts, *thin])
     million = size("1048576", "500")
     bench("scan 100K × 1,048,576", "map", ["--contexts", contexts, "--targets", million, *thin])
+    for precision in PRECISIONS[not real][1:]:
+        rounded = ["--precision", precision]
+        bench(f"attention 100K × 100K, {precision}", "attention",
+              ["--contexts", contexts, "--targets", size("100K", "400"), *rounded, *flat])
+        bench(f"scan 100K × 1,048,576, {precision}", "map", ["--contexts", contexts, "--targets", million, *rounded, *thin])
     bench("DKA 100K × 1,048,576", "map", ["--contexts", contexts, "--targets", million, "--attention", "dka",
                                           *size([], ["--layers", "2"])])
     bench("block-sparse 100K × 1,048,576", "map",
@@ -248,7 +253,7 @@ def run(check):
 
 
 # By device: a card, the processor.
-PRECISIONS = {False: ["f32"], True: ["f32", "bf16"]}
+PRECISIONS = {False: ["f32", "tf32", "bf16"], True: ["f32", "bf16"]}
 
 
 def tiny(folder):
@@ -299,7 +304,8 @@ def peers(check, found):
     step = ["--contexts", few, "--targets", few, "--batch", size(32, 2), "--layers", size(6, 2), "--repeat", size(50, 1)]
     device = ["--device", check.given.device.partition(":")[0]]
     programs = {
-        "torch": [["flex.py", "attention", *attention], ["flex.py", "train-step", *step]],
+        "torch": [["flex.py", "attention", *attention], ["flex.py", "train-step", *step],
+                  ["flex.py", "attention", "--tf32", *attention]],
         "jax": [["attention.py", "--chunk", size(8192, 64), *attention], ["train_step.py", *step]],
     }
     for library, commands in programs.items():
@@ -307,8 +313,8 @@ def peers(check, found):
             check.report["peers"][library] = "not installed"
             continue
         words = [[sys.executable, ROOT / "benches/peers" / program, *more, *device] for program, *more in commands]
-        mine = [found.get("attention 100K × 100K"), found.get("training step")]
-        ours = zip(("attention", "train-step"), words, mine)
+        mine = [found.get("attention 100K × 100K"), found.get("training step"), found.get("attention 100K × 100K, tf32")]
+        ours = zip(("attention", "train-step", "attention tf32"), words, mine)
         for name, words, mine in ours:
             theirs = check.step(f"peer {library}, {name}", words, 120, needed=False, environment={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
             if theirs and mine:
@@ -326,6 +332,8 @@ def targets(check, found):
         ("the same, memory of tensors, MiB", get("scan 100K × 1,048,576", "peak_card_mib"), 4096, "at most"),
         ("table to table, s (the target is for GeoTIFFs)", get("predict", "seconds"), 8, "at most"),
         ("block-sparse, s", get("block-sparse 100K × 1,048,576", "wall_s"), 2, "at most"),
+        ("scan 100K × 1,048,576 in tf32, s", get("scan 100K × 1,048,576, tf32", "wall_s"), 4, "at most"),
+        ("scan 100K × 1,048,576 in bf16, s", get("scan 100K × 1,048,576, bf16", "wall_s"), 4, "at most"),
         ("DKA, s", get("DKA 100K × 1,048,576", "wall_s"), 1, "at most"),
         ("training steps a second, batch 32, 256 + 256", 1 / steps if steps else None, 150, "at least"),
     ]

@@ -48,6 +48,7 @@ pub struct Accuracy {
 fn gate(precision: Precision) -> f64 {
     match precision {
         Precision::F32 => 2e-6,
+        Precision::Tf32 => 1e-3,
         Precision::Bf16 => 5e-3,
     }
 }
@@ -108,7 +109,7 @@ impl Problem {
             let reading = plan.reading(Attention::Scan);
             Reader::new(&k, &v, &sites, &mask, bias.as_ref(), reading)?.read(&q, &asked)?
         } else {
-            let keys = Keys::pack(&k, &v, &sites, &mask)?;
+            let keys = Keys::pack(&k, &v, &sites, &mask)?.read_in(plan.precision);
             scan(&q, &asked, &keys, bias.as_ref(), CHUNK, Start::Exact)?
         };
         gap(&found, &truth)
@@ -168,7 +169,7 @@ pub fn run(plan: &Plan) -> Result<Accuracy> {
             add(format!("{term:?}, {metric:?}"), problem.error(plan, Some(&bias))?, gate);
         }
     }
-    // In 16 bits, scores of tens are off by whole units: only f32 is held to these.
+    // In fewer bits, scores of tens are off by whole units: only f32 is held to these.
     if plan.precision == Precision::F32 {
         for (name, score) in SCORES {
             let error = Problem::scored(&mut rng, score)?.error(plan, None)?;

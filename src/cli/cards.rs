@@ -40,10 +40,10 @@ impl DeviceArgs {
         }
         let found = device::find(&self.device)?;
         let Some(reason) = found.without else {
-            if !found.devices.iter().all(Device::is_cpu) && reading != Reading::default() {
-                return Err(Error::input("a card reads every site in full, in f32")
+            if !found.devices.iter().all(Device::is_cpu) && reading.lose > 0.0 {
+                return Err(Error::input("a card leaves out no site for being faint")
                     .fact("--device", &self.device)
-                    .try_this("leave --lose and --precision out, or use --device cpu"));
+                    .try_this("leave --lose out, or use --device cpu"));
             }
             return Ok(cards(found.devices, None));
         };
