@@ -15,7 +15,7 @@ mod dka;
 #[cfg(feature = "cuda")]
 mod enabled;
 #[cfg(feature = "cuda")]
-mod tensor;
+pub(super) mod tensor;
 
 #[cfg(not(feature = "cuda"))]
 pub(crate) use disabled::dka::DeepKernel;
