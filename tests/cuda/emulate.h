@@ -313,10 +313,7 @@ template <class In, class Out, class Work> Out collective(unsigned mask, const I
     const unsigned first = block.now & ~31u;
     if (block.count - first < 32 && mask >> (block.count - first)) fail("a mask names lanes that do not exist");
     size_t at = 0;
-    while (at < meetings.size() && meetings[at].wanted != mask) {
-        if (meetings[at].wanted & bit) fail("lanes of a warp disagree about who meets");
-        ++at;
-    }
+    while (at < meetings.size() && meetings[at].wanted != mask) ++at;
     if (at == meetings.size()) meetings.emplace_back();
     Out result;
     Meeting &m = meetings[at];
