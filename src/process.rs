@@ -1,10 +1,13 @@
 //! The two verbs: condition a process on a context, then ask the posterior at targets.
 
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
 use crate::{
     error::{Error, Result},
-    predictive::{Draws, Predictive},
+    predictive::{Draws, Of, Predictive},
     rng::Stream,
-    sites::{Observations, Sites},
+    sites::{Observations, Sites, Task},
 };
 
 /// A stochastic process we can condition: a neural process, or an exact Gaussian process.
@@ -18,6 +21,67 @@ pub trait Process {
     fn memory(&self, sites: usize) -> Memory {
         Memory { conditioning: sites << 15, held: sites << 14, target: 1 << 15 }
     }
+
+    /// What training minimises on a batch of tasks, for processes that learn otherwise than by the
+    /// mean log density at each target alone: those with latent variables, joint densities,
+    /// penalties or inner loops. Nothing for all others.
+    fn objective(
+        &self,
+        _task: &Task,
+        _reward: Reward,
+        _rng: &mut Stream,
+    ) -> Result<Option<Objective>> {
+        Ok(None)
+    }
+}
+
+/// What of a task a network is rewarded for foretelling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reward {
+    /// The true surface, and the true noisy value, link scale.
+    Both,
+    /// The true surface alone: the published benchmarks of TNP-KR.
+    Surface,
+    /// The true noisy value alone: the published benchmarks of the family.
+    Observation,
+}
+
+impl Reward {
+    /// What is foretold, with the truth `[batch, target, 1]`, link scale.
+    pub fn truths(self, task: &Task) -> Vec<(Of, &Tensor)> {
+        let (surface, noisy) = ((Of::Surface, &task.surface), (Of::Observation, &task.noisy));
+        match self {
+            Reward::Both => vec![surface, noisy],
+            Reward::Surface => vec![surface],
+            Reward::Observation => vec![noisy],
+        }
+    }
+
+    /// Log density of the truth at each target, summed over what is foretold: `[batch, target]`.
+    pub fn density(self, predictive: &Predictive, task: &Task) -> Result<Tensor> {
+        let mut total: Option<Tensor> = None;
+        for (of, truth) in self.truths(task) {
+            let density = predictive.log_prob(of, truth)?;
+            total = Some(match total {
+                Some(before) => (before + density)?,
+                None => density,
+            });
+        }
+        Ok(total.expect("something is always foretold"))
+    }
+}
+
+/// What a training step minimises.
+#[derive(Debug)]
+pub struct Objective {
+    /// A scalar that carries gradients, nats per target.
+    pub loss: Tensor,
+    /// What else is worth a line in the journal, such as a divergence or an effective sample size.
+    pub measured: Vec<(&'static str, f64)>,
+    /// Whether the gradient is meant to be another than the loss's own, as where draws and weights
+    /// that hang on the parameters are held fixed.
+    pub surrogate: bool,
 }
 
 /// A process that has seen its context. Cheap to ask, tile after tile, by several threads at once.
@@ -29,6 +93,12 @@ pub trait Posterior: Send + Sync {
     /// for posteriors that always read all of it.
     fn tally(&self) -> Option<[u64; 2]> {
         None
+    }
+
+    /// Joint log density of `values` `[batch, target, 1]` (link scale) over all `targets`:
+    /// `[batch]`. Nothing for processes that know each target only alone.
+    fn joint(&self, _targets: &Sites, _of: Of, _values: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
     }
 
     /// `n` surfaces drawn jointly over `targets`, for processes that can: what areal means need.

@@ -12,10 +12,11 @@ use crate::{
     attention::Precision,
     error::{Error, Result},
     fused,
+    process::Reward,
     recipe::Recipe,
     task::Batch,
     train::{
-        Loss, Parts,
+        Parts,
         optimiser::{Optimiser, Rule},
     },
 };
@@ -99,12 +100,12 @@ impl Way {
     /// One step; the loss. The rate and the clip are those of arXiv:2506.09163.
     fn step(&mut self, plan: &Plan, batch: &Batch) -> Result<f64> {
         let process = &*self.network.process;
-        let (loss, grads) = fused::plain(self.plain, || {
-            self.parts.step(process, batch, Loss::Surface, &plan.device)
+        let step = fused::plain(self.plain, || {
+            self.parts.step(process, batch, Reward::Surface, &plan.device, (0, 0))
         })?;
-        self.optimiser.update(self.network.params.vars(), &grads, 1e-4, 0.5)?;
+        self.optimiser.update(self.network.params.vars(), &step.grads, 1e-4, 0.5)?;
         plan.device.synchronize()?;
-        Ok(loss)
+        Ok(step.loss)
     }
 
     fn measure(&mut self, plan: &Plan, batch: &Batch) -> Result<()> {
@@ -244,7 +245,7 @@ mod tests {
         for (count, wanted) in [(1, true), (1, false), (2, true), (2, false)] {
             let parts = Parts::with_threads(count, 1)?;
             let said = fused::plain(wanted, || {
-                parts.step(&Witness, &batch, Loss::Surface, &Device::Cpu).map(|_| ())
+                parts.step(&Witness, &batch, Reward::Surface, &Device::Cpu, (0, 0)).map(|_| ())
             });
             assert_eq!(said.unwrap_err().to_string(), wanted.to_string(), "{count} parts");
         }

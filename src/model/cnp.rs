@@ -25,6 +25,7 @@ pub const ENTRY: Entry = Entry {
     name: "cnp",
     about: "conditional neural process: mean-pooled context (Garnelo et al. 2018, arXiv:1807.01613)",
     build,
+    joint: false,
     tiny: "width = 8\ndepth = 2\nhead = { components = 2 }",
 };
 

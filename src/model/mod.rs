@@ -60,6 +60,8 @@ pub struct Entry {
     pub about: &'static str,
     /// Builds it.
     pub build: Build,
+    /// Whether its posterior draws surfaces jointly, and knows joint densities.
+    pub joint: bool,
     /// A configuration small enough for tests, as TOML.
     pub tiny: &'static str,
 }

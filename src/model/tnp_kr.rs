@@ -37,6 +37,7 @@ pub const SCAN: Entry = Entry {
     name: "tnp-kr",
     about: "TNP-KR with scan attention and distance bias (Jenson et al., arXiv:2411.12502, 2506.09163)",
     build: build_scan,
+    joint: false,
     tiny: TINY,
 };
 /// Deep kernel attention.
@@ -44,6 +45,7 @@ pub const DKA: Entry = Entry {
     name: "tnp-kr-dka",
     about: "TNP-KR with deep kernel attention, linear in the context (Jenson et al., arXiv:2411.12502)",
     build: build_dka,
+    joint: false,
     tiny: "width = 8\nblocks = 2\nembed = [8]\nfeed_forward = 8\nfeatures = 6\nembed_location = true\nhead_widths = [8]",
 };
 /// Softmax attention with the whole score matrix: the reference.
@@ -51,6 +53,7 @@ pub const FULL: Entry = Entry {
     name: "tnp-kr-full",
     about: "TNP-KR with dense attention, the reference for `tnp-kr` (arXiv:2411.12502, 2506.09163)",
     build: build_full,
+    joint: false,
     tiny: TINY,
 };
 

@@ -21,10 +21,11 @@ use crate::{
     error::{Error, Result},
     fused,
     model::{self, Problem, params::Params},
-    predictive::{Of, Predictive},
-    process::Process,
+    predictive::Predictive,
+    process::{Objective, Process, Reward},
     recipe::Recipe,
     rng::Stream,
+    sites::Task,
     task::{Batch, Tasks},
     whole,
 };
@@ -34,16 +35,6 @@ pub mod optimiser;
 pub mod schedule;
 
 use optimiser::{Optimiser, Rule};
-
-/// What the network is rewarded for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Loss {
-    /// Log density of the true surface plus that of the true noisy value, link scale.
-    Both,
-    /// Log density of the true surface alone: the published GP benchmarks.
-    Surface,
-}
 
 /// The `[train]` table.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -64,7 +55,7 @@ pub struct Settings {
     /// AdamW's weight decay.
     pub decay: f64,
     /// What is rewarded.
-    pub loss: Loss,
+    pub loss: Reward,
     /// Decay of the running average of weights that is validated and kept; 0 keeps the last.
     pub average: f64,
     /// Tasks per step at most.
@@ -93,7 +84,7 @@ impl Default for Settings {
             clip: 1.0,
             optimiser: Rule::Adamw,
             decay: 1e-4,
-            loss: Loss::Both,
+            loss: Reward::Both,
             average: 0.999,
             rows: 32,
             sites: 3072,
@@ -185,26 +176,47 @@ pub struct Progress {
     pub validation: Option<f64>,
     /// Validation loss above the exact GP's.
     pub gap: Option<f64>,
+    /// What the process measured since the last report, mean per step: see [`Objective`].
+    #[serde(flatten)]
+    pub measured: BTreeMap<String, f64>,
 }
 
-/// The training loss of a predictive on a batch: mean negative log density per target.
+/// The mean negative log density per target of what a predictive foretold of a task.
 ///
 /// # Shapes
 /// Returns a scalar tensor that carries gradients.
-pub fn loss(predictive: &Predictive, batch: &Batch, kind: Loss, device: &Device) -> Result<Tensor> {
-    let surface = batch.task.surface.to_device(device)?;
-    let mut density = predictive.log_prob(Of::Surface, &surface)?;
-    if kind == Loss::Both {
-        let noisy = batch.task.noisy.to_device(device)?;
-        density = (density + predictive.log_prob(Of::Observation, &noisy)?)?;
-    }
-    Ok(density.mean_all()?.neg()?)
+pub fn loss(predictive: &Predictive, task: &Task, reward: Reward) -> Result<Tensor> {
+    Ok(reward.density(predictive, task)?.mean_all()?.neg()?)
 }
 
-/// What a process on `device` answers to a batch, which is drawn on the host.
-fn answer(process: &dyn Process, batch: &Batch, device: &Device) -> Result<Predictive> {
-    let context = batch.task.context.to_device(device)?;
-    process.condition(&context)?.at(&batch.task.target.sites.to_device(device)?)
+/// What a process answers to a task.
+fn answer(process: &dyn Process, task: &Task) -> Result<Predictive> {
+    process.condition(&task.context)?.at(&task.target.sites)
+}
+
+/// What a step of training minimises: the process's own objective, or else the [`loss`].
+pub fn objective(
+    process: &dyn Process,
+    task: &Task,
+    reward: Reward,
+    rng: &mut Stream,
+) -> Result<Objective> {
+    if let Some(objective) = process.objective(task, reward, rng)? {
+        return Ok(objective);
+    }
+    let loss = loss(&answer(process, task)?, task, reward)?;
+    Ok(Objective { loss, measured: Vec::new(), surrogate: false })
+}
+
+/// A loss with its gradients, and what else was measured.
+#[derive(Debug, Default)]
+pub(crate) struct Step {
+    /// Loss of the whole batch, nats per target.
+    pub loss: f64,
+    /// Each part's gradients of its share of the loss.
+    pub grads: Vec<GradStore>,
+    /// Mean over the batch of what the process measured.
+    pub measured: BTreeMap<&'static str, f64>,
 }
 
 /// A batch cut into parts, each on a thread of its own with serial operations inside: at these
@@ -231,27 +243,34 @@ impl Parts {
         Ok(Parts { pools: (0..count).map(pool).collect::<Result<_>>()? })
     }
 
-    /// Loss of the whole batch, and each part's gradients of its share of it.
+    /// The loss of a batch and its gradients. `chance` names the batch: what a process draws to
+    /// learn comes from its streams, one for each part.
     pub(crate) fn step(
         &self,
         process: &(dyn Process + Send + Sync),
         batch: &Batch,
-        kind: Loss,
+        reward: Reward,
         device: &Device,
-    ) -> Result<(f64, Vec<GradStore>)> {
+        chance: (u64, u64),
+    ) -> Result<Step> {
         let rows = batch.rules.len();
         let count = self.pools.len().min(rows);
-        let part = |i: usize| -> Result<(f64, GradStore)> {
+        let part = |i: usize| -> Result<Step> {
             let (start, end) = (i * rows / count, (i + 1) * rows / count);
-            let part = batch.rows(start, end - start)?;
-            let predictive = answer(process, &part, device)?;
+            let task = batch.rows(start, end - start)?.task.to_device(device)?;
             let share = (end - start) as f64 / rows as f64;
-            let value = (loss(&predictive, &part, kind, device)? * share)?;
-            Ok((f64::from(value.to_scalar::<f32>()?), value.backward()?))
+            let mut rng = Stream::new(chance.0, "objective", (chance.1 << 8) + i as u64);
+            let Objective { loss, measured, .. } = objective(process, &task, reward, &mut rng)?;
+            let loss = (loss * share)?;
+            Ok(Step {
+                loss: f64::from(loss.to_scalar::<f32>()?),
+                grads: vec![loss.backward()?],
+                measured: measured.into_iter().map(|(name, x)| (name, x * share)).collect(),
+            })
         };
         let plain = fused::is_plain();
         let part = |i: usize| fused::plain(plain, || part(i));
-        let parts: Vec<Result<(f64, GradStore)>> = std::thread::scope(|scope| {
+        let parts: Vec<Result<Step>> = std::thread::scope(|scope| {
             let part = &part;
             let running: Vec<_> = self.pools[..count]
                 .iter()
@@ -260,13 +279,16 @@ impl Parts {
                 .collect();
             running.into_iter().map(|r| r.join().expect("a part of the batch")).collect()
         });
-        let (mut total, mut grads) = (0.0, Vec::with_capacity(count));
+        let mut whole = Step::default();
         for part in parts {
-            let (value, grad) = part?;
-            total += value;
-            grads.push(grad);
+            let part = part?;
+            whole.loss += part.loss;
+            whole.grads.extend(part.grads);
+            for (name, x) in part.measured {
+                *whole.measured.entry(name).or_default() += x;
+            }
         }
-        Ok((total, grads))
+        Ok(whole)
     }
 }
 
@@ -298,10 +320,11 @@ impl Validation {
         Ok(Validation { batches, exact_gp })
     }
 
-    fn loss(&self, process: &dyn Process, kind: Loss, device: &Device) -> Result<f64> {
+    fn loss(&self, process: &dyn Process, reward: Reward, device: &Device) -> Result<f64> {
         let mut total = 0.0;
         for batch in &self.batches {
-            let value = loss(&answer(process, batch, device)?, batch, kind, device)?;
+            let task = batch.task.to_device(device)?;
+            let value = loss(&answer(process, &task)?, &task, reward)?;
             total += f64::from(value.to_dtype(DType::F32)?.to_scalar::<f32>()?);
         }
         Ok(total / self.batches.len() as f64)
@@ -309,7 +332,7 @@ impl Validation {
 }
 
 /// The loss of the exact GP that is told the true kernel, nugget and mean of every task.
-fn exact_loss(tasks: &Tasks, batch: &Batch, kind: Loss) -> Result<f64> {
+fn exact_loss(tasks: &Tasks, batch: &Batch, reward: Reward) -> Result<f64> {
     let losses: Vec<f64> = batch
         .rules
         .par_iter()
@@ -322,7 +345,7 @@ fn exact_loss(tasks: &Tasks, batch: &Batch, kind: Loss) -> Result<f64> {
                 rule.mean,
                 tasks.likelihood(),
             )?;
-            let value = loss(&answer(&gp, &one, &Device::Cpu)?, &one, kind, &Device::Cpu)?;
+            let value = loss(&answer(&gp, &one.task)?, &one.task, reward)?;
             Ok(value.to_dtype(DType::F64)?.to_scalar::<f64>()?)
         })
         .collect::<Result<_>>()?;
@@ -411,6 +434,7 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
             }
         });
         let (mut sum, mut count, mut shown) = (0.0, 0u64, Instant::now());
+        let mut measured = BTreeMap::<String, f64>::new();
         while state.step < last {
             let batch = receiver.recv().expect("the sampler lives as long as the loop")?;
             let rate = schedule::rate(
@@ -420,23 +444,27 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
                 settings.rate,
                 settings.last,
             );
-            let (number, grads) = parts.step(&*process, &batch, settings.loss, &options.device)?;
-            if !number.is_finite() {
+            let chance = (options.seed, state.step);
+            let step = parts.step(&*process, &batch, settings.loss, &options.device, chance)?;
+            if !step.loss.is_finite() {
                 return Err(Error::input("the loss is not finite")
                     .fact("step", state.step)
                     .try_this("lower the learning rate, or resume from the last checkpoint"));
             }
-            let norm = optimiser.update(params.vars(), &grads, rate, settings.clip)?;
+            let norm = optimiser.update(params.vars(), &step.grads, rate, settings.clip)?;
             state.step += 1;
             state.tasks += batch.rules.len() as u64;
             blend(&mut average, &params, settings.average, state.step)?;
-            sum += number;
+            sum += step.loss;
             count += 1;
+            for (name, x) in step.measured {
+                *measured.entry(name.to_string()).or_default() += x;
+            }
 
             let validate = state.step.is_multiple_of(settings.validate_every) || state.step == last;
             let elapsed = shown.elapsed().as_secs_f64();
             if validate || elapsed > 1.0 {
-                let mut measured = None;
+                let mut scored = None;
                 if validate {
                     let current = host(&params)?;
                     set(&params, &average)?;
@@ -447,7 +475,7 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
                         state.best_step = state.step;
                         best = average.clone();
                     }
-                    measured = Some(score);
+                    scored = Some(score);
                 }
                 let speed = count as f64 / elapsed.max(1e-9);
                 let progress = Progress {
@@ -458,8 +486,12 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
                     norm,
                     steps_per_s: speed,
                     seconds_left: (last - state.step) as f64 / speed,
-                    validation: measured,
-                    gap: measured.map(|m| m - validation.exact_gp),
+                    validation: scored,
+                    gap: scored.map(|m| m - validation.exact_gp),
+                    measured: std::mem::take(&mut measured)
+                        .into_iter()
+                        .map(|(name, x)| (name, x / count as f64))
+                        .collect(),
                 };
                 report(&progress);
                 if validate {
