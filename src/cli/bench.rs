@@ -45,8 +45,8 @@ struct Run {
     /// Threads; all cores when left out
     #[arg(long, value_name = "N", value_parser = count)]
     threads: Option<usize>,
-    /// Where to compute
-    #[arg(long, default_value = "cpu", value_parser = ["cpu", "cuda"])]
+    /// Where to compute: cpu, cuda or cuda:1
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
     /// Numbers that attention computes with. bf16: keys and values of 16 bits, for scan and sparse
     /// attention on the CPU that is asked, not trained

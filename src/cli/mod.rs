@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 
 pub mod bench;
 pub mod calibrate;
+pub mod cards;
 mod environment;
 pub mod inspect;
 pub mod list;
