@@ -4,6 +4,8 @@
 mod attention;
 #[path = "contract/cuda.rs"]
 mod cuda;
+#[path = "contract/cuda_tensor.rs"]
+mod cuda_tensor;
 #[path = "contract/fused.rs"]
 mod fused;
 #[path = "contract/models.rs"]
