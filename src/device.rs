@@ -13,6 +13,8 @@ mod cards;
 #[cfg(feature = "cuda")]
 #[path = "device/enabled.rs"]
 mod cards;
+#[cfg(feature = "cuda")]
+pub(crate) mod kernels;
 
 /// What a device name asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]

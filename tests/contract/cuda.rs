@@ -232,7 +232,8 @@ fn the_emulated_kernel_reads_extreme_scores_like_any_other() {
     let Some(program) = host() else { return };
     for (name, case) in extreme() {
         for splits in [1, 3] {
-            let found = gap(&on_host(program, &case, Launch { splits, ..ALONE }).0, &case.reference());
+            let found =
+                gap(&on_host(program, &case, Launch { splits, ..ALONE }).0, &case.reference());
             assert!(found < 2e-6, "{name}, {splits} parts: {found:e}");
         }
     }
