@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CudaStorage, Layout, Result as CandleResult, Shape
 use rayon::prelude::*;
 
 use super::{
-    Bias, Keys, Metric, Radial, Term,
+    Bias, Keys, Metric, Precision, Radial, Term,
     backward::Backward,
     bias::{arcs, geometry},
     cuda,
@@ -17,7 +17,7 @@ use super::{
     reader::{bumps, highest, terms},
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     fused::{
         self, Host, slice,
         softmax::{self, GROUP, Job, Packed, attend},
@@ -73,6 +73,12 @@ pub fn scan(
     // The published start is for reproduction only, and not worth a kernel.
     let kernel = fused::applies(q) || cuda::applies(q, sites, keys, bias);
     if !kernel || start == Start::Published {
+        if keys.precision != Precision::F32 && !fused::is_plain() {
+            return Err(Error::input("there is no kernel that reads this context in fewer bits")
+                .fact("precision", keys.precision.name())
+                .fact("widths of keys and values", format!("{} and {}", keys.width, shape.3))
+                .try_this("use --precision f32"));
+        }
         return composed(q, sites, keys, bias, chunk, start);
     }
     Ok(scan_joined(&q.flatten_from(2)?, sites, keys, bias)?.reshape(shape)?)
@@ -116,6 +122,10 @@ pub(crate) fn scan_joined(
         marks: OnceLock::new(),
         on_device,
         marks_on_device: OnceLock::new(),
+        numbers: cuda::Numbers::of(
+            keys.precision,
+            q.track_op() || keys.packed.track_op() || params.track_op(),
+        ),
     };
     Ok(q.contiguous()?.apply_op3(&keys.packed.contiguous()?, &params, op)?)
 }
@@ -193,6 +203,8 @@ struct Scan {
     on_device: Option<cuda::Places>,
     /// The marks, there.
     marks_on_device: OnceLock<Tensor>,
+    /// What tensor cores multiply there, if they do.
+    numbers: Option<cuda::Numbers>,
 }
 
 /// No less than any straight line between a column of coordinates and `sites`.
@@ -330,8 +342,11 @@ impl candle_core::CustomOp3 for Scan {
     ) -> CandleResult<(CudaStorage, Shape)> {
         let Some(places) = &self.on_device else { candle_core::bail!("sites are on the host") };
         let problem = self.problem(lq.dims()[0]);
-        let (out, shape, marks) =
-            cuda::forward(&problem, places, [(q, lq), (kv, lkv), (params, lp)])?;
+        let tensors = [(q, lq), (kv, lkv), (params, lp)];
+        if let Some(numbers) = self.numbers {
+            return cuda::tensor::forward(&problem, places, tensors, numbers);
+        }
+        let (out, shape, marks) = cuda::forward(&problem, places, tensors)?;
         // Asked again, it would find the same.
         let _ = self.marks_on_device.set(marks);
         Ok((out, shape))

@@ -75,7 +75,12 @@ pub struct Plan {
 /// [`Error::Input`] for a way that there is not.
 pub fn available(attention: Attention, plan: &Plan) -> Result<()> {
     let packed = matches!(attention, Attention::Scan | Attention::Sparse);
-    if plan.precision == Precision::F32 || (packed && plan.device.is_cpu()) {
+    let there_is = match plan.precision {
+        Precision::F32 => true,
+        Precision::Bf16 if plan.device.is_cpu() => packed,
+        Precision::Bf16 | Precision::Tf32 => plan.device.is_cuda() && attention == Attention::Scan,
+    };
+    if there_is {
         return Ok(());
     }
     Err(no_bf16()
@@ -83,9 +88,9 @@ pub fn available(attention: Attention, plan: &Plan) -> Result<()> {
         .fact("device", &plan.device_name))
 }
 
-/// Refuses 16 bits.
+/// Refuses fewer bits.
 fn no_bf16() -> Error {
-    Error::input("bf16 is for contexts that scan or sparse attention reads on the CPU")
+    Error::input("bf16 is for contexts that scan attention reads, or sparse on the CPU; tf32 for scan on a GPU")
         .try_this("use --precision f32")
 }
 

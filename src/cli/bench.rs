@@ -49,8 +49,8 @@ struct Run {
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
     /// Numbers that attention computes with. bf16: keys and values of 16 bits, for scan and sparse
-    /// attention on the CPU that is asked, not trained
-    #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32", "bf16"]))]
+    /// attention that is asked, not trained; tf32: the same on a GPU, with 19 bits, and scan only
+    #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32", "tf32", "bf16"]))]
     precision: String,
     /// With --attention sparse: the share of its attention that a query may lose
     #[arg(long, value_name = "SHARE", default_value_t = 1e-3)]
@@ -259,7 +259,7 @@ impl Run {
         Ok(Plan {
             device: device::open(&self.device)?,
             device_name: self.device.clone(),
-            precision: if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 },
+            precision: Precision::called(&self.precision).unwrap_or_default(),
             threads,
             seed: self.seed,
             repeat: self.repeat.unwrap_or(repeat),

@@ -19,7 +19,8 @@ use super::{
 };
 use crate::{
     attention::{
-        Bias, CHUNK, Keys, Metric, Precision, Reader, Reading, Start, Term, full, scan, scan_joined,
+        Bias, CHUNK, DeepKernel, Keys, Metric, Precision, Reader, Reading, Start, Term, full, scan,
+        scan_joined,
     },
     error::{Error, Result},
     fused::{
@@ -357,6 +358,10 @@ impl Block {
                 let chain = Chain::new(tokens).keep().norm(&self.before).join(sites);
                 self.fed(chain.summary(phi, summary).norm(norm).add_kept())
             }
+            (Attention::Dka { norm, .. }, Cache::DeepKernel(kernel)) => {
+                let read = kernel.read(&self.before.forward(tokens)?, sites)?;
+                self.fed(Chain::new(&read).norm(norm).plus(tokens))
+            }
             _ => {
                 let normed = Chain::new(tokens).norm(&self.before);
                 let (read, out) = self.attention.read(normed, sites, cache)?;
@@ -378,6 +383,8 @@ enum Cache {
     Reader(Box<Reader>),
     /// `Σ φ(k) ψ(k)ᵀ / (n √d)`, `[batch, features, width]`
     Kernel(Summary),
+    /// The same on a GPU, where nothing is recorded for gradients.
+    DeepKernel(Box<DeepKernel>),
 }
 
 enum Attention {
@@ -542,11 +549,19 @@ impl Attention {
                     let reader = Reader::new(&k, &v, sites, mask, bias.as_ref(), *reading)?;
                     return Ok(Cache::Reader(Box::new(reader)));
                 }
-                Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
+                let keys = Keys::pack(&k, &v, sites, mask)?;
+                // Without a gradient: what is learned is learned in f32.
+                let asked = !k.track_op() && !v.track_op();
+                let precision = if asked { reading.precision } else { Precision::F32 };
+                Ok(Cache::Keys(if *whole { keys } else { keys.read_in(precision) }))
             }
             Attention::Dka { phi, psi, width, .. } => {
                 let matrix = summarise(phi, psi, normed, sites, mask, *width)?;
-                Ok(Cache::Kernel(Summary::new(matrix, phi)?))
+                let kernel = phi.gelu_pair().map(|layers| DeepKernel::new(layers, &matrix));
+                Ok(match kernel.transpose()?.flatten() {
+                    Some(kernel) => Cache::DeepKernel(Box::new(kernel)),
+                    None => Cache::Kernel(Summary::new(matrix, phi)?),
+                })
             }
         }
     }
@@ -572,7 +587,9 @@ impl Attention {
                 }
             }
             Cache::Reader(reader) => reader.read(&split()?, sites)?.flatten_from(2)?,
-            Cache::Kernel(_) => unreachable!("a cache is read by the attention that made it"),
+            Cache::Kernel(_) | Cache::DeepKernel(_) => {
+                unreachable!("a cache is read by the attention that made it")
+            }
         };
         Ok((read, out))
     }
@@ -695,7 +712,8 @@ impl Process for TnpKr {
         let token = 4 * c.width + read + 16;
         // What a block keeps of a site, and what it takes on the way there. Hidden values of an
         // MLP are twice a token wide.
-        let halved = matches!(self.blocks[0].attention,
+        let halved = self.observed.device().is_cpu()
+            && matches!(self.blocks[0].attention,
             Attention::Softmax { reading, .. } if reading.precision == Precision::Bf16);
         let kept = match (dka, halved) {
             (true, _) => 0,

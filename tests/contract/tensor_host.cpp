@@ -1,7 +1,7 @@
 // Runs the kernels of src/attention/cuda/tensor.h on the processor (tests/cuda/emulate.h): a problem on
 // standard input, answers and marks on standard output, both as they lie in memory. With the argument
-// `products` it checks the emulated tensor cores instead, and with `layouts` what lies where.
-#include "../../src/attention/cuda/tensor.h"
+// `dka` the problem is one of dka.h; with `products` it checks the emulated tensor cores instead.
+#include "../../src/attention/cuda/dka.h"
 
 #include <string>
 
@@ -89,9 +89,30 @@ static int check_numbers() {
     return 0;
 }
 
+static int deep_kernel() {
+    const auto sizes = read<int32_t>(6);
+    const dka::Sizes n = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+    const auto get = [](size_t count) { return std::make_unique<emulate::Array<float>>(read<float>(count)); };
+    const size_t sites = (size_t)n.batch * n.sites;
+    const auto weight = get((size_t)(n.dim + n.width) * n.hidden), bias = get(n.hidden);
+    const auto matrix = get((size_t)n.batch * n.hidden * n.outputs), shift = get((size_t)n.batch * n.outputs);
+    const auto places = get(sites * n.dim), tokens = get(sites * n.width);
+    const unsigned tiles = (n.hidden + dka::TOGETHER - 1) / dka::TOGETHER;
+    emulate::Array<dka::Im> images((size_t)tiles * n.batch);
+    emulate::Array<float> out(sites * n.outputs);
+    emulate::launch(dim3(tiles, 1, n.batch), dka::THREADS, 0,
+                    [&] { dka::pack_block(n, weight->data, bias->data, matrix->data, images.data); });
+    emulate::launch(dim3((n.sites + dka::SITES - 1) / dka::SITES, 1, n.batch), dka::THREADS, dka::ROOM, [&] {
+        dka::read_block(n, images.data, places->data, tokens->data, shift->data, out.data);
+    });
+    std::fwrite(out.data, sizeof(float), out.size, stdout);
+    return std::fflush(stdout);
+}
+
 int main(int count, char **arguments) {
     const std::string what = count > 1 ? arguments[1] : "";
     if (what == "products") return check_products<Bf16>() | check_products<Tf32>() | check_numbers();
+    if (what == "dka") return deep_kernel();
     const auto sizes = read<int32_t>(11);
     const auto families = read<uint64_t>(1);
     Problem p = {};

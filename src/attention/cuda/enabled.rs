@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// `scan.cu`, compiled by `build.rs`.
-const SCAN: Kernels = kernels!("scan");
+static SCAN: Kernels = kernels!("scan");
 /// Threads of a block where each does a thing of its own.
 const EACH: usize = 128;
 
@@ -42,13 +42,13 @@ pub fn applies(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> 
 }
 
 /// A contiguous f32 tensor on the device, borrowed.
-struct Borrowed<'a> {
-    storage: Box<dyn Deref<Target = Storage> + 'a>,
+pub(super) struct Borrowed<'a> {
+    pub(super) storage: Box<dyn Deref<Target = Storage> + 'a>,
     layout: &'a Layout,
 }
 
 impl<'a> Borrowed<'a> {
-    fn of(x: &'a Tensor) -> Self {
+    pub(super) fn of(x: &'a Tensor) -> Self {
         let (storage, layout) = x.storage_and_layout();
         Borrowed { storage: Box::new(storage), layout }
     }
@@ -60,13 +60,13 @@ impl<'a> Borrowed<'a> {
         }
     }
 
-    fn view(&self, len: usize) -> Result<CudaView<'_, f32>> {
+    pub(super) fn view(&self, len: usize) -> Result<CudaView<'_, f32>> {
         view((self.storage()?, self.layout), len)
     }
 }
 
 /// The `len` values of a contiguous tensor.
-fn view<'a>(
+pub(super) fn view<'a>(
     (storage, layout): (&'a CudaStorage, &Layout),
     len: usize,
 ) -> Result<CudaView<'a, f32>> {
@@ -185,8 +185,8 @@ struct Given<'a> {
 impl<'a> Given<'a> {
     fn of(places: &'a Places) -> Self {
         Given {
-            points: Borrowed::of(&places.sites),
-            keys: Borrowed::of(&places.keys),
+            points: Borrowed::of(&places.points),
+            keys: Borrowed::of(&places.key_points),
             mask: Borrowed::of(&places.mask),
         }
     }

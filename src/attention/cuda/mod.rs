@@ -1,39 +1,81 @@
 //! Scan attention on an NVIDIA GPU, with the feature `cuda`; without it nothing here applies.
 //!
-//! The kernels are those of `scan.cu`, with the gradients of `gradient.h`. Both forms of this module offer
-//! the same functions: whether the kernels apply, what they answer, and its gradient. Their arithmetic is
-//! tested on the processor (tests/contract/cuda.rs); on hardware they have never run.
+//! The kernels are those of `scan.cu`, with the gradients of `gradient.h`; `tensor.cu` does the same on
+//! tensor cores, where nothing is recorded for gradients. `dka.cu` is the target side of deep kernel
+//! attention. Both forms of this module offer the same: whether kernels apply, and what they answer. The
+//! tests run them on the processor (tests/contract/cuda.rs); on hardware they have never run.
 
 use candle_core::{Result, Tensor};
 
-use super::{Bias, Keys, Metric, Term};
+use super::{Bias, Keys, Metric, Precision, Term};
 
 #[cfg(not(feature = "cuda"))]
 mod disabled;
 #[cfg(feature = "cuda")]
+mod dka;
+#[cfg(feature = "cuda")]
 mod enabled;
+#[cfg(feature = "cuda")]
+pub(super) mod tensor;
 
 #[cfg(not(feature = "cuda"))]
-pub(super) use disabled::{applies, forward, gradients};
+pub(crate) use disabled::dka::DeepKernel;
+#[cfg(not(feature = "cuda"))]
+pub(super) use disabled::{applies, forward, gradients, tensor};
+#[cfg(feature = "cuda")]
+pub(crate) use dka::DeepKernel;
 #[cfg(feature = "cuda")]
 pub(super) use enabled::{applies, forward, gradients};
+
+/// What tensor cores multiply; sums and all the rest are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Numbers {
+    Bf16,
+    Tf32,
+    /// f32, each as the sum of two tf32.
+    Exact,
+}
+
+impl Numbers {
+    /// What multiplies in `precision`, if tensor cores are to: in f32 that is so unless `recorded` for
+    /// gradients, which want the very weights of `scan.cu`, or `ISOPLETH_EXACT` is `cores`.
+    pub fn of(precision: Precision, recorded: bool) -> Option<Self> {
+        let cores = || std::env::var_os("ISOPLETH_EXACT").is_some_and(|v| v == "cores");
+        match precision {
+            Precision::Bf16 => Some(Numbers::Bf16),
+            Precision::Tf32 => Some(Numbers::Tf32),
+            Precision::F32 if recorded || cores() => None,
+            Precision::F32 => Some(Numbers::Exact),
+        }
+    }
+
+    /// As kernels are called.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    pub fn name(self) -> &'static str {
+        match self {
+            Numbers::Bf16 => "bf16",
+            Numbers::Tf32 => "tf32",
+            Numbers::Exact => "exact",
+        }
+    }
+}
 
 /// Where queries and keys are, on the device.
 pub(super) struct Places {
     /// `[batch, target, dim]`: queries as points of [`super::bias::geometry`].
-    pub sites: Tensor,
+    pub points: Tensor,
     /// `[batch, context, dim]`: keys likewise.
-    pub keys: Tensor,
+    pub key_points: Tensor,
     /// `[batch, context]`, 1 = observed.
     pub mask: Tensor,
 }
 
 impl Places {
     /// Points of queries and keys, and which keys are observed.
-    pub fn new(sites: &Tensor, keys: &Tensor, mask: &Tensor) -> Result<Self> {
+    pub fn new(points: &Tensor, key_points: &Tensor, mask: &Tensor) -> Result<Self> {
         Ok(Places {
-            sites: sites.contiguous()?,
-            keys: keys.contiguous()?,
+            points: points.contiguous()?,
+            key_points: key_points.contiguous()?,
             mask: mask.contiguous()?,
         })
     }

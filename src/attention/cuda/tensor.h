@@ -189,11 +189,11 @@ template <class N, int D, int W, int TILES> struct Rows {
         }
     }
 
-    // sum = keep · sum + Σ weight · value over the keys from `first` on; their weights alone are added
-    // up in total, where there is one.
-    template <class Im, int TOTALS>
+    // sum = keep · sum + Σ weight · value over the keys from `first` on. If TOTAL, the weights alone are
+    // added up likewise: by the tensor cores, as they have been rounded, so that shares add up to 1.
+    template <bool TOTAL, class Im>
     MEMBER void gather(const Im &image, int first, int lane, const float (&weight)[TILES][BLOCKS][4],
-                                const float (&keep)[TILES][2], float (&total)[TOTALS][2]) {
+                                const float (&keep)[TILES][2], float (&total)[TILES][2]) {
         constexpr int KEY_STEPS = TOGETHER / (8 * N::PER);
         float part[TILES][WIDE][4], all[TILES][4];
         UNROLL
@@ -226,7 +226,7 @@ template <class N, int D, int W, int TILES> struct Rows {
                         UNROLL
                         for (int of = 0; of < N::PARTS; ++of) a[s][m][of][i] = parts[of];
                     }
-                    if (TOTALS > 0) {
+                    if (TOTAL) {
                         UNROLL
                         for (int of = N::PARTS - 1; of >= 0; --of)
                             mma(N(), all[m], a[s][m][of], ones(N()), ones(N()));
@@ -258,11 +258,11 @@ template <class N, int D, int W, int TILES> struct Rows {
                 UNROLL
                 for (int n = 0; n < WIDE; ++n) sum[m][n][e] = fmaf(sum[m][n][e], keep[m][e >> 1], part[m][n][e]);
             }
-            if (TOTALS > 0) {
+            if (TOTAL) {
                 // Every column holds the same.
                 UNROLL
                 for (int half = 0; half < 2; ++half)
-                    total[m % TOTALS][half] = fmaf(total[m % TOTALS][half], keep[m][half], all[m][2 * half]);
+                    total[m][half] = fmaf(total[m][half], keep[m][half], all[m][2 * half]);
             }
         }
     }
@@ -444,7 +444,7 @@ DEVICE void attend(const Problem &p, const Place &at, Image<N, WIDTH, WIDTH, KEY
                     for (int e = 0; e < 4; ++e) score[m][j][e] = exp2_approx(score[m][j][e] - top[m][e >> 1]);
                 }
             }
-            rows.gather(image, key, lane, score, keep, weight);
+            rows.template gather<true>(image, key, lane, score, keep, weight);
         }
     }
     copies_wait<0>();
@@ -500,16 +500,17 @@ DEVICE void combine(int parts, size_t sites, int heads, int w, size_t i, const f
     }
 }
 
-// Queries of a warp in units of 16, keys of an image and images on their way, as registers and shared
-// memory allow; tensor.rs knows them too.
-template <class N, int WIDTH> struct Plan {
-    static constexpr int TILES = WIDTH == 64 && N::PER == 1 ? 1 : 2;
-    static constexpr int KEYS = N::PER == 2 ? 64 : 32;
-    static constexpr int STAGES = N::PARTS == 2 && WIDTH == 64 ? 2 : 3;
-    typedef Image<N, WIDTH, WIDTH, KEYS> Im;
-    // Shared memory of a block.
-    static constexpr size_t ROOM = STAGES * sizeof(Im) + TERMS * sizeof(Bent);
-};
+template <class N, int WIDTH> struct Plan;
+#define PLAN(NUMBERS, WIDTH, OF_WARP, OF_IMAGE, ON_THEIR_WAY, BYTES)                                        \
+    template <> struct Plan<NUMBERS, WIDTH> {                                                               \
+        static constexpr int TILES = OF_WARP, KEYS = OF_IMAGE, STAGES = ON_THEIR_WAY;                       \
+        typedef Image<NUMBERS, WIDTH, WIDTH, KEYS> Im;                                                      \
+        static_assert(sizeof(Im) == BYTES, "tensor.rs makes room for so many");                             \
+        /* Shared memory of a block. */                                                                     \
+        static constexpr size_t ROOM = STAGES * sizeof(Im) + TERMS * sizeof(Bent);                          \
+    };
+#include "plan.inc"
+#undef PLAN
 
 // Block (x, y, z) packs image x of head y of row z.
 template <class N, int WIDTH>
