@@ -30,6 +30,7 @@ use crate::{
     whole,
 };
 
+pub mod ahead;
 pub mod calibration;
 pub mod optimiser;
 pub mod schedule;

@@ -14,7 +14,12 @@ pub fn forward(
     _: &Problem,
     _: &Places,
     _: [(&CudaStorage, &Layout); 3],
-) -> Result<(CudaStorage, Shape)> {
+) -> Result<(CudaStorage, Shape, Tensor)> {
+    Err(Error::NotCompiledWithCudaSupport)
+}
+
+/// An error that says so.
+pub fn gradients(_: &Problem, _: &Places, _: [&Tensor; 6]) -> Result<[Tensor; 3]> {
     Err(Error::NotCompiledWithCudaSupport)
 }
 

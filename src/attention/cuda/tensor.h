@@ -44,6 +44,16 @@ DEVICE void word(Exact, float x, float, uint32_t (&parts)[2]) {
     parts[1] = tf32(x - __uint_as_float(parts[0]));
 }
 
+// The same of weights, which are finite: in fewer instructions.
+DEVICE void weight_word(Bf16 n, float x, float y, uint32_t (&parts)[1]) { word(n, x, y, parts); }
+DEVICE void weight_word(Tf32, float x, float, uint32_t (&parts)[1]) {
+    parts[0] = (__float_as_uint(x) + 0x1000u) & ~0x1fffu;
+}
+DEVICE void weight_word(Exact, float x, float, uint32_t (&parts)[2]) {
+    parts[0] = __float_as_uint(x) & ~0x1fffu;
+    parts[1] = (__float_as_uint(x - __uint_as_float(parts[0])) + 0x1000u) & ~0x1fffu;
+}
+
 DEVICE void mma(Bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_bf16(c, a, b0, b1);
 }
@@ -61,7 +71,6 @@ DEVICE constexpr int part_of_b(int pass, int passes) { return passes == 3 && pas
 // One in every place of a column.
 DEVICE uint32_t ones(Bf16) { return 0x3f803f80u; }
 DEVICE uint32_t ones(Tf32) { return 0x3f800000u; }
-DEVICE uint32_t ones(Exact) { return 0x3f800000u; }
 
 // Keys of one head as a block of threads wants them in shared memory, and as pack() leaves them in
 // global memory. Rows are 16 bytes longer than they need, so that 8 of them begin in different banks.
@@ -190,7 +199,8 @@ template <class N, int D, int W, int TILES> struct Rows {
     }
 
     // sum = keep · sum + Σ weight · value over the keys from `first` on. If TOTAL, the weights alone are
-    // added up likewise: by the tensor cores, as they have been rounded, so that shares add up to 1.
+    // added up likewise: by the tensor cores, as they have been rounded, so that shares add up to 1;
+    // Exact ones by each lane for itself, since its tensor cores have enough to do.
     template <bool TOTAL, class Im>
     MEMBER void gather(const Im &image, int first, int lane, const float (&weight)[TILES][BLOCKS][4],
                                 const float (&keep)[TILES][2], float (&total)[TILES][2]) {
@@ -219,18 +229,14 @@ template <class N, int D, int W, int TILES> struct Rows {
                         uint32_t parts[N::PARTS];
                         if (N::PER == 2) {
                             const float(&pairs)[4] = weight[m][2 * step + (i >> 1)];
-                            word(N(), pairs[half], pairs[half + 1], parts);
+                            weight_word(N(), pairs[half], pairs[half + 1], parts);
                         } else {
-                            word(N(), weight[m][step][half + (i >> 1)], 0.0f, parts);
+                            weight_word(N(), weight[m][step][half + (i >> 1)], 0.0f, parts);
                         }
                         UNROLL
                         for (int of = 0; of < N::PARTS; ++of) a[s][m][of][i] = parts[of];
                     }
-                    if (TOTAL) {
-                        UNROLL
-                        for (int of = N::PARTS - 1; of >= 0; --of)
-                            mma(N(), all[m], a[s][m][of], ones(N()), ones(N()));
-                    }
+                    if constexpr (TOTAL && N::PARTS == 1) mma(N(), all[m], a[s][m][0], ones(N()), ones(N()));
                 }
             }
             UNROLL
@@ -259,7 +265,14 @@ template <class N, int D, int W, int TILES> struct Rows {
                 for (int n = 0; n < WIDE; ++n) sum[m][n][e] = fmaf(sum[m][n][e], keep[m][e >> 1], part[m][n][e]);
             }
             if (TOTAL) {
-                // Every column holds the same.
+                if (N::PARTS == 2) {
+                    UNROLL
+                    for (int j = 0; j < BLOCKS; ++j) {
+                        UNROLL
+                        for (int e = 0; e < 4; ++e) all[m][e & 2] += weight[m][j][e];
+                    }
+                }
+                // Else every column holds the same.
                 UNROLL
                 for (int half = 0; half < 2; ++half)
                     total[m][half] = fmaf(total[m][half], keep[m][half], all[m][2 * half]);
@@ -279,7 +292,6 @@ template <int COUNT> DEVICE void quick_term(const Bent &t, const float (&d2)[COU
     const auto lost = [](float s, float x) { return 0.69314718f * log2_approx(1.0f + x) - s; };
     switch (t.family) {
     case SCALAR: each([&](float d2, float s) { return fmaf(root(d2), t.a, s); }); break;
-    case RBF: each([&](float d2, float s) { return fmaf(exp2_approx(fminf(t.b * d2, 96.0f)), t.a, s); }); break;
     case TISA:
         each([&](float d2, float s) {
             const float u = root(d2) - t.c;
@@ -306,11 +318,16 @@ template <int COUNT> DEVICE void quick_term(const Bent &t, const float (&d2)[COU
     }
 }
 
-template <class N, int COUNT> DEVICE void bias_term(N, const Bent &t, const float (&d2)[COUNT], float (&score)[COUNT]) {
-    quick_term(t, d2, score);
-}
-template <int COUNT> DEVICE void bias_term(Exact, const Bent &t, const float (&d2)[COUNT], float (&score)[COUNT]) {
-    add_term(t, d2, score);
+template <class N, int COUNT> DEVICE void bias_term(const Bent &t, const float (&d2)[COUNT], float (&score)[COUNT]) {
+    if (t.family == RBF && t.b <= 0.0f) {
+        // The usual one, which does not grow and so need not be held below a largest exponent.
+        UNROLL
+        for (int i = 0; i < COUNT; ++i) score[i] = fmaf(exp2_approx(t.b * d2[i]), t.a, score[i]);
+    } else if (N::PARTS == 2) {
+        add_term(t, d2, score);
+    } else {
+        quick_term(t, d2, score);
+    }
 }
 
 // What a block of threads is to do: targets from number `block` · 16 · TILES · WARPS on, of one head of
@@ -374,7 +391,7 @@ DEVICE void attend(const Problem &p, const Place &at, Image<N, WIDTH, WIDTH, KEY
             for (int j = p.terms - 1; j >= 0; --j) {
                 if (terms[j].family != SINK) continue;
                 UNROLL
-                for (int m = 0; m < TILES; ++m) top[m][0] = top[m][1] = terms[j].a, weight[m][0] = weight[m][1] = 1.0f;
+                for (int m = 0; m < TILES; ++m) top[m][0] = top[m][1] = terms[j].a, weight[m][0] = weight[m][1] = N::PARTS == 1 || quad == 0;
             }
         }
         if (first >= p.targets) continue;
@@ -404,7 +421,7 @@ DEVICE void attend(const Problem &p, const Place &at, Image<N, WIDTH, WIDTH, KEY
                         UNROLL
                         for (int i = 0; i < TILES * 8; ++i) d2[i] = arc2(d2[i]);
                     }
-                    for (int term = 0; term < p.terms; ++term) bias_term(N(), terms[term], d2, some);
+                    for (int term = 0; term < p.terms; ++term) bias_term<N>(terms[term], d2, some);
                     UNROLL
                     for (int i = 0; i < TILES * 8; ++i) score[i / 8][j + i / 4 % 2][i % 4] = some[i];
                 }
@@ -448,6 +465,16 @@ DEVICE void attend(const Problem &p, const Place &at, Image<N, WIDTH, WIDTH, KEY
         }
     }
     copies_wait<0>();
+    if (N::PARTS == 2) {
+        UNROLL
+        for (int m = 0; m < TILES; ++m) {
+            UNROLL
+            for (int half = 0; half < 2; ++half) {
+                weight[m][half] += __shfl_xor_sync(WARP, weight[m][half], 1);
+                weight[m][half] += __shfl_xor_sync(WARP, weight[m][half], 2);
+            }
+        }
+    }
 
     const size_t before = (size_t)at.part * p.batch * p.targets;
     UNROLL

@@ -90,8 +90,7 @@ pub fn forward(
     [q, kv, params]: [(&CudaStorage, &Layout); 3],
     numbers: Numbers,
 ) -> Result<(CudaStorage, Shape)> {
-    let Problem { targets, context, heads, d, w, dim, terms, metric } = *problem;
-    let batch = q.1.dims()[0];
+    let Problem { batch, targets, context, heads, d, w, dim, terms, metric } = *problem;
     let Some(plan) = plan(numbers, d.max(w)) else {
         bail!("no kernel for keys {d} and values {w} wide")
     };
