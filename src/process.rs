@@ -79,6 +79,9 @@ pub struct Objective {
     pub loss: Tensor,
     /// What else is worth a line in the journal, such as a divergence or an effective sample size.
     pub measured: Vec<(&'static str, f64)>,
+    /// Whether the gradient is meant to be another than the loss's own, as where draws and weights
+    /// that hang on the parameters are held fixed.
+    pub surrogate: bool,
 }
 
 /// A process that has seen its context. Cheap to ask, tile after tile, by several threads at once.

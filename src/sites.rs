@@ -128,6 +128,30 @@ impl Observations {
         })
     }
 
+    /// These and `others`, row by row.
+    ///
+    /// # Errors
+    /// If the two are not of one kind: trials or covariates in one only, other batches.
+    pub fn and(&self, others: &Self) -> Result<Self> {
+        let join = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 1);
+        let both = |a: &Option<Tensor>, b: &Option<Tensor>| match (a, b) {
+            (Some(a), Some(b)) => Ok(Some(join(a, b)?)),
+            (None, None) => Ok(None),
+            _ => Err(Error::axis("observations that are joined", "with", "without")),
+        };
+        let sites = Sites {
+            s: join(&self.sites.s, &others.sites.s)?,
+            t: both(&self.sites.t, &others.sites.t)?,
+            x: both(&self.sites.x, &others.sites.x)?,
+        };
+        Ok(Observations {
+            sites,
+            y: join(&self.y, &others.y)?,
+            mask: join(&self.mask, &others.mask)?,
+            trials: both(&self.trials, &others.trials)?,
+        })
+    }
+
     /// Rows `start … start + len` of the batch.
     pub fn rows(&self, start: usize, len: usize) -> Result<Self> {
         let part = |x: &Tensor| x.narrow(0, start, len)?.contiguous();

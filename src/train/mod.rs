@@ -206,7 +206,7 @@ pub fn objective(
         return Ok(objective);
     }
     let loss = loss(&answer(process, task)?, task, reward)?;
-    Ok(Objective { loss, measured: Vec::new() })
+    Ok(Objective { loss, measured: Vec::new(), surrogate: false })
 }
 
 /// A loss with its gradients, and what else was measured.
@@ -261,7 +261,7 @@ impl Parts {
             let task = batch.rows(start, end - start)?.task.to_device(device)?;
             let share = (end - start) as f64 / rows as f64;
             let mut rng = Stream::new(chance.0, "objective", (chance.1 << 8) + i as u64);
-            let Objective { loss, measured } = objective(process, &task, reward, &mut rng)?;
+            let Objective { loss, measured, .. } = objective(process, &task, reward, &mut rng)?;
             let loss = (loss * share)?;
             Ok(Step {
                 loss: f64::from(loss.to_scalar::<f32>()?),
