@@ -14,6 +14,10 @@ mod cards;
 #[path = "device/enabled.rs"]
 mod cards;
 
+#[cfg(feature = "cuda")]
+#[path = "device/kernels.rs"]
+pub(crate) mod kernels;
+
 /// What a device name asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asked {

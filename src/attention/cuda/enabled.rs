@@ -16,7 +16,7 @@ use super::{Bias, Keys, Metric, Places, Problem};
 use crate::{attention::Term, fused};
 
 /// The kernels of `scan.cu`, compiled by `build.rs`.
-const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/scan.ptx"));
+const SCAN: crate::device::kernels::Kernels = crate::device::kernels::kernels!("scan");
 /// Threads of a block, as in `scan.cu`.
 const THREADS: usize = 128;
 /// Widths of keys and values that kernels are compiled for.
@@ -118,8 +118,9 @@ pub fn forward(
     let (targets_, context_, heads_) = (targets_?, context_?, heads_?);
     let (d_, w_, dim_, terms_) = (d_?, w_?, dim_?, terms_?);
 
-    let kernel = device.get_or_load_custom_func(&format!("scan_{width}"), "isopleth_scan", PTX)?;
-    let mut launch = kernel.builder();
+    let kernel = SCAN.get(&device, &format!("scan_{width}"))?;
+    let stream = device.cuda_stream();
+    let mut launch = stream.launch_builder(&kernel);
     launch.arg(&targets_).arg(&context_).arg(&heads_).arg(&d_).arg(&w_).arg(&dim_).arg(&terms_);
     launch.arg(&families).arg(&globe);
     launch.arg(&q).arg(&kv).arg(&params).arg(&points).arg(&key_points).arg(&mask);
