@@ -12,10 +12,12 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
 pub mod bf16;
 pub mod ceiling;
+pub(crate) mod cuda;
 mod gelu;
 pub(crate) mod lanes;
 mod layer_norm;
-pub(crate) mod learn;
+pub mod layers;
+pub mod learn;
 mod linear;
 pub mod log;
 pub mod matrix;
@@ -24,6 +26,8 @@ pub mod simd;
 pub(crate) mod softmax;
 pub(crate) mod softmax_gradient;
 
+pub(crate) use cuda::constrain;
+pub use cuda::{Products, launched};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;

@@ -477,6 +477,10 @@ impl RawBias {
     }
 
     fn bias(&self) -> Result<Bias> {
+        let constants = [&self.logged, &self.sign, &self.folded];
+        if let Some(params) = fused::constrain(&self.raw, constants) {
+            return Ok(Bias { terms: self.terms.clone(), params: params?, metric: self.metric });
+        }
         let exponential = self.raw.broadcast_mul(&self.logged)?.exp()?.broadcast_mul(&self.sign)?;
         let absolute = self.raw.abs()?.broadcast_mul(&self.folded)?;
         let plain = ((&self.logged + &self.folded)?.neg()? + 1.0)?;
