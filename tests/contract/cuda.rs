@@ -383,6 +383,155 @@ fn the_emulated_kernels_always_answer_the_same() {
     }
 }
 
+/// Tiles of keys, as the kernel has them.
+const TILE: usize = 32;
+
+/// A case with keys in an order in which tiles are compact, and lists of what queries are to read.
+///
+/// The library's own lists are tested beside the code that makes them; here they are made plainly.
+fn listed(case: &Case, lose: f64, threads: usize) -> (Case, Lists) {
+    let (batch, targets, heads, d) = case.q.dims4().unwrap();
+    let (bias, context) = (case.bias.as_ref().unwrap(), case.k.dims()[1]);
+    let radial = bias.host().unwrap();
+    let points = |x: &Tensor| geometry(&single(x), bias.metric).unwrap();
+    let at = points(&case.sites).to_vec3::<f32>().unwrap();
+    let mut order: Vec<u32> = Vec::new();
+    for row in &at {
+        // By squares of a grid, and so by neighbourhood.
+        let square = |p: &[f32]| ((p[0] * 4.0).floor() as i64, (p[1] * 4.0).floor() as i64);
+        let mut row_order: Vec<u32> = (0..context as u32).collect();
+        row_order.sort_by_key(|j| square(&row[*j as usize]));
+        order.extend(row_order);
+    }
+    let device = Device::Cpu;
+    let pick = |x: &Tensor| {
+        let rows: Vec<Tensor> = (0..batch)
+            .map(|row| {
+                let of_row = order[row * context..(row + 1) * context].to_vec();
+                let ids = Tensor::from_vec(of_row, context, &device).unwrap();
+                x.get(row).unwrap().contiguous().unwrap().index_select(&ids, 0).unwrap()
+            })
+            .collect();
+        Tensor::stack(&rows, 0).unwrap()
+    };
+    let sorted = Case {
+        q: case.q.clone(),
+        k: pick(&case.k),
+        v: pick(&case.v),
+        asked: case.asked.clone(),
+        sites: pick(&case.sites),
+        mask: pick(&case.mask),
+        bias: case.bias.clone(),
+    };
+    let (keys, asked) = (points(&sorted.sites), points(&case.asked));
+    let (keys, asked) = (keys.to_vec3::<f32>().unwrap(), asked.to_vec3::<f32>().unwrap());
+    let k = single(&sorted.k).reshape((batch, context, heads * d)).unwrap();
+    let k = k.to_vec3::<f32>().unwrap();
+    let tiles = context.div_ceil(TILE);
+    let (mut norm, mut longest) = (Vec::new(), vec![0.0f32; batch * heads]);
+    for (row, k) in k.iter().enumerate() {
+        for tile in k.chunks(TILE) {
+            for head in 0..heads {
+                let long = |key: &Vec<f32>| {
+                    key[head * d..(head + 1) * d].iter().map(|x| x * x).sum::<f32>().sqrt()
+                };
+                let most = tile.iter().map(long).fold(0.0, f32::max) * 1.00001;
+                norm.push(most);
+                longest[row * heads + head] = longest[row * heads + head].max(most);
+            }
+        }
+    }
+    let queries = if width(case) == 8 { 4 } else { 8 } * threads * 8 / width(case);
+    let mut lists = Lists {
+        from: vec![0],
+        tile: Vec::new(),
+        gap2: Vec::new(),
+        order: Vec::new(),
+        reach2: (0..heads)
+            .map(|h| (radial.support_straight(h) * 1.000_001).powi(2) as f32)
+            .collect(),
+        envelope: Vec::new(),
+        norm,
+        longest,
+        share: (lose / context as f64) as f32,
+    };
+    for head in 0..heads {
+        for cell in 0..320 {
+            let d2 = f32::from_bits((((127 - 40) << 23) + (cell << 21)) as u32);
+            let from = if cell == 0 { 0.0 } else { f64::from(d2).sqrt() };
+            // Every family of these tests falls all the way.
+            let most = radial.at_straight(head, from.min(2f64.powi(20)));
+            lists.envelope.push((most * std::f64::consts::LOG2_E) as f32 + 1e-3);
+        }
+    }
+    for row in 0..batch {
+        let mut numbers: Vec<i32> = (0..targets as i32).collect();
+        let square = |p: &[f32]| ((p[0] * 4.0).floor() as i64, (p[1] * 4.0).floor() as i64);
+        numbers.sort_by_key(|q| square(&asked[row][*q as usize]));
+        for block in numbers.chunks(queries) {
+            let mut list: Vec<(f32, i32)> = (0..tiles)
+                .map(|tile| {
+                    let within = keys[row].chunks(TILE).nth(tile).unwrap();
+                    let gap = |q: &i32, key: &Vec<f32>| -> f32 {
+                        let site = &asked[row][*q as usize];
+                        site.iter().zip(key).map(|(a, b)| (a - b) * (a - b)).sum()
+                    };
+                    let gaps = block.iter().flat_map(|q| within.iter().map(move |k| gap(q, k)));
+                    (gaps.fold(f32::INFINITY, f32::min) * 0.9999, tile as i32)
+                })
+                .collect();
+            list.sort_by(|a, b| a.0.total_cmp(&b.0));
+            lists.tile.extend(list.iter().map(|x| x.1));
+            lists.gap2.extend(list.iter().map(|x| x.0));
+            lists.from.push(lists.tile.len() as i32);
+        }
+        lists.order.extend(numbers);
+    }
+    (sorted, lists)
+}
+
+/// What is left out has no weight, or no more than was allowed: |near − full| ≤ 2 ε max|v|.
+#[test]
+fn the_emulated_kernel_leaves_out_no_more_than_allowed() {
+    let Some(program) = host() else { return };
+    let mut rng = Stream::new(37, "cuda", 0);
+    let shape = Shape { targets: 150, context: 700, heads: 2, spread: 0.3, clumps: true, ..USUAL };
+    let plane = Metric::Euclidean;
+    let mut skipped = [0.0f64; 2];
+    for (terms, metric, lose, d) in [
+        (&[(Term::Wendland, [1.0, 5.0, 0.0])][..], plane, 0.0, 5),
+        (&[(Term::Wendland, [1.0, 5.0, 0.0])], Metric::GreatCircle, 0.0, 12),
+        (&[(Term::Wendland, [1.0, 3.0, 0.0]), (Term::Sink, [0.0, 0.0, 0.0])], plane, 1e-3, 5),
+        (&[(Term::Scalar, [-25.0, 0.0, 0.0])], plane, 1e-2, 20),
+        (&[(Term::Matern32, [1.0, 9.0, 0.0]), (Term::Sink, [-3.0, 0.0, 0.0])], plane, 1e-4, 5),
+        (&[(Term::Rbf, [30.0, 4.0, 0.0])], plane, 1e-3, 40),
+    ] {
+        let shape = Shape { d, size: if d > 5 { 0.3 } else { 1.0 }, ..shape.clone() };
+        let case = case(&mut rng, &shape, terms, metric);
+        let launch = Launch { threads: 32, splits: 1, seed: 3 };
+        let (sorted, lists) = listed(&case, lose, launch.threads);
+        let mut values = emulated(program, &sorted, launch, &Ask::Near(&lists));
+        let tiles = values.pop().unwrap();
+        let count = shape.batch * shape.targets * shape.heads;
+        let out = Tensor::from_slice(
+            &values[..count * shape.w],
+            (shape.batch, shape.targets, shape.heads, shape.w),
+            &Device::Cpu,
+        );
+        let truth = case.reference();
+        let off = (out.unwrap().to_dtype(DType::F64).unwrap() - truth).unwrap();
+        let off = off.abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+        let top = case.v.abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+        let rounding = if terms[0].0 == Term::Wendland { 2e-5 } else { 4e-6 };
+        assert!(off <= (2.0 * lose + rounding) * top, "{terms:?}, ε {lose}: off by {off:e}");
+        let all = count as f64 * shape.context.div_ceil(TILE) as f64;
+        let share = 1.0 - f64::from(tiles) / all;
+        let kind = usize::from(lose > 0.0);
+        skipped[kind] = skipped[kind].max(share);
+    }
+    assert!(skipped[0] > 0.5 && skipped[1] > 0.3, "too little was left out: {skipped:?}");
+}
+
 #[cfg(feature = "cuda")]
 mod on_a_gpu {
     use isopleth::attention::{CHUNK, Start, scan};

@@ -38,7 +38,7 @@ struct Near {
     const float *envelope;
     // [batch, tile, head] and [batch, head]: longest keys.
     const float *norm, *longest;
-    // [2]: tiles read, and tiles there are, over all blocks and heads.
+    // [1]: tiles times queries that were read, over all blocks and heads.
     unsigned long long *tally;
     // Share of the weight below which a key is left out; 0 where none is.
     float share;
@@ -174,7 +174,8 @@ DEVICE void scan(const Problem &p, const Given &in, const Near &near, float *out
         fetch<KEYS>(to.more[0], in.mask + at, 1, left, me, all);
     };
 
-    int now = seek(), read = 0;
+    int now = seek();
+    [[maybe_unused]] int read = 0;
     if (now >= 0) stage(tiles[0], now);
     copies_close();
     for (int turn = 0; now >= 0; turn ^= 1) {
@@ -251,7 +252,10 @@ DEVICE void scan(const Problem &p, const Given &in, const Near &near, float *out
         now = then;
     }
     copies_wait<0>();
-    if (SPARSE && me == 0) atomicAdd(&near.tally[0], (unsigned long long)read), atomicAdd(&near.tally[1], (unsigned long long)count);
+    if constexpr (SPARSE) {
+        const int each = all / Us::SIZE * QUERIES, queries = min(each, p.targets - here * each);
+        if (me == 0) atomicAdd(near.tally, (unsigned long long)read * queries);
+    }
 
     const bool whole = SPARSE || p.splits == 1;
     const size_t queries = (size_t)p.batch * p.targets;
