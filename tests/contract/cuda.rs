@@ -20,7 +20,7 @@ use isopleth::{
 use super::reader::{BIASES, Case, Shape, USUAL, case, extreme, gap, single};
 
 /// A program of tests/cuda, compiled once; nothing where there is no C++ compiler.
-fn compiled(source: &str) -> Option<(tempfile::TempDir, PathBuf)> {
+pub fn compiled(source: &str) -> Option<(tempfile::TempDir, PathBuf)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda");
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("program");

@@ -96,7 +96,7 @@ fn aligned(layout: &Layout) -> bool {
 /// `Problem` of `bias.h`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Sizes {
+pub(super) struct Sizes {
     batch: i32,
     targets: i32,
     context: i32,
@@ -117,7 +117,7 @@ unsafe impl DeviceRepr for Sizes {}
 
 impl Sizes {
     /// `wide`: whether queries (with gradients of answers), and keys, begin where 16 bytes do.
-    fn of(problem: &Problem, splits: usize, wide: [bool; 2]) -> Result<Sizes> {
+    pub(super) fn of(problem: &Problem, splits: usize, wide: [bool; 2]) -> Result<Sizes> {
         if !problem.fits() {
             let Problem { batch, heads, d, w, dim, terms, .. } = problem;
             bail!(
@@ -149,14 +149,14 @@ impl Sizes {
 }
 
 /// Processors of the card.
-fn processors(device: &CudaDevice) -> Result<usize> {
+pub(super) fn processors(device: &CudaDevice) -> Result<usize> {
     let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
     let count = device.cuda_stream().context().attribute(count).w()?;
     Ok(usize::try_from(count).unwrap_or(1))
 }
 
 /// A grid of blocks `[x, head, row]`.
-fn grid(problem: &Problem, x: usize, threads: usize, shared: usize) -> LaunchConfig {
+pub(super) fn grid(problem: &Problem, x: usize, threads: usize, shared: usize) -> LaunchConfig {
     LaunchConfig {
         grid_dim: (x as u32, problem.heads as u32, problem.batch as u32),
         block_dim: (threads as u32, 1, 1),
@@ -179,20 +179,20 @@ fn tensor(values: CudaSlice<f32>, device: &CudaDevice, shape: impl Into<Shape>) 
 }
 
 /// Room for `n` values that a kernel will write, every one.
-fn room<T: DeviceRepr>(device: &CudaDevice, n: usize) -> Result<CudaSlice<T>> {
+pub(super) fn room<T: DeviceRepr>(device: &CudaDevice, n: usize) -> Result<CudaSlice<T>> {
     // SAFETY: the kernels below write all of it before anything reads it.
     unsafe { device.alloc::<T>(n.max(1)) }
 }
 
 /// What the kernels read, borrowed on the device.
-struct Given<'a> {
+pub(super) struct Given<'a> {
     points: Borrowed<'a>,
     keys: Borrowed<'a>,
     mask: Borrowed<'a>,
 }
 
 impl<'a> Given<'a> {
-    fn of(places: &'a Places) -> Self {
+    pub(super) fn of(places: &'a Places) -> Self {
         Given {
             points: Borrowed::of(&places.points),
             keys: Borrowed::of(&places.key_points),
@@ -201,7 +201,7 @@ impl<'a> Given<'a> {
     }
 
     /// Points of queries, points of keys, mask.
-    fn views(&self, p: &Problem) -> Result<[CudaView<'_, f32>; 3]> {
+    pub(super) fn views(&self, p: &Problem) -> Result<[CudaView<'_, f32>; 3]> {
         Ok([
             self.points.view(p.batch * p.targets * p.dim)?,
             self.keys.view(p.batch * p.context * p.dim)?,
@@ -245,13 +245,7 @@ pub fn forward(
     unsafe { run.launch(grid(problem, launch.blocks * launch.splits, launch.threads, 0)) }.w()?;
     drop(run);
     if launch.splits > 1 {
-        let (parts, part_marks) = (out, marks);
-        (out, marks) = (room::<f32>(&device, answers)?, room::<f32>(&device, marked)?);
-        let kernel = SCAN.get(&device, "scan_combine")?;
-        let mut run = stream.launch_builder(&kernel);
-        run.arg(&sizes).arg(&parts).arg(&part_marks).arg(&mut out).arg(&mut marks);
-        // SAFETY: likewise, for `scan_combine`.
-        unsafe { run.launch(row(answers)) }.w()?;
+        [out, marks] = combined(&device, &sizes, [&out, &marks], [answers, marked])?;
     }
     let shape = Shape::from((batch, targets, heads * w));
     let marks = tensor(marks, &device, (batch, targets, 2 * heads));
@@ -302,6 +296,24 @@ pub(super) fn near(
     unsafe { run.launch(grid(problem, blocks, NEAR, 0)) }.w()?;
     drop(run);
     Ok(tensor(out, &device, (batch, targets, heads * w)))
+}
+
+/// Answers and marks of all parts of the keys, made those of the whole: so many numbers each.
+pub(super) fn combined(
+    device: &CudaDevice,
+    sizes: &Sizes,
+    [parts, part_marks]: [&CudaSlice<f32>; 2],
+    [answers, marked]: [usize; 2],
+) -> Result<[CudaSlice<f32>; 2]> {
+    let (mut out, mut marks) = (room::<f32>(device, answers)?, room::<f32>(device, marked)?);
+    let stream = device.cuda_stream();
+    let kernel = SCAN.get(device, "scan_combine")?;
+    let mut run = stream.launch_builder(&kernel);
+    run.arg(sizes).arg(parts).arg(part_marks).arg(&mut out).arg(&mut marks);
+    // SAFETY: the arguments of `scan_combine`; it writes to the last two only.
+    unsafe { run.launch(row(answers)) }.w()?;
+    drop(run);
+    Ok([out, marks])
 }
 
 /// Gradients of q, kv and parameters, given q, kv, parameters, the answer, its gradient, and the marks

@@ -9,7 +9,7 @@
 //
 // Compiles as CUDA (tensor.cu) and, with tests/cuda/warp.h, as C++17: the tests run this very text.
 #pragma once
-#include "bias.h"
+#include "team.h"
 #include "warp.h"
 
 namespace isopleth {
@@ -21,9 +21,6 @@ constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int TOGETHER = 32;
 // A score may pass the top by so many powers of two before sums are scaled down.
 constexpr float SLACK = 8.0f;
-// Stands for a running maximum of −∞, so that differences stay numbers.
-constexpr float LOWEST = -1e30f;
-constexpr unsigned WARP = 0xffffffffu;
 
 // Numbers that are multiplied: PER of them in a 32-bit word, each the sum of PARTS.
 struct Bf16 {
@@ -44,6 +41,16 @@ DEVICE void word(Exact, float x, float, uint32_t (&parts)[2]) {
     parts[1] = tf32(x - __uint_as_float(parts[0]));
 }
 
+// The same of weights, which are finite: in fewer instructions.
+DEVICE void weight_word(Bf16 n, float x, float y, uint32_t (&parts)[1]) { word(n, x, y, parts); }
+DEVICE void weight_word(Tf32, float x, float, uint32_t (&parts)[1]) {
+    parts[0] = (__float_as_uint(x) + 0x1000u) & ~0x1fffu;
+}
+DEVICE void weight_word(Exact, float x, float, uint32_t (&parts)[2]) {
+    parts[0] = __float_as_uint(x) & ~0x1fffu;
+    parts[1] = (__float_as_uint(x - __uint_as_float(parts[0])) + 0x1000u) & ~0x1fffu;
+}
+
 DEVICE void mma(Bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_bf16(c, a, b0, b1);
 }
@@ -61,7 +68,6 @@ DEVICE constexpr int part_of_b(int pass, int passes) { return passes == 3 && pas
 // One in every place of a column.
 DEVICE uint32_t ones(Bf16) { return 0x3f803f80u; }
 DEVICE uint32_t ones(Tf32) { return 0x3f800000u; }
-DEVICE uint32_t ones(Exact) { return 0x3f800000u; }
 
 // Keys of one head as a block of threads wants them in shared memory, and as pack() leaves them in
 // global memory. Rows are 16 bytes longer than they need, so that 8 of them begin in different banks.
@@ -190,7 +196,8 @@ template <class N, int D, int W, int TILES> struct Rows {
     }
 
     // sum = keep · sum + Σ weight · value over the keys from `first` on. If TOTAL, the weights alone are
-    // added up likewise: by the tensor cores, as they have been rounded, so that shares add up to 1.
+    // added up likewise: by the tensor cores, as they have been rounded, so that shares add up to 1;
+    // Exact ones by each lane for itself, since its tensor cores have enough to do.
     template <bool TOTAL, class Im>
     MEMBER void gather(const Im &image, int first, int lane, const float (&weight)[TILES][BLOCKS][4],
                                 const float (&keep)[TILES][2], float (&total)[TILES][2]) {
@@ -219,18 +226,14 @@ template <class N, int D, int W, int TILES> struct Rows {
                         uint32_t parts[N::PARTS];
                         if (N::PER == 2) {
                             const float(&pairs)[4] = weight[m][2 * step + (i >> 1)];
-                            word(N(), pairs[half], pairs[half + 1], parts);
+                            weight_word(N(), pairs[half], pairs[half + 1], parts);
                         } else {
-                            word(N(), weight[m][step][half + (i >> 1)], 0.0f, parts);
+                            weight_word(N(), weight[m][step][half + (i >> 1)], 0.0f, parts);
                         }
                         UNROLL
                         for (int of = 0; of < N::PARTS; ++of) a[s][m][of][i] = parts[of];
                     }
-                    if (TOTAL) {
-                        UNROLL
-                        for (int of = N::PARTS - 1; of >= 0; --of)
-                            mma(N(), all[m], a[s][m][of], ones(N()), ones(N()));
-                    }
+                    if constexpr (TOTAL && N::PARTS == 1) mma(N(), all[m], a[s][m][0], ones(N()), ones(N()));
                 }
             }
             UNROLL
@@ -259,7 +262,14 @@ template <class N, int D, int W, int TILES> struct Rows {
                 for (int n = 0; n < WIDE; ++n) sum[m][n][e] = fmaf(sum[m][n][e], keep[m][e >> 1], part[m][n][e]);
             }
             if (TOTAL) {
-                // Every column holds the same.
+                if (N::PARTS == 2) {
+                    UNROLL
+                    for (int j = 0; j < BLOCKS; ++j) {
+                        UNROLL
+                        for (int e = 0; e < 4; ++e) all[m][e & 2] += weight[m][j][e];
+                    }
+                }
+                // Else every column holds the same.
                 UNROLL
                 for (int half = 0; half < 2; ++half)
                     total[m][half] = fmaf(total[m][half], keep[m][half], all[m][2 * half]);
@@ -279,7 +289,6 @@ template <int COUNT> DEVICE void quick_term(const Bent &t, const float (&d2)[COU
     const auto lost = [](float s, float x) { return 0.69314718f * log2_approx(1.0f + x) - s; };
     switch (t.family) {
     case SCALAR: each([&](float d2, float s) { return fmaf(root(d2), t.a, s); }); break;
-    case RBF: each([&](float d2, float s) { return fmaf(exp2_approx(fminf(t.b * d2, 96.0f)), t.a, s); }); break;
     case TISA:
         each([&](float d2, float s) {
             const float u = root(d2) - t.c;
@@ -306,11 +315,16 @@ template <int COUNT> DEVICE void quick_term(const Bent &t, const float (&d2)[COU
     }
 }
 
-template <class N, int COUNT> DEVICE void bias_term(N, const Bent &t, const float (&d2)[COUNT], float (&score)[COUNT]) {
-    quick_term(t, d2, score);
-}
-template <int COUNT> DEVICE void bias_term(Exact, const Bent &t, const float (&d2)[COUNT], float (&score)[COUNT]) {
-    add_term(t, d2, score);
+template <class N, int COUNT> DEVICE void bias_term(const Bent &t, const float (&d2)[COUNT], float (&score)[COUNT]) {
+    if (t.family == RBF && t.b <= 0.0f) {
+        // The usual one, which does not grow and so need not be held below a largest exponent.
+        UNROLL
+        for (int i = 0; i < COUNT; ++i) score[i] = fmaf(exp2_approx(t.b * d2[i]), t.a, score[i]);
+    } else if (N::PARTS == 2) {
+        add_term(t, d2, score);
+    } else {
+        quick_term(t, d2, score);
+    }
 }
 
 // What a block of threads is to do: targets from number `block` · 16 · TILES · WARPS on, of one head of
@@ -374,7 +388,7 @@ DEVICE void attend(const Problem &p, const Place &at, Image<N, WIDTH, WIDTH, KEY
             for (int j = p.terms - 1; j >= 0; --j) {
                 if (terms[j].family != SINK) continue;
                 UNROLL
-                for (int m = 0; m < TILES; ++m) top[m][0] = top[m][1] = terms[j].a, weight[m][0] = weight[m][1] = 1.0f;
+                for (int m = 0; m < TILES; ++m) top[m][0] = top[m][1] = terms[j].a, weight[m][0] = weight[m][1] = N::PARTS == 1 || quad == 0;
             }
         }
         if (first >= p.targets) continue;
@@ -404,7 +418,7 @@ DEVICE void attend(const Problem &p, const Place &at, Image<N, WIDTH, WIDTH, KEY
                         UNROLL
                         for (int i = 0; i < TILES * 8; ++i) d2[i] = arc2(d2[i]);
                     }
-                    for (int term = 0; term < p.terms; ++term) bias_term(N(), terms[term], d2, some);
+                    for (int term = 0; term < p.terms; ++term) bias_term<N>(terms[term], d2, some);
                     UNROLL
                     for (int i = 0; i < TILES * 8; ++i) score[i / 8][j + i / 4 % 2][i % 4] = some[i];
                 }
@@ -448,6 +462,16 @@ DEVICE void attend(const Problem &p, const Place &at, Image<N, WIDTH, WIDTH, KEY
         }
     }
     copies_wait<0>();
+    if (N::PARTS == 2) {
+        UNROLL
+        for (int m = 0; m < TILES; ++m) {
+            UNROLL
+            for (int half = 0; half < 2; ++half) {
+                weight[m][half] += __shfl_xor_sync(WARP, weight[m][half], 1);
+                weight[m][half] += __shfl_xor_sync(WARP, weight[m][half], 2);
+            }
+        }
+    }
 
     const size_t before = (size_t)at.part * p.batch * p.targets;
     UNROLL
@@ -457,49 +481,26 @@ DEVICE void attend(const Problem &p, const Place &at, Image<N, WIDTH, WIDTH, KEY
             const int row = 16 * m + group + 8 * half;
             if (first + row >= p.targets) continue;
             const size_t here = before + target(row);
+            // Parts leave sums and weights as they are: combine() of scan.h divides.
             const float inverse = weight[m][half] > 0.0f ? 1.0f / weight[m][half] : 0.0f;
+            const float by = p.splits > 1 ? 1.0f : inverse;
             UNROLL
             for (int n = 0; n < R::WIDE; ++n) {
                 UNROLL
                 for (int e = 0; e < 2; ++e) {
                     const int x = 8 * n + 2 * quad + e;
-                    if (x < p.w) out[(here * p.heads + at.head) * p.w + x] = rows.sum[m][n][2 * half + e] * inverse;
+                    if (x < p.w) out[(here * p.heads + at.head) * p.w + x] = rows.sum[m][n][2 * half + e] * by;
                 }
             }
             if (quad == 0) {
                 marks[here * 2 * p.heads + at.head] = top[m][half];
-                marks[(here * 2 + 1) * p.heads + at.head] = inverse;
+                marks[(here * 2 + 1) * p.heads + at.head] = p.splits > 1 ? weight[m][half] : inverse;
             }
         }
     }
 }
 
-// One number of the answer from those of all parts: `[part, row · head, w]` with their marks, number
-// `i` of row · head `site`. Its marks are those of part 0 made right for all.
-DEVICE void combine(int parts, size_t sites, int heads, int w, size_t i, const float *some, const float *of,
-                         float *out, float *marks) {
-    const size_t each = sites * heads, pair = i / w, site = pair / heads, head = pair % heads;
-    const float *tops = of + site * 2 * heads + head, *inverses = tops + heads;
-    const size_t stride = 2 * each;
-    float top = LOWEST;
-    for (int part = 0; part < parts; ++part)
-        if (inverses[part * stride] > 0.0f) top = fmaxf(top, tops[part * stride]);
-    float weight = 0.0f, sum = 0.0f;
-    for (int part = 0; part < parts; ++part) {
-        const float inverse = inverses[part * stride];
-        if (!(inverse > 0.0f)) continue;
-        const float share = exp2f(tops[part * stride] - top) / inverse;
-        weight += share;
-        sum = fmaf(share, some[part * each * w + i], sum);
-    }
-    const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
-    out[i] = sum * inverse;
-    if (i % w == 0) {
-        marks[site * 2 * heads + head] = top;
-        marks[(site * 2 + 1) * heads + head] = inverse;
-    }
-}
-
+// How the kernel of each kind and width goes about it: see plan.inc.
 template <class N, int WIDTH> struct Plan;
 #define PLAN(NUMBERS, WIDTH, OF_WARP, OF_IMAGE, ON_THEIR_WAY, BYTES)                                        \
     template <> struct Plan<NUMBERS, WIDTH> {                                                               \
@@ -533,12 +534,6 @@ DEVICE void attend_block(const Problem &p, const void *images, const float *q, c
                       (int)blockIdx.x / blocks};
     attend<N, WIDTH, P::TILES, P::KEYS, P::STAGES>(p, at, stages, (Bent *)(stages + P::STAGES),
                                                    (const typename P::Im *)images, q, params, sites, out, marks);
-}
-
-// A thread for every number of the answer.
-DEVICE void combine_block(const Problem &p, const float *some, const float *of, float *out, float *marks) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, sites = (size_t)p.batch * p.targets;
-    if (i < sites * p.heads * p.w) combine(p.splits, sites, p.heads, p.w, i, some, of, out, marks);
 }
 
 } // namespace tensor
