@@ -17,7 +17,10 @@ use isopleth::{
     attention::{Metric, Term, bias::geometry},
 };
 
-use super::reader::{BIASES, Case, Shape, USUAL, case, extreme, single};
+use super::{
+    cuda::compiled,
+    reader::{BIASES, Case, Shape, USUAL, case, extreme, single},
+};
 
 /// What products are computed with.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -40,31 +43,10 @@ impl Numbers {
     }
 }
 
-/// The kernels for the processor, compiled once; nothing where there is no C++ compiler.
+/// The kernels for the processor.
 fn host() -> Option<&'static Path> {
     static HOST: OnceLock<Option<(tempfile::TempDir, PathBuf)>> = OnceLock::new();
-    let host = HOST.get_or_init(|| {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let folder = tempfile::tempdir().unwrap();
-        let program = folder.path().join("tensor_host");
-        let named = std::env::var("CXX").ok();
-        for compiler in named.iter().map(String::as_str).chain(["c++", "g++", "clang++"]) {
-            let ran = Command::new(compiler)
-                .args(["-std=c++17", "-O2", "-ffp-contract=off", "-I"])
-                .arg(root.join("tests/cuda"))
-                .arg("-o")
-                .arg(&program)
-                .arg(root.join("tests/contract/tensor_host.cpp"))
-                .output();
-            let Ok(ran) = ran else { continue };
-            let said = String::from_utf8_lossy(&ran.stderr);
-            assert!(ran.status.success(), "{compiler} cannot compile the kernels:\n{said}");
-            return Some((folder, program));
-        }
-        eprintln!("skipped: there is no C++ compiler here");
-        None
-    });
-    host.as_ref().map(|(_, program)| program.as_path())
+    HOST.get_or_init(|| compiled("tensor.cpp")).as_ref().map(|(_, program)| program.as_path())
 }
 
 fn floats(x: &Tensor) -> Vec<f32> {

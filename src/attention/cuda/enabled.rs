@@ -7,7 +7,7 @@ use candle_core::{
     backend::BackendStorage,
     bail,
     cuda_backend::{
-        WrapErr,
+        CudaDType, WrapErr,
         cudarc::driver::{
             CudaSlice, CudaView, DeviceRepr, LaunchConfig, PushKernelArg, sys::CUdevice_attribute,
         },
@@ -15,8 +15,9 @@ use candle_core::{
     op::BackpropOp,
 };
 
-use super::{Bias, Keys, Metric, Places, Problem, SIDE, TERMS};
+use super::{Bias, Chosen, KEYS, Keys, Metric, NEAR, Places, Problem, SIDE, TERMS};
 use crate::{
+    attention::reader::Envelope,
     device::kernels::{Kernels, kernels},
     fused,
 };
@@ -63,6 +64,14 @@ impl<'a> Borrowed<'a> {
     pub(super) fn view(&self, len: usize) -> Result<CudaView<'_, f32>> {
         view((self.storage()?, self.layout), len)
     }
+
+    /// All its values, of whatever kind.
+    fn values<T: CudaDType>(&self) -> Result<CudaView<'_, T>> {
+        match self.layout.contiguous_offsets() {
+            Some((start, end)) => Ok(self.storage()?.as_cuda_slice::<T>()?.slice(start..end)),
+            None => bail!("scan attention needs contiguous input"),
+        }
+    }
 }
 
 /// The `len` values of a contiguous tensor.
@@ -87,7 +96,7 @@ fn aligned(layout: &Layout) -> bool {
 /// `Problem` of `bias.h`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Sizes {
+pub(super) struct Sizes {
     batch: i32,
     targets: i32,
     context: i32,
@@ -108,7 +117,7 @@ unsafe impl DeviceRepr for Sizes {}
 
 impl Sizes {
     /// `wide`: whether queries (with gradients of answers), and keys, begin where 16 bytes do.
-    fn of(problem: &Problem, splits: usize, wide: [bool; 2]) -> Result<Sizes> {
+    pub(super) fn of(problem: &Problem, splits: usize, wide: [bool; 2]) -> Result<Sizes> {
         if !problem.fits() {
             let Problem { batch, heads, d, w, dim, terms, .. } = problem;
             bail!(
@@ -140,14 +149,14 @@ impl Sizes {
 }
 
 /// Processors of the card.
-fn processors(device: &CudaDevice) -> Result<usize> {
+pub(super) fn processors(device: &CudaDevice) -> Result<usize> {
     let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
     let count = device.cuda_stream().context().attribute(count).w()?;
     Ok(usize::try_from(count).unwrap_or(1))
 }
 
 /// A grid of blocks `[x, head, row]`.
-fn grid(problem: &Problem, x: usize, threads: usize, shared: usize) -> LaunchConfig {
+pub(super) fn grid(problem: &Problem, x: usize, threads: usize, shared: usize) -> LaunchConfig {
     LaunchConfig {
         grid_dim: (x as u32, problem.heads as u32, problem.batch as u32),
         block_dim: (threads as u32, 1, 1),
@@ -170,20 +179,20 @@ fn tensor(values: CudaSlice<f32>, device: &CudaDevice, shape: impl Into<Shape>) 
 }
 
 /// Room for `n` values that a kernel will write, every one.
-fn room<T: DeviceRepr>(device: &CudaDevice, n: usize) -> Result<CudaSlice<T>> {
+pub(super) fn room<T: DeviceRepr>(device: &CudaDevice, n: usize) -> Result<CudaSlice<T>> {
     // SAFETY: the kernels below write all of it before anything reads it.
     unsafe { device.alloc::<T>(n.max(1)) }
 }
 
 /// What the kernels read, borrowed on the device.
-struct Given<'a> {
+pub(super) struct Given<'a> {
     points: Borrowed<'a>,
     keys: Borrowed<'a>,
     mask: Borrowed<'a>,
 }
 
 impl<'a> Given<'a> {
-    fn of(places: &'a Places) -> Self {
+    pub(super) fn of(places: &'a Places) -> Self {
         Given {
             points: Borrowed::of(&places.points),
             keys: Borrowed::of(&places.key_points),
@@ -192,7 +201,7 @@ impl<'a> Given<'a> {
     }
 
     /// Points of queries, points of keys, mask.
-    fn views(&self, p: &Problem) -> Result<[CudaView<'_, f32>; 3]> {
+    pub(super) fn views(&self, p: &Problem) -> Result<[CudaView<'_, f32>; 3]> {
         Ok([
             self.points.view(p.batch * p.targets * p.dim)?,
             self.keys.view(p.batch * p.context * p.dim)?,
@@ -236,17 +245,75 @@ pub fn forward(
     unsafe { run.launch(grid(problem, launch.blocks * launch.splits, launch.threads, 0)) }.w()?;
     drop(run);
     if launch.splits > 1 {
-        let (parts, part_marks) = (out, marks);
-        (out, marks) = (room::<f32>(&device, answers)?, room::<f32>(&device, marked)?);
-        let kernel = SCAN.get(&device, "scan_combine")?;
-        let mut run = stream.launch_builder(&kernel);
-        run.arg(&sizes).arg(&parts).arg(&part_marks).arg(&mut out).arg(&mut marks);
-        // SAFETY: likewise, for `scan_combine`.
-        unsafe { run.launch(row(answers)) }.w()?;
+        [out, marks] = combined(&device, &sizes, [&out, &marks], [answers, marked])?;
     }
     let shape = Shape::from((batch, targets, heads * w));
     let marks = tensor(marks, &device, (batch, targets, 2 * heads));
     Ok((CudaStorage::wrap_cuda_slice(out, device), shape, marks))
+}
+
+/// As [`forward`], of part of the context: the answer alone.
+pub(super) fn near(
+    problem: &Problem,
+    places: &Places,
+    [q, kv, params]: [&Tensor; 3],
+    chosen: &Chosen,
+) -> Result<Tensor> {
+    let Problem { batch, targets, context, heads, d, w, terms, .. } = *problem;
+    let [q, kv, params] = [q, kv, params].map(Borrowed::of);
+    let device = q.storage()?.device().clone();
+    let sizes = Sizes::of(problem, 1, [aligned(q.layout), aligned(kv.layout)])?;
+    let q = q.view(batch * targets * heads * d)?;
+    let kv = kv.view(batch * context * heads * (d + w))?;
+    let params = params.view(heads * terms.len().max(1) * 3)?;
+    let given = Given::of(places);
+    let [points, key_points, mask] = given.views(problem)?;
+    let blocks = targets.div_ceil(problem.queries_of_near());
+    let [from, tile, order] = [chosen.from, chosen.tile, chosen.order].map(Borrowed::of);
+    let (from, tile, order) =
+        (from.values::<u32>()?, tile.values::<u32>()?, order.values::<u32>()?);
+    if from.len() != batch * blocks + 1 || order.len() != batch * targets {
+        bail!("{} lists and {} queries for {batch} rows", from.len(), order.len());
+    }
+    let [gap2, reach2, envelope] = [chosen.gap2, chosen.reach2, chosen.envelope].map(Borrowed::of);
+    let (gap2, reach2) = (gap2.view(tile.len())?, reach2.view(heads)?);
+    let envelope = envelope.view(heads * Envelope::CELLS)?;
+    let [norm, longest, tally] = [chosen.norm, chosen.longest, chosen.tally].map(Borrowed::of);
+    let norm = norm.view(batch * context.div_ceil(KEYS) * heads)?;
+    let (longest, tally) = (longest.view(batch * heads)?, tally.values::<i64>()?);
+    let mut out = room::<f32>(&device, batch * targets * heads * w)?;
+    let mut marks = room::<f32>(&device, batch * targets * heads * 2)?;
+
+    let stream = device.cuda_stream();
+    let width = problem.width().unwrap_or_default();
+    let kernel = SCAN.get(&device, &format!("near_{}_{width}", problem.kind()))?;
+    let mut run = stream.launch_builder(&kernel);
+    run.arg(&sizes).arg(&q).arg(&kv).arg(&params).arg(&points).arg(&key_points).arg(&mask);
+    run.arg(&from).arg(&tile).arg(&gap2).arg(&order).arg(&reach2).arg(&envelope);
+    run.arg(&norm).arg(&longest).arg(&tally).arg(&chosen.share).arg(&mut out).arg(&mut marks);
+    // SAFETY: the arguments are those of `near_KIND_WIDTH` in `scan.cu`, in their order. It writes to the
+    // last two, and adds to the tally, which nothing else holds until the answer is made.
+    unsafe { run.launch(grid(problem, blocks, NEAR, 0)) }.w()?;
+    drop(run);
+    Ok(tensor(out, &device, (batch, targets, heads * w)))
+}
+
+/// Answers and marks of all parts of the keys, made those of the whole: so many numbers each.
+pub(super) fn combined(
+    device: &CudaDevice,
+    sizes: &Sizes,
+    [parts, part_marks]: [&CudaSlice<f32>; 2],
+    [answers, marked]: [usize; 2],
+) -> Result<[CudaSlice<f32>; 2]> {
+    let (mut out, mut marks) = (room::<f32>(device, answers)?, room::<f32>(device, marked)?);
+    let stream = device.cuda_stream();
+    let kernel = SCAN.get(device, "scan_combine")?;
+    let mut run = stream.launch_builder(&kernel);
+    run.arg(sizes).arg(parts).arg(part_marks).arg(&mut out).arg(&mut marks);
+    // SAFETY: the arguments of `scan_combine`; it writes to the last two only.
+    unsafe { run.launch(row(answers)) }.w()?;
+    drop(run);
+    Ok([out, marks])
 }
 
 /// Gradients of q, kv and parameters, given q, kv, parameters, the answer, its gradient, and the marks

@@ -20,8 +20,3 @@ using namespace isopleth::tensor;
 WIDTHS(bf16, Bf16)
 WIDTHS(tf32, Tf32)
 WIDTHS(exact, Exact)
-
-extern "C" __global__ void tensor_combine(const Problem p, const float *some, const float *of, float *out,
-                                          float *marks) {
-    combine_block(p, some, of, out, marks);
-}

@@ -9,7 +9,7 @@
 //
 // Compiles as CUDA (tensor.cu) and, with tests/cuda/warp.h, as C++17: the tests run this very text.
 #pragma once
-#include "bias.h"
+#include "team.h"
 #include "warp.h"
 
 namespace isopleth {
@@ -21,9 +21,6 @@ constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int TOGETHER = 32;
 // A score may pass the top by so many powers of two before sums are scaled down.
 constexpr float SLACK = 8.0f;
-// Stands for a running maximum of −∞, so that differences stay numbers.
-constexpr float LOWEST = -1e30f;
-constexpr unsigned WARP = 0xffffffffu;
 
 // Numbers that are multiplied: PER of them in a 32-bit word, each the sum of PARTS.
 struct Bf16 {
@@ -484,49 +481,26 @@ DEVICE void attend(const Problem &p, const Place &at, Image<N, WIDTH, WIDTH, KEY
             const int row = 16 * m + group + 8 * half;
             if (first + row >= p.targets) continue;
             const size_t here = before + target(row);
+            // Parts leave sums and weights as they are: combine() of scan.h divides.
             const float inverse = weight[m][half] > 0.0f ? 1.0f / weight[m][half] : 0.0f;
+            const float by = p.splits > 1 ? 1.0f : inverse;
             UNROLL
             for (int n = 0; n < R::WIDE; ++n) {
                 UNROLL
                 for (int e = 0; e < 2; ++e) {
                     const int x = 8 * n + 2 * quad + e;
-                    if (x < p.w) out[(here * p.heads + at.head) * p.w + x] = rows.sum[m][n][2 * half + e] * inverse;
+                    if (x < p.w) out[(here * p.heads + at.head) * p.w + x] = rows.sum[m][n][2 * half + e] * by;
                 }
             }
             if (quad == 0) {
                 marks[here * 2 * p.heads + at.head] = top[m][half];
-                marks[(here * 2 + 1) * p.heads + at.head] = inverse;
+                marks[(here * 2 + 1) * p.heads + at.head] = p.splits > 1 ? weight[m][half] : inverse;
             }
         }
     }
 }
 
-// One number of the answer from those of all parts: `[part, row · head, w]` with their marks, number
-// `i` of row · head `site`. Its marks are those of part 0 made right for all.
-DEVICE void combine(int parts, size_t sites, int heads, int w, size_t i, const float *some, const float *of,
-                         float *out, float *marks) {
-    const size_t each = sites * heads, pair = i / w, site = pair / heads, head = pair % heads;
-    const float *tops = of + site * 2 * heads + head, *inverses = tops + heads;
-    const size_t stride = 2 * each;
-    float top = LOWEST;
-    for (int part = 0; part < parts; ++part)
-        if (inverses[part * stride] > 0.0f) top = fmaxf(top, tops[part * stride]);
-    float weight = 0.0f, sum = 0.0f;
-    for (int part = 0; part < parts; ++part) {
-        const float inverse = inverses[part * stride];
-        if (!(inverse > 0.0f)) continue;
-        const float share = exp2f(tops[part * stride] - top) / inverse;
-        weight += share;
-        sum = fmaf(share, some[part * each * w + i], sum);
-    }
-    const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
-    out[i] = sum * inverse;
-    if (i % w == 0) {
-        marks[site * 2 * heads + head] = top;
-        marks[(site * 2 + 1) * heads + head] = inverse;
-    }
-}
-
+// How the kernel of each kind and width goes about it: see plan.inc.
 template <class N, int WIDTH> struct Plan;
 #define PLAN(NUMBERS, WIDTH, OF_WARP, OF_IMAGE, ON_THEIR_WAY, BYTES)                                        \
     template <> struct Plan<NUMBERS, WIDTH> {                                                               \
@@ -560,12 +534,6 @@ DEVICE void attend_block(const Problem &p, const void *images, const float *q, c
                       (int)blockIdx.x / blocks};
     attend<N, WIDTH, P::TILES, P::KEYS, P::STAGES>(p, at, stages, (Bent *)(stages + P::STAGES),
                                                    (const typename P::Im *)images, q, params, sites, out, marks);
-}
-
-// A thread for every number of the answer.
-DEVICE void combine_block(const Problem &p, const float *some, const float *of, float *out, float *marks) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, sites = (size_t)p.batch * p.targets;
-    if (i < sites * p.heads * p.w) combine(p.splits, sites, p.heads, p.w, i, some, of, out, marks);
 }
 
 } // namespace tensor

@@ -6,13 +6,13 @@ use candle_core::{
     bail,
     cuda_backend::{
         WrapErr,
-        cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg, sys},
+        cudarc::driver::{PushKernelArg, sys::CUfunction_attribute_enum},
     },
 };
 
 use super::{
-    Metric, Numbers, Places, Problem,
-    enabled::{Borrowed, view},
+    Numbers, Places, Problem,
+    enabled::{Given, Sizes, combined, grid, processors, room, view},
 };
 use crate::device::kernels::{Kernels, kernels};
 
@@ -22,32 +22,8 @@ const THREADS: usize = 128;
 const WARPS: usize = 4;
 /// Bytes of the bias in shared memory.
 const BIAS: usize = 256;
-/// Blocks along the second and third side of a grid.
-const SIDE: usize = 65_535;
 /// Images that a block reads at least where keys are split into parts.
 const FEWEST: usize = 8;
-
-/// `Problem` of `bias.h`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-struct Sizes {
-    batch: i32,
-    targets: i32,
-    context: i32,
-    heads: i32,
-    d: i32,
-    w: i32,
-    dim: i32,
-    terms: i32,
-    globe: i32,
-    splits: i32,
-    wide_q: i32,
-    wide_kv: i32,
-    families: u64,
-}
-
-// SAFETY: plain numbers, laid out as the kernels have them.
-unsafe impl DeviceRepr for Sizes {}
 
 /// A line of `plan.inc`.
 struct Plan {
@@ -82,111 +58,57 @@ fn plan(numbers: Numbers, widest: usize) -> Option<Plan> {
     })
 }
 
-/// Attention of the queries q to keys and values kv, as `forward` for f32 says, in `numbers`: the
-/// answer, and tops and inverse weights `[batch, target, 2 · head]`.
+/// Attention of the queries q to keys and values kv, as [`super::forward`] says, in `numbers`. Nothing
+/// is kept for a gradient.
 pub fn forward(
     problem: &Problem,
     places: &Places,
     [q, kv, params]: [(&CudaStorage, &Layout); 3],
     numbers: Numbers,
 ) -> Result<(CudaStorage, Shape)> {
-    let Problem { batch, targets, context, heads, d, w, dim, terms, metric } = *problem;
+    let Problem { batch, targets, context, heads, d, w, terms, .. } = *problem;
     let Some(plan) = plan(numbers, d.max(w)) else {
         bail!("no kernel for keys {d} and values {w} wide")
     };
-    if batch > SIDE || heads > SIDE {
-        bail!("no kernel for {batch} rows of {heads} heads");
-    }
     let device = q.0.device().clone();
-    let stream = device.cuda_stream();
-    let (points, key_points) = (Borrowed::of(&places.points), Borrowed::of(&places.key_points));
-    let mask = Borrowed::of(&places.mask);
+    let (images, blocks) = (context.div_ceil(plan.keys), targets.div_ceil(plan.targets));
+    let splits = splits(blocks * heads * batch, images, processors(&device)?);
+    let sizes = Sizes::of(problem, splits, [false; 2])?;
     let (q, kv) =
         (view(q, batch * targets * heads * d)?, view(kv, batch * context * heads * (d + w))?);
+    // Without a bias there is one row of zeros for every head, which nothing reads.
     let params = view(params, heads * terms.len().max(1) * 3)?;
-    let (points, key_points) =
-        (points.view(batch * targets * dim)?, key_points.view(batch * context * dim)?);
-    let mask = mask.view(batch * context)?;
-
-    let (images, blocks) = (context.div_ceil(plan.keys), targets.div_ceil(plan.targets));
-    let processors = stream
-        .context()
-        .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-        .w()? as usize;
-    let splits = splits(blocks * heads * batch, images, processors);
-    let small = |n: usize| i32::try_from(n).map_err(candle_core::Error::wrap);
-    let sizes = Sizes {
-        batch: small(batch)?,
-        targets: small(targets)?,
-        context: small(context)?,
-        heads: small(heads)?,
-        d: small(d)?,
-        w: small(w)?,
-        dim: small(dim)?,
-        terms: small(terms.len())?,
-        globe: i32::from(metric == Metric::GreatCircle),
-        splits: small(splits)?,
-        wide_q: 0,
-        wide_kv: 0,
-        families: terms.iter().enumerate().map(|(j, term)| (*term as u64) << (4 * j)).sum(),
-    };
-    let kernel = |what: &str| {
-        let name = format!("{what}_{}_{}", numbers.name(), plan.width);
-        KERNELS.get(&device, &name)
-    };
-    let grid = |x: usize, shared: usize| {
-        Ok::<_, candle_core::Error>(LaunchConfig {
-            grid_dim: (small(x)? as u32, heads as u32, batch as u32),
-            block_dim: (THREADS as u32, 1, 1),
-            shared_mem_bytes: shared as u32,
-        })
-    };
-    let answers = batch * targets * heads;
-    // SAFETY: all of it is written before it is read: images by the first kernel, the others by those
-    // that answer.
-    let (mut packed, mut some, mut of) = unsafe {
-        (
-            device.alloc::<u8>(images * heads * batch * plan.image)?,
-            device.alloc::<f32>(splits * answers * w)?,
-            device.alloc::<f32>(splits * answers * 2)?,
-        )
-    };
+    let given = Given::of(places);
+    let [points, key_points, mask] = given.views(problem)?;
+    let mut packed = room::<u8>(&device, images * heads * batch * plan.image)?;
+    let (answers, marked) = (batch * targets * heads * w, batch * targets * heads * 2);
+    let mut out = room::<f32>(&device, splits * answers)?;
+    let mut marks = room::<f32>(&device, splits * marked)?;
+    let stream = device.cuda_stream();
+    let kernel =
+        |what: &str| KERNELS.get(&device, &format!("{what}_{}_{}", numbers.name(), plan.width));
 
     let pack = kernel("pack")?;
-    let mut launch = stream.launch_builder(&pack);
-    launch.arg(&sizes).arg(&kv).arg(&key_points).arg(&mask).arg(&mut packed);
+    let mut run = stream.launch_builder(&pack);
+    run.arg(&sizes).arg(&kv).arg(&key_points).arg(&mask).arg(&mut packed);
     // SAFETY: the arguments are those of `pack_NUMBERS_WIDTH` in `tensor.cu`, in their order; every
     // tensor has the length that the kernel works out from the sizes, and it writes to the last only.
-    unsafe { launch.launch(grid(images, 0)?) }.w()?;
+    unsafe { run.launch(grid(problem, images, THREADS, 0)) }.w()?;
+    drop(run);
 
     let attend = kernel("tensor")?;
-    let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    attend.set_attribute(most, small(plan.room)?).w()?;
-    let mut launch = stream.launch_builder(&attend);
-    launch.arg(&sizes).arg(&packed).arg(&q).arg(&params).arg(&points).arg(&mut some).arg(&mut of);
-    // SAFETY: as above, of `tensor_NUMBERS_WIDTH`, which writes to the last two only.
-    unsafe { launch.launch(grid(blocks * splits, plan.room)?) }.w()?;
-
-    let out = if splits == 1 {
-        some
-    } else {
-        let (mut out, mut marks) =
-            // SAFETY: the kernel writes every number.
-            unsafe { (device.alloc::<f32>(answers * w)?, device.alloc::<f32>(answers * 2)?) };
-        let combine = KERNELS.get(&device, "tensor_combine")?;
-        let mut launch = stream.launch_builder(&combine);
-        launch.arg(&sizes).arg(&some).arg(&of).arg(&mut out).arg(&mut marks);
-        let all = LaunchConfig {
-            grid_dim: (small((answers * w).div_ceil(256))? as u32, 1, 1),
-            block_dim: (256, 1, 1),
-            shared_mem_bytes: 0,
-        };
-        // SAFETY: as above, of `tensor_combine`.
-        unsafe { launch.launch(all) }.w()?;
-        out
-    };
+    let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    attend.set_attribute(most, plan.room as i32).w()?;
+    let mut run = stream.launch_builder(&attend);
+    run.arg(&sizes).arg(&packed).arg(&q).arg(&params).arg(&points).arg(&mut out).arg(&mut marks);
+    // SAFETY: likewise, of `tensor_NUMBERS_WIDTH`, which writes to the last two only.
+    unsafe { run.launch(grid(problem, blocks * splits, THREADS, plan.room)) }.w()?;
+    drop(run);
+    if splits > 1 {
+        [out, _] = combined(&device, &sizes, [&out, &marks], [answers, marked])?;
+    }
     let shape = Shape::from((batch, targets, heads * w));
-    Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), shape))
+    Ok((CudaStorage::wrap_cuda_slice(out, device), shape))
 }
 
 /// Into how many parts to split the keys, so that few targets still give every processor two blocks.

@@ -2,6 +2,7 @@
 // standard input, answers and marks on standard output, both as they lie in memory. With the argument
 // `dka` the problem is one of dka.h; with `products` it checks the emulated tensor cores instead.
 #include "../../src/attention/cuda/dka.h"
+#include "../../src/attention/cuda/scan.h"
 
 #include <string>
 
@@ -138,7 +139,7 @@ int main(int count, char **arguments) {
     if (sizes[9] == 2) of_width(Exact());
     if (p.splits > 1)
         emulate::launch((unsigned)((answers + 255) / 256), 256, 0,
-                        [&] { combine_block(p, some.data, of.data, out.data, marks.data); });
+                        [&] { combine(p, some.data, of.data, out.data, marks.data); });
     std::fwrite(out.data, sizeof(float), out.size, stdout);
     std::fwrite(marks.data, sizeof(float), marks.size, stdout);
     return std::fflush(stdout);
