@@ -16,10 +16,6 @@ mod cards;
 #[cfg(feature = "cuda")]
 pub(crate) mod kernels;
 
-#[cfg(feature = "cuda")]
-#[path = "device/kernels.rs"]
-pub(crate) mod kernels;
-
 /// What a device name asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asked {
