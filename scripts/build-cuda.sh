@@ -43,7 +43,7 @@ if [ -z "$toolkit" ]; then
             echo "help: scripts/setup.sh --cuda installs pip; or set CUDA_HOME to a toolkit" >&2
             exit 2
         }
-        "$python" -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --upgrade \
+        PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --disable-pip-version-check --upgrade \
             --no-deps --no-compile --only-binary=:all: --target "$folder" \
             nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
             nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85 || {
