@@ -133,7 +133,7 @@ class Check:
         heard = log.read_text(errors="replace") if log.exists() else ""
         try:
             step["report"] = (read or json.loads)(said)
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, OSError) as error:
             if code == 0:
                 step["stopped"] = f"its answer cannot be read: {error}"
         if code != 0 or "stopped" in step:
