@@ -2,10 +2,14 @@
 
 #[path = "contract/attention.rs"]
 mod attention;
+#[path = "contract/convcnp.rs"]
+mod convcnp;
 #[path = "contract/cuda.rs"]
 mod cuda;
 #[path = "contract/fused.rs"]
 mod fused;
+#[path = "contract/latent.rs"]
+mod latent;
 #[path = "contract/models.rs"]
 mod models;
 #[path = "contract/reader.rs"]

@@ -8,12 +8,16 @@ mod backward;
 pub mod bias;
 mod cuda;
 mod full;
+mod ordered;
+mod performer;
 mod reader;
 mod scan;
 mod table;
 
 pub use bias::{Bias, Metric, Radial, Term};
 pub use full::full;
+pub use ordered::ordered;
+pub use performer::{Performer, Summed};
 pub use reader::{Precision, Reader, Reading, Tally};
 pub(crate) use scan::scan_joined;
 pub use scan::{CHUNK, Start, scan};
