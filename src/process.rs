@@ -101,6 +101,13 @@ pub trait Posterior: Send + Sync {
         Ok(None)
     }
 
+    /// What the posterior is made from, one row per task: `[batch, width]`. Where every number is
+    /// positive, they are weights of a whole, up to a factor. Nothing for processes that do not sum
+    /// up a context in few numbers.
+    fn embedding(&self) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
     /// `n` surfaces drawn jointly over `targets`, for processes that can: what areal means need.
     fn draws(&self, _targets: &Sites, _n: usize, _rng: &mut Stream) -> Result<Draws> {
         Err(Error::NoJointDraws)

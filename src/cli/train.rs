@@ -84,6 +84,8 @@ pub fn run(args: &Args) -> Result<()> {
         machine: device::describe_all(&devices),
         devices,
         start: args.start.clone(),
+        until: None,
+        threads: None,
     };
     let card = train::run(&recipe, &options, show)?;
     note(format!(

@@ -16,13 +16,36 @@ pub struct Head {
     pub components: usize,
     /// Whether the nugget has its own output, so that surface and observation differ.
     pub nugget: bool,
-    /// Smallest standard deviation, link scale: `sd = floor + (1 − floor) softplus(raw)`.
+    /// Smallest standard deviation, link scale: `sd = floor + (1 − floor) scale(raw)`.
     pub floor: f64,
+    /// How a raw output becomes a standard deviation.
+    pub scale: Scale,
+}
+
+/// How a raw output becomes a standard deviation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scale {
+    /// `ln(1 + eʳᵃʷ)`.
+    #[default]
+    Softplus,
+    /// `eʳᵃʷ`, raw between −10 and 10: as published for transformer neural processes.
+    Exp,
+}
+
+impl Scale {
+    /// `raw` → no less than 0, elementwise.
+    pub fn positive(self, raw: &Tensor) -> Result<Tensor> {
+        match self {
+            Scale::Softplus => softplus(raw),
+            Scale::Exp => Ok(raw.clamp(-10.0, 10.0)?.exp()?),
+        }
+    }
 }
 
 impl Default for Head {
     fn default() -> Self {
-        Head { components: 1, nugget: true, floor: 0.0 }
+        Head { components: 1, nugget: true, floor: 0.0, scale: Scale::Softplus }
     }
 }
 
@@ -61,9 +84,10 @@ impl Head {
         let part = |i: usize| raw.narrow(2, i * k, k);
         let mean = part(0)?.contiguous()?;
         // A tiny constant keeps log(sd) finite in f32 where softplus underflows.
-        let surface_sd = ((softplus(&part(1)?)? * (1.0 - self.floor))? + (self.floor + 1e-6))?;
+        let surface_sd = self.scale.positive(&part(1)?)?;
+        let surface_sd = ((surface_sd * (1.0 - self.floor))? + (self.floor + 1e-6))?;
         let observation_sd = match self.nugget {
-            true => (surface_sd.sqr()? + softplus(&part(2)?)?.sqr()?)?.sqrt()?,
+            true => (surface_sd.sqr()? + self.scale.positive(&part(2)?)?.sqr()?)?.sqrt()?,
             false => surface_sd.clone(),
         };
         let log_weight = if k > 1 {

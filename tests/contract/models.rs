@@ -34,8 +34,8 @@ fn fresh(seed: u64) -> Params {
     Params::new(seed, &CPU, DType::F32)
 }
 
-/// Each model with each likelihood, under a name for messages; and the model that has a distance
-/// bias with each term alone, and on the globe.
+/// Each model with each likelihood, under a name for messages; the model that has a distance bias
+/// with each term alone, and on the globe; and the Gaussian one with each of its parts.
 fn each(mut law: impl FnMut(&str, &Entry, &'static dyn Likelihood) -> Result<()>) -> Result<()> {
     for entry in MODELS {
         for likelihood in LIKELIHOODS {
@@ -45,8 +45,27 @@ fn each(mut law: impl FnMut(&str, &Entry, &'static dyn Likelihood) -> Result<()>
     for (i, (name, entry)) in BIASED.iter().enumerate() {
         law(name, entry, LIKELIHOODS[i % LIKELIHOODS.len()])?;
     }
+    for (i, (name, entry)) in BACKENDS.iter().enumerate() {
+        law(name, entry, LIKELIHOODS[i % LIKELIHOODS.len()])?;
+    }
     Ok(())
 }
+
+/// The Gaussian model with the parts that its tiny settings leave out.
+static BACKENDS: LazyLock<Vec<(String, Entry)>> = LazyLock::new(|| {
+    let base = MODELS.iter().find(|e| e.name == "gnp").unwrap();
+    let with = |backend: &str, covariance: &str| {
+        let tiny = format!(
+            "width = 8\ndepth = 2\nrank = 3\nbackend = '{backend}'\ncovariance = '{covariance}'\nheads = 2"
+        );
+        let name = format!("gnp, {backend}, {covariance}");
+        (name, Entry { about: "", tiny: tiny.leak(), ..*base })
+    };
+    let raster = "\nconvcnp = { points_per_unit = 4, width = 4, kernel = 3, network = 'unet', levels = 2, margin = 0.5 }";
+    let (name, entry) = with("convcnp", "linear");
+    let entry = Entry { tiny: format!("{}{raster}", entry.tiny).leak(), ..entry };
+    vec![with("cnp", "linear"), with("attention", "linear"), (name, entry)]
+});
 
 /// The biased model at the size it calls tiny, with one term, or great circles.
 static BIASED: LazyLock<Vec<(String, Entry)>> = LazyLock::new(|| {

@@ -3,6 +3,7 @@
 use std::process::{Command, Stdio};
 
 mod bench;
+mod benchmark;
 mod calibrate;
 #[cfg(target_os = "linux")]
 mod gpu;
