@@ -206,5 +206,6 @@ pub fn mixture(each: Predictive, n: usize) -> Result<Predictive> {
         mean: merge(&each.mean)?,
         surface_sd: merge(&each.surface_sd)?,
         observation_sd: merge(&each.observation_sd)?,
+        law: None,
     })
 }

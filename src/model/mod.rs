@@ -20,6 +20,7 @@ pub mod convcnp;
 pub mod convcnp_grid;
 pub mod decoder;
 pub mod dirichlet;
+pub mod family;
 pub mod gnp;
 pub mod head;
 pub mod joint;

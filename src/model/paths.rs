@@ -285,6 +285,7 @@ fn side_by_side(parts: &[Predictive]) -> Result<Predictive> {
         mean: join(|p| &p.mean)?,
         surface_sd: join(|p| &p.surface_sd)?,
         observation_sd: join(|p| &p.observation_sd)?,
+        law: None,
     })
 }
 

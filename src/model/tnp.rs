@@ -402,7 +402,7 @@ impl Process for Tnp {
                 let order = rng.permutation(sites.len());
                 let shuffled = Sites::new(reorder(&sites.s, &order)?);
                 let mut total: Option<Tensor> = None;
-                for (of, truth) in reward.truths(task) {
+                for (of, truth) in reward.truths(task)? {
                     let truth = reorder(truth, &order)?;
                     let told = match self.config.told_noise {
                         0.0 => truth.clone(),

@@ -98,7 +98,7 @@ fn host(x: &Tensor) -> Vec<f64> {
     x.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
 }
 
-/// Largest difference in any parameter of the predictive.
+/// Largest difference in any parameter of the predictive, of its size where that is above 1.
 fn gap(a: &Predictive, b: &Predictive) -> f64 {
     let parts = |p: &Predictive| {
         let tensors = [&p.log_weight, &p.mean, &p.surface_sd, &p.observation_sd];
@@ -107,7 +107,7 @@ fn gap(a: &Predictive, b: &Predictive) -> f64 {
     let (a, b) = (parts(a), parts(b));
     assert_eq!(a.len(), b.len());
     assert!(a.iter().chain(&b).all(|v| v.is_finite()), "not finite");
-    a.iter().zip(&b).fold(0.0, |most, (a, b)| most.max((a - b).abs()))
+    a.iter().zip(&b).fold(0.0, |most, (a, b)| most.max((a - b).abs() / b.abs().max(1.0)))
 }
 
 /// Targets `start … start + len` of a predictive.
@@ -119,6 +119,7 @@ fn part(p: &Predictive, start: usize, len: usize) -> Result<Predictive> {
         mean: cut(&p.mean)?,
         surface_sd: cut(&p.surface_sd)?,
         observation_sd: cut(&p.observation_sd)?,
+        law: None,
     })
 }
 
@@ -282,6 +283,7 @@ fn a_row_does_not_see_its_neighbours() -> Result<()> {
                 mean: cut(&whole.mean)?,
                 surface_sd: cut(&whole.surface_sd)?,
                 observation_sd: cut(&whole.observation_sd)?,
+                law: None,
             };
             let moved = gap(&alone, &there);
             assert!(moved < ROUNDING, "{name}: row {row} alone differs by {moved:e}");
