@@ -87,7 +87,7 @@ impl Problem {
     }
 
     /// One number a key, which is its score.
-    fn scored(rng: &mut Stream, score: fn(usize) -> f64) -> Result<Self> {
+    fn scored(rng: &mut Stream, score: Score) -> Result<Self> {
         let mut problem = Problem::random(rng, 1, 1)?;
         let scores: Vec<f64> = (0..CONTEXT).map(|j| f64::from(score(j) as f32)).collect();
         problem.k = Tensor::from_vec(scores, (1, CONTEXT, 1, 1), &Device::Cpu)?;
@@ -130,8 +130,11 @@ fn gap(found: &Tensor, truth: &Tensor) -> Result<f64> {
     Ok(differences.fold(0.0f64, |m, d| if d.is_nan() { f64::INFINITY } else { m.max(d) }) / top)
 }
 
+/// The score of a key, by its number.
+type Score = fn(usize) -> f64;
+
 /// Scores that move a running maximum late, by much, often, or not at all.
-const SCORES: [(&str, fn(usize) -> f64); 6] = [
+const SCORES: [(&str, Score); 6] = [
     ("rising scores", |j| -10_000.0 + 25.2 * j as f64),
     ("falling scores", |j| 80.0 - 25.2 * j as f64),
     ("one high score", |j| if j == 378 { 80.0 } else { -10_000.0 }),
