@@ -13,9 +13,7 @@ mod cards;
 #[cfg(feature = "cuda")]
 #[path = "device/enabled.rs"]
 mod cards;
-
 #[cfg(feature = "cuda")]
-#[path = "device/kernels.rs"]
 pub(crate) mod kernels;
 
 /// What a device name asks for.
@@ -100,6 +98,77 @@ pub fn open_all(name: &str) -> Result<Vec<Device>> {
         },
     };
     numbers.into_iter().map(cards::open).collect()
+}
+
+/// What was found for a device name that may be answered by the processor.
+#[derive(Debug)]
+pub struct Found {
+    /// Where to compute: the cards asked for, or the processor alone.
+    pub devices: Vec<Device>,
+    /// Why it is the processor, where a card was asked for.
+    pub without: Option<Error>,
+}
+
+/// As [`open_all`], save that "cuda" means a card where there is one: without CUDA, or without any
+/// card or driver, it is the processor, with the reason. A card with a number is that card or an error.
+///
+/// # Errors
+/// As [`open`]: a driver that is too old or a card that cannot be used is an error here too.
+pub fn find(name: &str) -> Result<Found> {
+    let found = |devices| Found { devices, without: None };
+    match open_all(name) {
+        Err(error) if name == "cuda" && is_absent(&error) => {
+            Ok(Found { without: Some(error), ..found(vec![Device::Cpu]) })
+        }
+        devices => devices.map(found),
+    }
+}
+
+/// Whether an error says that there is nothing that could be used.
+fn is_absent(error: &Error) -> bool {
+    let none = |(_, value): &(String, String)| value.contains("CUDA_ERROR_NO_DEVICE");
+    error.to_string().contains("this build has no CUDA") || error.facts().iter().any(none)
+}
+
+/// Memory of a card, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// What can still be had.
+    pub free: usize,
+    /// What it has.
+    pub total: usize,
+    /// The most that this process had in tensors; 0 where the driver does not say.
+    pub peak: usize,
+}
+
+/// Memory of a card; nothing for the processor.
+pub fn memory(device: &Device) -> Option<Memory> {
+    cards::memory(device)
+}
+
+/// Multiply-adds and exponentials per ns of a card that does nothing else, in f32 and without
+/// tensor cores, from its multiprocessors and clock: 128 and 16 for each in a cycle, as compute
+/// capability 8.6 to 9.0 has (CUDA C++ Programming Guide, throughput of native arithmetic; 8.0 has
+/// half the multiply-adds). Nothing for the processor.
+pub fn rates(device: &Device) -> Option<[f64; 2]> {
+    let (multiprocessors, gigahertz) = cards::speed(device)?;
+    Some([128.0, 16.0].map(|each| each * multiprocessors * gigahertz))
+}
+
+/// Name, memory and compute capability of a card; nothing for the processor.
+pub fn card(device: &Device) -> Option<String> {
+    cards::describe(device)
+}
+
+/// Version of NVIDIA's driver, in the words of the system; nothing where it does not say.
+pub fn driver() -> Option<String> {
+    let text = std::fs::read_to_string("/sys/module/nvidia/version").ok().or_else(|| {
+        // NVRM version: NVIDIA UNIX … Kernel Module  580.65.06  Release Build …
+        let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+        let numbered = |w: &&str| w.starts_with(|c: char| c.is_ascii_digit()) && w.contains('.');
+        text.split_whitespace().find(numbered).map(String::from)
+    })?;
+    Some(text.trim().to_string())
 }
 
 /// Why card `number` of `count` cannot be used, from what CUDA said.
@@ -201,6 +270,26 @@ mod tests {
         let several = open("cuda:0,1").unwrap_err();
         assert!(several.to_string().contains("one device is needed"), "{several}");
         assert_eq!(open_all("cpu").unwrap().len(), 1);
+    }
+
+    /// "cuda" without a card is the processor, with the reason; a card by number is an error, and so
+    /// is a card that is there and cannot be used.
+    #[test]
+    fn a_card_that_is_not_there_is_said_to_be_missing() {
+        assert!(find("cpu").unwrap().without.is_none());
+        if open("cuda").is_err_and(|e| is_absent(&e)) {
+            let found = find("cuda").unwrap();
+            assert!(found.devices.len() == 1 && found.devices[0].is_cpu());
+            assert!(found.without.is_some_and(|reason| reason.help().is_some()));
+            for name in ["cuda:0", "cuda:0,1", "cuda:all", "gpu"] {
+                assert!(find(name).is_err(), "{name}");
+            }
+        }
+        assert!(is_absent(&unusable("DriverError(CUDA_ERROR_NO_DEVICE, \"…\")", 0, None)));
+        for reason in ["CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "CUDA_ERROR_OUT_OF_MEMORY"] {
+            assert!(!is_absent(&unusable(reason, 0, Some(1))), "{reason}");
+        }
+        assert_eq!([memory(&Device::Cpu).is_none(), rates(&Device::Cpu).is_none()], [true; 2]);
     }
 
     #[test]

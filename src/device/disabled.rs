@@ -2,6 +2,7 @@
 
 use candle_core::Device;
 
+use super::Memory;
 use crate::error::{Error, Result};
 
 fn none<T>() -> Result<T> {
@@ -21,5 +22,15 @@ pub fn open(_: usize) -> Result<Device> {
 
 /// Nothing.
 pub fn describe(_: &Device) -> Option<String> {
+    None
+}
+
+/// Nothing.
+pub fn memory(_: &Device) -> Option<Memory> {
+    None
+}
+
+/// Nothing.
+pub fn speed(_: &Device) -> Option<(f64, f64)> {
     None
 }

@@ -5,7 +5,7 @@ use candle_core::{
     cuda_backend::cudarc::driver::{CudaContext, result, sys},
 };
 
-use super::{too_old, unusable};
+use super::{Memory, too_old, unusable};
 use crate::error::Result;
 
 /// The least compute capability that kernels are compiled for, as build.rs reads it.
@@ -60,6 +60,47 @@ fn keep_memory(context: &CudaContext) {
             )
         });
     }
+}
+
+/// Memory of a card. Of what it reserves, the pool lends again what it does not use.
+pub fn memory(device: &Device) -> Option<Memory> {
+    let Device::Cuda(device) = device else { return None };
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    let (free, total) = context.mem_get_info().ok()?;
+    let read = |attribute| pool(context, attribute).unwrap_or(0);
+    use sys::CUmemPool_attribute::{
+        CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+        CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+    };
+    let idle = read(CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)
+        .saturating_sub(read(CU_MEMPOOL_ATTR_USED_MEM_CURRENT));
+    Some(Memory { free: free + idle, total, peak: read(CU_MEMPOOL_ATTR_USED_MEM_HIGH) })
+}
+
+/// What the card's pool says of itself, bytes.
+fn pool(context: &CudaContext, attribute: sys::CUmemPool_attribute) -> Option<usize> {
+    if !context.has_async_alloc() {
+        return None;
+    }
+    let mut bytes = 0u64;
+    // SAFETY: the device is that of a living context, the pool is its default one, and the values of
+    // the attributes asked for are u64s.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device()).ok()?;
+        result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()).ok()?;
+    }
+    usize::try_from(bytes).ok()
+}
+
+/// Multiprocessors of a card, and their clock in GHz.
+pub fn speed(device: &Device) -> Option<(f64, f64)> {
+    let Device::Cuda(device) = device else { return None };
+    let stream = device.cuda_stream();
+    let of = |attribute| stream.context().attribute(attribute).ok().map(f64::from);
+    let count = of(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let kilohertz = of(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?;
+    Some((count, kilohertz / 1e6))
 }
 
 /// Name, memory and compute capability of a card.

@@ -160,6 +160,14 @@ impl Mlp {
         }
     }
 
+    /// Weights and biases of both layers, if there are two and GELU is between.
+    pub fn gelu_pair(&self) -> Option<[[&Tensor; 2]; 2]> {
+        match (&self.layers[..], self.activation) {
+            ([a, b], Activation::Gelu) => Some([[&a.weight, &a.bias], [&b.weight, &b.bias]]),
+            _ => None,
+        }
+    }
+
     /// Features that the last layer gives.
     pub fn outputs(&self) -> usize {
         self.last().bias.elem_count()

@@ -30,6 +30,8 @@ fn options(out: &Path, drawing: usize) -> Options {
         drawing,
         machine: "a test".into(),
         start: None,
+        until: None,
+        threads: None,
     }
 }
 
