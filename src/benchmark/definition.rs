@@ -240,6 +240,7 @@ impl Definition {
             Reward::Surface => "the surface",
             Reward::Observation => "a new observation",
             Reward::Both => "surface and new observation",
+            Reward::Outcome => "a new count",
         };
         tables.insert("predicts".into(), format!("{what} of the benchmark {task}").into());
         tables.insert("model".into(), table.into());

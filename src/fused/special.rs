@@ -24,7 +24,7 @@ pub fn digamma(x: &Tensor) -> Result<Tensor> {
     apply(x, Order::Digamma)
 }
 
-/// ψ′(x), the derivative of ψ, for x > 0; the same shape. It has no gradient of its own.
+/// ψ′(x), the derivative of ψ, for x > 0; the same shape. Its gradient has none of its own.
 pub fn trigamma(x: &Tensor) -> Result<Tensor> {
     apply(x, Order::Trigamma)
 }
@@ -50,11 +50,30 @@ pub fn host_trigamma(x: f64) -> f64 {
     sum + (1.0 + 0.5 / x + tail) / x
 }
 
+/// ψ″(x), by the same recurrence and the derivative of the same series.
+///
+/// ```
+/// use isopleth::fused::special::{host_tetragamma, host_trigamma};
+/// let numeric = (host_trigamma(0.7 + 1e-5) - host_trigamma(0.7 - 1e-5)) / 2e-5;
+/// assert!((host_tetragamma(0.7) - numeric).abs() < 1e-7);
+/// ```
+pub fn host_tetragamma(x: f64) -> f64 {
+    let (mut x, mut sum) = (x, 0.0);
+    while x < 10.0 {
+        sum -= 2.0 / (x * x * x);
+        x += 1.0;
+    }
+    let y = 1.0 / (x * x);
+    let tail = y * (0.5 - y * (1.0 / 6.0 - y * (1.0 / 6.0 - y * (0.3 - y * (5.0 / 6.0)))));
+    sum - y * (1.0 + 1.0 / x + tail)
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Order {
     LogGamma,
     Digamma,
     Trigamma,
+    Tetragamma,
 }
 
 impl Order {
@@ -63,6 +82,7 @@ impl Order {
             Order::LogGamma => ln_gamma(x),
             Order::Digamma => host_digamma(x),
             Order::Trigamma => host_trigamma(x),
+            Order::Tetragamma => host_tetragamma(x),
         }
     }
 }
@@ -80,6 +100,7 @@ impl CustomOp1 for Elementwise {
             Order::LogGamma => "log-gamma",
             Order::Digamma => "digamma",
             Order::Trigamma => "trigamma",
+            Order::Tetragamma => "tetragamma",
         }
     }
 
@@ -103,7 +124,8 @@ impl CustomOp1 for Elementwise {
         let slope = match self.0 {
             Order::LogGamma => digamma(&x.detach())?,
             Order::Digamma => trigamma(&x.detach())?,
-            Order::Trigamma => candle_core::bail!("trigamma has no gradient here"),
+            Order::Trigamma => apply(&x.detach(), Order::Tetragamma)?,
+            Order::Tetragamma => candle_core::bail!("tetragamma has no gradient here"),
         };
         Ok(Some((grad * slope)?))
     }

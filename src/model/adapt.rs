@@ -113,7 +113,7 @@ pub fn outer(
     }
     let predictive = posterior.at(&task.target.sites)?;
     let mut squared: Option<Tensor> = None;
-    for (_, truth) in reward.truths(task) {
+    for (_, truth) in reward.truths(task)? {
         let one =
             (&predictive.mean - truth.to_dtype(predictive.mean.dtype())?)?.sqr()?.mean_all()?;
         squared = Some(match squared {

@@ -134,6 +134,10 @@ impl Process for Cavia {
 }
 
 impl Posterior for Adapted<'_> {
+    fn embedding(&self) -> Result<Option<Tensor>> {
+        Ok(Some(self.found.squeeze(1)?))
+    }
+
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let (raw, _) = self.model.outputs(&targets.s, &self.found)?;
         self.model.head.predictive(self.model.problem.likelihood.link(), &raw)

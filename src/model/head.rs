@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use super::family::Family;
 use crate::{
     error::{Error, Result},
     predictive::{Link, Predictive},
@@ -20,6 +21,8 @@ pub struct Head {
     pub floor: f64,
     /// How a raw output becomes a standard deviation.
     pub scale: Scale,
+    /// What law the outputs are the parameters of.
+    pub family: Family,
 }
 
 /// How a raw output becomes a standard deviation.
@@ -45,7 +48,13 @@ impl Scale {
 
 impl Default for Head {
     fn default() -> Self {
-        Head { components: 1, nugget: true, floor: 0.0, scale: Scale::Softplus }
+        Head {
+            components: 1,
+            nugget: true,
+            floor: 0.0,
+            scale: Scale::Softplus,
+            family: Family::Gaussian,
+        }
     }
 }
 
@@ -66,11 +75,21 @@ impl Head {
             .fact("floor", self.floor)
             .try_this("set `components = 1` and `floor = 0.0` under [model.head]"));
         }
-        Ok(())
+        if self.family != Family::Gaussian && self.components != 1 {
+            return Err(Error::input("only Gaussians are mixed in a head")
+                .fact("family", format!("{:?}", self.family))
+                .fact("components", self.components)
+                .try_this("leave `components` under [model.head] out"));
+        }
+        self.family.check()
     }
 
-    /// Outputs that the network must provide: means, raw sds, raw nuggets, weights.
+    /// Outputs that the network must provide: means, raw sds, raw nuggets, weights; or the parameters
+    /// of another family.
     pub fn outputs(&self) -> usize {
+        if self.family != Family::Gaussian {
+            return self.family.outputs();
+        }
         let mixture = if self.components > 1 { self.components } else { 0 };
         self.components * (2 + usize::from(self.nugget)) + mixture
     }
@@ -80,6 +99,9 @@ impl Head {
     /// Without a nugget output the observation is given the surface's sd: such a head does not
     /// tell the two apart.
     pub fn predictive(&self, link: Link, raw: &Tensor) -> Result<Predictive> {
+        if self.family != Family::Gaussian {
+            return self.family.predictive(link, raw);
+        }
         let k = self.components;
         let part = |i: usize| raw.narrow(2, i * k, k);
         let mean = part(0)?.contiguous()?;
@@ -96,6 +118,6 @@ impl Head {
         } else {
             mean.zeros_like()?
         };
-        Ok(Predictive { link, log_weight, mean, surface_sd, observation_sd })
+        Ok(Predictive { link, log_weight, mean, surface_sd, observation_sd, law: None })
     }
 }

@@ -117,7 +117,7 @@ impl Joint {
     /// foretold, per target.
     pub fn loss(&self, task: &Task, reward: Reward) -> Result<Tensor> {
         let mut total: Option<Tensor> = None;
-        for (of, truth) in reward.truths(task) {
+        for (of, truth) in reward.truths(task)? {
             let density = self.log_density(of, truth)?;
             total = Some(match total {
                 Some(before) => (before + density)?,

@@ -15,12 +15,13 @@ use super::{
     head::softplus,
     layer::{Activation, Mlp},
     params::{Init, Params},
+    pool::{at_least_one, masked_mean},
     settings,
     tnp_kr::{self, Caches, Kind, TnpKr},
 };
 use crate::{
     error::{Error, Result},
-    predictive::Predictive,
+    predictive::{Of, Predictive},
     process::{Memory, Objective, Posterior, Process, Reward},
     rng::Stream,
     sites::{Observations, Sites, Task},
@@ -148,13 +149,12 @@ struct Conditioned<'a> {
 
 impl Nmdp {
     fn conditioned(&self, context: &Observations) -> Result<Conditioned<'_>> {
+        let context = &at_least_one(context)?;
         let (caches, tokens) = self.network.encode(context, self.concentrate.is_some())?;
         let batch = context.y.dims()[0];
         let (log_share, alpha) = match (&self.concentrate, tokens) {
             (Some(concentrate), Some(tokens)) => {
-                let mask = context.mask.unsqueeze(2)?;
-                let sum = tokens.broadcast_mul(&mask)?.sum(1)?;
-                let mean = sum.broadcast_div(&mask.sum(1)?.maximum(1.0)?)?; // [batch, width]
+                let mean = masked_mean(&tokens, &context.mask)?.squeeze(1)?; // [batch, width]
                 let raw = concentrate.forward(&mean)?;
                 if self.config.learning == Learning::Gate {
                     let total = raw.log_sum_exp(D::Minus1)?.unsqueeze(1)?;
@@ -202,6 +202,7 @@ impl Conditioned<'_> {
             mean: experts.mean,
             surface_sd: experts.surface_sd,
             observation_sd: experts.observation_sd,
+            law: None,
         })
     }
 }
@@ -228,7 +229,7 @@ impl Process for Nmdp {
         let blank = experts.mean.zeros_like()?.narrow(2, 0, 1)?;
         // Log density of each truth under each expert alone, [batch, target, expert].
         let alone = reward
-            .truths(task)
+            .truths(task)?
             .into_iter()
             .map(|(of, truth)| {
                 let sd = experts.sd(of);
@@ -291,10 +292,10 @@ impl Process for Nmdp {
 }
 
 impl Experts {
-    fn sd(&self, of: crate::predictive::Of) -> &Tensor {
+    fn sd(&self, of: Of) -> &Tensor {
         match of {
-            crate::predictive::Of::Surface => &self.surface_sd,
-            crate::predictive::Of::Observation => &self.observation_sd,
+            Of::Surface => &self.surface_sd,
+            Of::Observation => &self.observation_sd,
         }
     }
 }

@@ -348,6 +348,7 @@ fn after(first: &Keys, second: &Keys) -> Result<Keys> {
         width: first.width,
         sites: Tensor::cat(&[&first.sites, &second.sites], 1)?,
         mask: Tensor::cat(&[&first.mask, &second.mask], 1)?,
+        precision: first.precision,
     })
 }
 
@@ -405,7 +406,7 @@ impl Process for Tnp {
                 let order = rng.permutation(sites.len());
                 let shuffled = Sites::new(reorder(&sites.s, &order)?);
                 let mut total: Option<Tensor> = None;
-                for (of, truth) in reward.truths(task) {
+                for (of, truth) in reward.truths(task)? {
                     let truth = reorder(truth, &order)?;
                     let told = match self.config.told_noise {
                         0.0 => truth.clone(),
@@ -517,7 +518,9 @@ impl Conditioned<'_> {
             .iter()
             .map(|keys| {
                 let (sites, mask) = (spread(&keys.sites)?, spread(&keys.mask)?);
-                Ok(Keys { packed: spread(&keys.packed)?, width: keys.width, sites, mask })
+                let packed = spread(&keys.packed)?;
+                let (width, precision) = (keys.width, keys.precision);
+                Ok(Keys { packed, width, sites, mask, precision })
             })
             .collect::<Result<Vec<_>>>()?;
         let shown = Tensor::ones((n, 1), s.dtype(), device)?;

@@ -110,6 +110,7 @@ fn the_raster_ends_where_it_says() -> Result<()> {
             mean: cut(&whole.mean)?,
             surface_sd: cut(&whole.surface_sd)?,
             observation_sd: cut(&whole.observation_sd)?,
+            law: None,
         };
         let moved = gap(&alone, &here);
         assert!(moved < 1e-5, "row {row} alone differs by {moved:e}");
