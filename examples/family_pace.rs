@@ -32,6 +32,7 @@ fn settings(name: &str) -> String {
         "tnp-d" => {
             format!("kind = 'tnp-d'\nhead = {{ components = 1, nugget = false, scale = 'exp' }}")
         }
+        "cnp" => format!("kind = 'cnp'\nactivation = 'relu'\n{HEAD}"),
         name => format!("kind = '{name}'\n{HEAD}"),
     }
 }

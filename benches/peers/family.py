@@ -45,16 +45,19 @@ def split(raw):
 
 
 class Cnp(nn.Module):
-    """Three hidden layers of 128 each way, mean pooling."""
+    """Two pooled encoders of width 128 side by side, as BNP and TNP have it."""
 
     def __init__(self):
         super().__init__()
-        self.encode = mlp(2, 128, 128, 128, 128)
-        self.decode = mlp(129, 128, 128, 128, 2)
+        self.before = nn.ModuleList(mlp(2, 128, 128, 128, 128) for _ in range(2))
+        self.after = nn.ModuleList(mlp(128, 128, 128) for _ in range(2))
+        self.decode = mlp(257, 128, 128, 2)
 
     def forward(self, xc, yc, xt):
-        r = self.encode(torch.cat([xc, yc], -1)).mean(1, keepdim=True)
-        return split(self.decode(torch.cat([r.expand(-1, xt.shape[1], -1), xt], -1)))
+        seen = torch.cat([xc, yc], -1)
+        pooled = [b(a(seen).mean(1, keepdim=True)) for a, b in zip(self.before, self.after)]
+        r = torch.cat(pooled, -1).expand(-1, xt.shape[1], -1)
+        return split(self.decode(torch.cat([r, xt], -1)))
 
 
 class TnpD(nn.Module):

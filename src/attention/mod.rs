@@ -35,7 +35,7 @@ pub struct Keys {
     /// `[batch, context]`, 1 = observed.
     pub mask: Tensor,
     /// What the kernels of a GPU multiply; every other way of computing is f32.
-    precision: Precision,
+    pub(crate) precision: Precision,
 }
 
 impl Keys {

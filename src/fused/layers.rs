@@ -119,7 +119,8 @@ fn stages(layers: &[Layer]) -> Vec<Stage> {
     let (mut stages, mut begins, mut params) = (Vec::<Stage>::new(), vec![], 0);
     for (i, layer) in layers.iter().enumerate() {
         let open = if read(i) { None } else { stages.last_mut() };
-        let stage_of = |layer: usize| begins.iter().position(|b| *b == layer).expect("a stage");
+        let stage_of =
+            |layer: usize| begins.iter().position(|b| *b == layer).unwrap_or(begins.len());
         let extra = match layer {
             Layer::Plus => Some(Extra::Other),
             Layer::PlusRead(from) => Some(Extra::Read(stage_of(*from))),
@@ -313,8 +314,8 @@ impl<M: Machine> Run<M> {
                 before = None;
             }
             tape.before.push(before.map(|z| tensor(z, rows, width)));
-            // An empty place where nothing is read again.
-            tape.read.push(if needed(i) { now } else { now.narrow(0, 0, 0)? });
+            // What is not read again is not held: some other memory stands for it.
+            tape.read.push(if needed(i) { now } else { self.params[0].clone() });
             if i + 1 == self.stages.len() {
                 if keep {
                     *self.tape.lock().unwrap_or_else(PoisonError::into_inner) = tape;

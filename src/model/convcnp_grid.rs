@@ -2,8 +2,8 @@
 //!
 //! Source: Gordon et al. (2020), arXiv:1910.13556, §5.2 and its on-the-grid layers as in
 //! github.com/YannDubs/Neural-Process-Family. Departures: channels are normalised cell by cell where
-//! the authors normalise over the batch, in which a task would see its neighbours; relu between
-//! layers as theirs, and the residual joins after the last product.
+//! the authors normalise over the batch, in which a task would see its neighbours; the residual joins
+//! after the last product; and GELU stands between the layers after the last convolution.
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
@@ -159,7 +159,7 @@ fn build(
         blocks.push(Block([separable(0)?, separable(1)?]));
     }
     let widths = [vec![width; config.depth + 1], vec![config.head.outputs()]].concat();
-    let decode = Mlp::new(&mut scope.at("decode"), &widths, Activation::Relu, &Init::LeCun)?;
+    let decode = Mlp::new(&mut scope.at("decode"), &widths, Activation::Gelu, &Init::LeCun)?;
     let (dim, likelihood) = (problem.dim, problem.likelihood);
     Ok(Box::new(ConvCnpGrid { config, dim, spread, embed, blocks, decode, likelihood }))
 }
@@ -315,7 +315,7 @@ impl Posterior for Conditioned<'_> {
             let found = part.field.flatten_to(2)?.index_select(&index, 0)?;
             parts.push(found.reshape((part.rows, targets.len(), ()))?);
         }
-        let raw = self.model.decode.forward(&Tensor::cat(&parts, 0)?.relu()?)?;
+        let raw = self.model.decode.forward(&Tensor::cat(&parts, 0)?)?;
         self.model.config.head.predictive(self.model.likelihood.link(), &raw)
     }
 }

@@ -209,3 +209,21 @@ pub fn mixture(each: Predictive, n: usize) -> Result<Predictive> {
         law: None,
     })
 }
+
+/// Predictives of parts of the targets as one.
+pub fn side_by_side(parts: &[Predictive]) -> Result<Predictive> {
+    if let [alone] = parts {
+        return Ok(alone.clone());
+    }
+    let join = |of: fn(&Predictive) -> &Tensor| -> Result<Tensor> {
+        Ok(Tensor::cat(&parts.iter().map(of).collect::<Vec<_>>(), 1)?)
+    };
+    Ok(Predictive {
+        link: parts[0].link,
+        log_weight: join(|p| &p.log_weight)?,
+        mean: join(|p| &p.mean)?,
+        surface_sd: join(|p| &p.surface_sd)?,
+        observation_sd: join(|p| &p.observation_sd)?,
+        law: None,
+    })
+}

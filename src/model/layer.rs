@@ -45,6 +45,11 @@ impl Dense {
         Chain::new(x).dense(self).run()
     }
 
+    /// W, `[inputs, outputs]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
     /// Features that it gives.
     pub fn outputs(&self) -> usize {
         self.bias.elem_count()

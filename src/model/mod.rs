@@ -20,6 +20,7 @@ pub mod convcnp;
 pub mod convcnp_grid;
 pub mod decoder;
 pub mod dirichlet;
+pub mod dnp;
 pub mod family;
 pub mod gnp;
 pub mod head;
@@ -94,6 +95,7 @@ pub const MODELS: &[Entry] = &[
     np::ENTRY,
     anp::ANP,
     anp::CANP,
+    dnp::ENTRY,
     convcnp::ENTRY,
     convcnp_grid::ENTRY,
     gnp::ENTRY,

@@ -271,31 +271,7 @@ fn parts<T>(sites: usize, f: impl Fn(usize, usize) -> Result<T>) -> Result<Vec<T
     starts.map(|start| f(start, TARGETS.min(sites - start))).collect()
 }
 
-/// Predictives of parts of the targets as one.
-fn side_by_side(parts: &[Predictive]) -> Result<Predictive> {
-    if let [alone] = parts {
-        return Ok(alone.clone());
-    }
-    let join = |of: fn(&Predictive) -> &Tensor| -> Result<Tensor> {
-        Ok(Tensor::cat(&parts.iter().map(of).collect::<Vec<_>>(), 1)?)
-    };
-    Ok(Predictive {
-        link: parts[0].link,
-        log_weight: join(|p| &p.log_weight)?,
-        mean: join(|p| &p.mean)?,
-        surface_sd: join(|p| &p.surface_sd)?,
-        observation_sd: join(|p| &p.observation_sd)?,
-        law: None,
-    })
-}
-
 impl Posterior for Conditioned<'_> {
-    /// The latent's mean, or else what was pooled.
-    fn embedding(&self) -> Result<Option<Tensor>> {
-        let told = self.prior.as_ref().map(|prior| &prior.mean).or(self.known.pooled.as_ref());
-        Ok(told.map(|x| x.squeeze(1)).transpose()?)
-    }
-
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let Some(drawn) = &self.drawn else {
             return self.model.given(&self.known, &targets.s, None);
@@ -305,7 +281,7 @@ impl Posterior for Conditioned<'_> {
             let part = targets.s.narrow(1, start, len)?.contiguous()?;
             latent::mixture(self.model.given(&self.known, &part, Some(drawn))?, n)
         })?;
-        side_by_side(&parts)
+        latent::side_by_side(&parts)
     }
 
     /// Log mean over the draws of z of the density of all targets given one.
@@ -324,6 +300,12 @@ impl Posterior for Conditioned<'_> {
         })?;
         let sum = sums.into_iter().reduce(|a, b| (a + b).expect("one shape")).expect("a part");
         Ok(Some(latent::log_mean_exp(&sum)?))
+    }
+
+    /// The latent's mean; or what pooled vectors add to the decoder's first layer.
+    fn embedding(&self) -> Result<Option<Tensor>> {
+        let vector = self.prior.as_ref().map(|law| &law.mean).or(self.known.pooled.as_ref());
+        Ok(vector.map(|x| x.squeeze(1)).transpose()?)
     }
 
     /// Each draw is the decoder's mean given one z: coherent, and without the surface's own sd at each

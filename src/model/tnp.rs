@@ -343,9 +343,13 @@ impl Tnp {
 
 /// The keys of `first`, and then those of `second`.
 fn after(first: &Keys, second: &Keys) -> Result<Keys> {
-    let packed = Tensor::cat(&[&first.packed, &second.packed], 1)?;
-    let sites = Tensor::cat(&[&first.sites, &second.sites], 1)?;
-    Keys::joined(packed, first.width, &sites, &Tensor::cat(&[&first.mask, &second.mask], 1)?)
+    Ok(Keys {
+        packed: Tensor::cat(&[&first.packed, &second.packed], 1)?,
+        width: first.width,
+        sites: Tensor::cat(&[&first.sites, &second.sites], 1)?,
+        mask: Tensor::cat(&[&first.mask, &second.mask], 1)?,
+        precision: first.precision,
+    })
 }
 
 /// The same sites in another order.
@@ -514,7 +518,9 @@ impl Conditioned<'_> {
             .iter()
             .map(|keys| {
                 let (sites, mask) = (spread(&keys.sites)?, spread(&keys.mask)?);
-                Keys::joined(spread(&keys.packed)?, keys.width, &sites, &mask)
+                let packed = spread(&keys.packed)?;
+                let (width, precision) = (keys.width, keys.precision);
+                Ok(Keys { packed, width, sites, mask, precision })
             })
             .collect::<Result<Vec<_>>>()?;
         let shown = Tensor::ones((n, 1), s.dtype(), device)?;

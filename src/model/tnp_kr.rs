@@ -428,9 +428,9 @@ enum Cache {
     Reader(Box<Reader>),
     /// `Σ φ(k) ψ(k)ᵀ / (n √d)`, `[batch, features, width]`
     Kernel(Summary),
+    Summed(Summed),
     /// The same on a GPU, where nothing is recorded for gradients.
     DeepKernel(Box<DeepKernel>),
-    Summed(Summed),
 }
 
 enum Attention {
@@ -688,7 +688,7 @@ impl Attention {
                 }
             }
             Cache::Reader(reader) => reader.read(&split()?, sites)?.flatten_from(2)?,
-            Cache::Kernel(_) | Cache::DeepKernel(_) | Cache::Summed(_) => {
+            Cache::Kernel(_) | Cache::Summed(_) | Cache::DeepKernel(_) => {
                 unreachable!("a cache is read by the attention that made it")
             }
         };

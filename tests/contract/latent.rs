@@ -1,14 +1,16 @@
 //! Laws of latent variables, and the published sizes of the family.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use isopleth::{
     Observations, Of, Process, Result, Sites, Stream, Task, likelihood,
     model::{
-        self, Problem,
+        self, Problem, dnp,
         latent::{self, Bound, Normal},
         params::Params,
     },
     process::Reward,
+    task::Tasks,
+    train::optimiser::{Optimiser, Rule},
 };
 
 const CPU: Device = Device::Cpu;
@@ -184,10 +186,71 @@ fn draws_are_surfaces() -> Result<()> {
     Ok(())
 }
 
+/// The penalty's gradient holds singular vectors fixed, and is exact all the same.
+#[test]
+fn the_penalty_has_the_slope_of_its_value() -> Result<()> {
+    let mut rng = Stream::new(6, "weights", 0);
+    for (shape, scale) in
+        [((5, 7), 0.6), ((7, 5), 0.6), ((6, 6), 0.1), ((1, 6), 1.5), ((2, 4), 0.02)]
+    {
+        let values: Vec<f64> = rng.normals(shape.0 * shape.1).iter().map(|x| scale * x).collect();
+        let along = rng.normals(values.len());
+        let at = |h: f64| -> Result<(f64, Vec<f64>, [f64; 2])> {
+            let there: Vec<f64> = values.iter().zip(&along).map(|(x, d)| x + h * d).collect();
+            let weight = Var::from_vec(there, shape, &CPU)?;
+            let (penalty, extremes) = dnp::penalty(&[weight.as_tensor()], 0.1, 1.0)?;
+            let slope = host(penalty.backward()?.get(weight.as_tensor()).unwrap());
+            Ok((host(&penalty)[0], slope, extremes))
+        };
+        let (value, slope, [least, most]) = at(0.0)?;
+        let by_hand = (most - 1.0).max(0.0).powi(2) + (0.1 - least).max(0.0).powi(2);
+        assert!((value - by_hand).abs() < 1e-12 && value > 1e-4, "{shape:?}: {value}, {by_hand}");
+        let h = 1e-6;
+        let numeric = (at(h)?.0 - at(-h)?.0) / (2.0 * h);
+        let analytic: f64 = slope.iter().zip(&along).map(|(g, d)| g * d).sum();
+        assert!(
+            (numeric - analytic).abs() < 1e-6 * (1.0 + numeric.abs()),
+            "{shape:?}: {numeric}, {analytic}"
+        );
+    }
+    Ok(())
+}
+
+/// A short training takes the layers of the embedding into their bounds, and keeps them there.
+#[test]
+fn the_bounds_of_distances_hold_after_a_short_training() -> Result<()> {
+    let recipe = "prior = { kind = 'gp' }\ndesign = { targets = 10, line = true }\n\
+                  task = { likelihood = 'gaussian', share = 8 }";
+    let tasks = Tasks::new(&recipe.parse().unwrap())?;
+    let mut params = Params::new(3, &CPU, DType::F32);
+    let model = built("kind = 'dnp'\nwidth = 12\nlatent = 6\nembed = 12", 1, &mut params)?;
+    let mut optimiser = Optimiser::new(Rule::Adamw, 0.0, params.vars());
+    let (mut first, mut last) = (Vec::new(), Vec::new());
+    for step in 0..300 {
+        let task = tasks.batch(1, step, 8, 12)?.task;
+        let mut rng = Stream::new(1, "objective", step);
+        let found = model.objective(&task, Reward::Observation, &mut rng)?.unwrap();
+        if step == 0 {
+            first = found.measured.clone();
+        }
+        last = found.measured;
+        optimiser.update(params.vars(), &[found.loss.backward()?], 3e-3, 1.0)?;
+    }
+    let of = |measured: &[(&str, f64)], name| measured.iter().find(|m| m.0 == name).unwrap().1;
+    assert!(of(&first, "penalty") > 0.1, "{first:?}: nothing to learn");
+    let (least, most) = (of(&last, "sigma_min"), of(&last, "sigma_max"));
+    assert!(least > 0.1 - 0.02 && most < 1.0 + 0.05, "{last:?}");
+    Ok(())
+}
+
 /// A context that nobody filled trains as well as another: every parameter keeps its gradient.
 #[test]
 fn an_empty_context_trains() -> Result<()> {
-    for table in LATENT.into_iter().chain(["kind = 'cnp'\nwidth = 8", "kind = 'canp'\nwidth = 8"]) {
+    for table in LATENT.into_iter().chain([
+        "kind = 'cnp'\nwidth = 8",
+        "kind = 'canp'\nwidth = 8",
+        "kind = 'dnp'\nwidth = 8",
+    ]) {
         let mut params = Params::new(2, &CPU, DType::F32);
         let model = built(table, 1, &mut params)?;
         let mut task = task(2, 4, 3)?;

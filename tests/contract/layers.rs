@@ -200,7 +200,7 @@ fn nets() -> Vec<Net> {
             ],
             shapes: [n(5), d(5, 5), d(5, 5)].concat(),
             other: false,
-            launches: 1 + 2 + 1 + 1 + 1 + 2 + 1 + 2 + 4 + 4 + 6,
+            launches: 9 + 14,
         },
     ]
 }

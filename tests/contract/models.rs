@@ -39,7 +39,8 @@ fn fresh(seed: u64) -> Params {
 fn each(mut law: impl FnMut(&str, &Entry, &'static dyn Likelihood) -> Result<()>) -> Result<()> {
     for entry in MODELS {
         for likelihood in LIKELIHOODS {
-            law(&format!("{} {}", entry.name, likelihood.name()), entry, *likelihood)?;
+            let name = format!("{} {}", entry.name, likelihood.name());
+            law(&name, entry, *likelihood).map_err(|e| e.fact("model", &name))?;
         }
     }
     for (i, (name, entry)) in BIASED.iter().enumerate() {
@@ -688,6 +689,36 @@ fn unknown_settings_are_refused() -> Result<()> {
     let Err(error) = model::build(&misspelt, problem, &mut fresh(1)) else { panic!("{known:?}") };
     assert_eq!(error.help().unwrap(), "did you mean `tnp-kr`?");
     Ok(())
+}
+
+/// A joint density knows as little of hidden sites as that of each target alone does; and of one
+/// target alone it is the same, where nothing is drawn to find it.
+#[test]
+fn joint_densities_agree_with_those_of_single_targets() -> Result<()> {
+    each(|name, entry, likelihood| {
+        if !["gnp", "tnp-a", "tnp-nd"].contains(&entry.name) {
+            return Ok(());
+        }
+        let (model, task) = (tiny(entry, likelihood, &mut fresh(1)), batch(likelihood, 12)?.task);
+        let behind = padded(&task.context, 5, [0.3, 7.0, 9.0])?;
+        for of in [Of::Surface, Of::Observation] {
+            let joint = |context: &Observations, n: usize| -> Result<Vec<f64>> {
+                let (sites, values) =
+                    (task.target.sites.narrow(0, n)?, task.surface.narrow(1, 0, n)?);
+                let density = model.condition(context)?.joint(&sites, of, &values)?;
+                Ok(host(&density.expect("a joint model")))
+            };
+            let alone = ask(&model, &task.context, &task.target.sites.narrow(0, 1)?)?;
+            let alone = host(&alone.log_prob(of, &task.surface.narrow(1, 0, 1)?)?);
+            for (a, b) in alone.iter().zip(joint(&task.context, 1)?) {
+                assert!((a - b).abs() < 1e-4 * (1.0 + a.abs()), "{name}: {a} alone, {b} jointly");
+            }
+            for (a, b) in joint(&task.context, 10)?.iter().zip(joint(&behind, 10)?) {
+                assert!((a - b).abs() < 1e-4 * (1.0 + a.abs()), "{name}: {a}, with padding {b}");
+            }
+        }
+        Ok(())
+    })
 }
 
 /// A model that draws jointly says so, and any other refuses: areal means from marginals are wrong.
