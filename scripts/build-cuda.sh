@@ -10,9 +10,12 @@
 # The result needs no CUDA library to start: what it calls is looked up when first called
 # (scripts/cuda-standins.py), so one binary serves machines with and without a GPU.
 #
+# `check` and `clippy` compile every kernel of this repository and none of candle's, which cannot rot
+# here; they share `target` with normal builds, since most of what they need lies there.
+#
 # Environment, all optional: CUDA_COMPUTE_CAP, the least card to serve (80: Ampere and all since);
 # ALL_KERNELS=1 keeps candle's kernels for quantised networks and mixtures of experts, which nothing
-# here calls; CARGO_TARGET_DIR (target/cuda: normal builds are left alone); PYTHON.
+# here calls; CARGO_TARGET_DIR (target/cuda, or target for check and clippy); PYTHON.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
@@ -35,10 +38,19 @@ if [ -z "$toolkit" ]; then
     toolkit="$folder/nvidia/cu13"
     if [ ! -e "$folder/complete" ]; then
         mkdir -p "$folder"
-        "$python" -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --upgrade \
+        "$python" -m pip --version >/dev/null 2>&1 || {
+            echo "error: there is no CUDA toolkit here, and no pip to fetch its compiler with" >&2
+            echo "help: scripts/setup.sh --cuda installs pip; or set CUDA_HOME to a toolkit" >&2
+            exit 2
+        }
+        PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --disable-pip-version-check --upgrade \
             --no-deps --no-compile --only-binary=:all: --target "$folder" \
             nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
-            nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+            nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85 || {
+            echo "error: NVIDIA's compiler could not be fetched with pip: is this machine online?" >&2
+            echo "help: try again, or set CUDA_HOME to an installed toolkit of CUDA 13.0" >&2
+            exit 2
+        }
         touch "$folder/complete"
     fi
 fi
@@ -63,8 +75,15 @@ packages = json.load(sys.stdin)["packages"]
 print(next(os.path.dirname(p["manifest_path"]) for p in packages if p["name"] == "cudarc"))')"
 "$python" scripts/cuda-standins.py "$cudarc" "$home/lib64"
 
+# Puts a script of standard input in place, untouched if it says the same: build scripts look at its date.
+install_script() {
+    cat > "$1.tmp"
+    chmod +x "$1.tmp"
+    if cmp -s "$1.tmp" "$1"; then rm "$1.tmp"; else mv "$1.tmp" "$1"; fi
+}
+
 # nvcc, with an empty file in place of the kernels that nothing here calls.
-cat > "$home/bin/nvcc.tmp" <<WRAPPER
+install_script "$home/bin/nvcc" <<WRAPPER
 #!/usr/bin/env bash
 set -u
 arguments=("\$@")
@@ -82,21 +101,42 @@ if [ -z "\${ALL_KERNELS:-}" ]; then
 fi
 "$toolkit/bin/nvcc" "\${arguments[@]}"
 WRAPPER
-chmod +x "$home/bin/nvcc.tmp"
-# Untouched if it says the same: build scripts look at its date.
-if cmp -s "$home/bin/nvcc.tmp" "$home/bin/nvcc"; then
-    rm "$home/bin/nvcc.tmp"
-else
-    mv "$home/bin/nvcc.tmp" "$home/bin/nvcc"
-fi
+
+# nvcc for checking: what other packages compile comes out empty, at once. Their build script keeps a
+# list of what it has compiled; it goes, so that no later build takes these files for the real ones.
+install_script "$home/bin/nvcc-check" <<WRAPPER
+#!/usr/bin/env bash
+set -eu
+case "\${CARGO_MANIFEST_DIR:-}" in "" | "$PWD") exec "$toolkit/bin/nvcc" "\$@" ;; esac
+out="" folder=. what="" last=""
+while [ \$# -gt 0 ]; do
+    case "\$1" in
+        -o) out="\$2"; shift ;;
+        --output-directory) folder="\$2"; shift ;;
+        --ptx | -ptx | --lib | -lib | -c) what="\${1##*-}" ;;
+        *.cu) last="\${1##*/}" ;;
+    esac
+    shift
+done
+case "\$what" in
+    ptx) : > "\${out:-\$folder/\${last%.cu}.ptx}" ;;
+    c) : > "\$out" ;;
+    lib) rm -f "\$out" "\${OUT_DIR:-.}/.cudaforge_cache.json"; ar rcs "\$out" ;;
+    *) exec "$toolkit/bin/nvcc" --version ;;
+esac
+WRAPPER
 
 # --- cargo ------------------------------------------------------------------------------------------
-unset CUDA_PATH CUDA_ROOT CUDA_TOOLKIT_ROOT_DIR
-export CUDA_HOME="$home" NVCC="$home/bin/nvcc" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-80}"
-export CUDARC_CUDA_VERSION=13000 # else it is guessed from what nvcc says
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target/cuda}"
 verb="${1:-build}"
 [ $# = 0 ] || shift
+case "$verb" in
+    check | clippy) nvcc="$home/bin/nvcc-check" target=target ;;
+    *) nvcc="$home/bin/nvcc" target=target/cuda ;;
+esac
+unset CUDA_PATH CUDA_ROOT CUDA_TOOLKIT_ROOT_DIR
+export CUDA_HOME="$home" NVCC="$nvcc" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-80}"
+export CUDARC_CUDA_VERSION=13000 # else it is guessed from what nvcc says
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$target}"
 if [ "$verb" = home ]; then
     echo "$home"
     exit

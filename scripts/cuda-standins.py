@@ -18,10 +18,11 @@ LIBRARIES = {
     "cublas": ("cublas", ["libcublas.so.13", "libcublas.so.12"], 1),  # CUBLAS_STATUS_NOT_INITIALIZED
     "cublaslt": ("cublasLt", ["libcublasLt.so.13", "libcublasLt.so.12"], 1),  # the same
     "curand": ("curand", ["libcurand.so.10"], 203),  # CURAND_STATUS_INITIALIZATION_FAILED
+    "nccl": ("nccl", ["libnccl.so.2"], 2),  # ncclSystemError
     "nvrtc": ("nvrtc", ["libnvrtc.so.13", "libnvrtc.so.12"], 7),  # NVRTC_ERROR_BUILTIN_OPERATION_FAILURE
 }
 
-DECLARATION = re.compile(r"pub (?:unsafe )?fn ((?:cu|nvrtc)\w+)\s*\([^;{]*?\)\s*(->\s*[^;{]+)?[;{]")
+DECLARATION = re.compile(r"pub (?:unsafe )?fn ((?:cu|nvrtc|nccl)\w+)\s*\([^;{]*?\)\s*(->\s*[^;{]+)?[;{]")
 
 HEAD = r"""
 #include <dlfcn.h>

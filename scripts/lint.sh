@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Formatting and lints, with GDAL and without.
+# Formatting and lints, with GDAL and without. With --cuda, only the lints of the feature `cuda`, for
+# which its kernels are compiled.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,6 +12,11 @@ case "$(cargo --version)" in
 "cargo $LINTED_WITH."*) ;;
 *) deny=() && echo "lint: $(cargo --version) is not $LINTED_WITH: warnings are shown, and are no errors" ;;
 esac
+
+if [ "${1:-}" = --cuda ]; then
+    scripts/build-cuda.sh clippy --all-targets -- "${deny[@]}"
+    exit
+fi
 
 set -x
 cargo fmt --check

@@ -3,7 +3,9 @@
 # and Rust (by rustup). Safe to run again: with everything in place it takes well under a second.
 #
 #   scripts/setup.sh            what `make map` and `make test` call
-#   scripts/setup.sh --lint     rustfmt and clippy too, what `.ci/run` calls
+#   scripts/setup.sh --lint     rustfmt and clippy too, what `make check` calls
+#   scripts/setup.sh --cuda     pip and a C++ compiler too, which scripts/build-cuda.sh fetches and runs
+#                               NVIDIA's compiler with; --lint --cuda is what `.ci/run` calls
 #
 # Rust goes where CARGO_HOME and RUSTUP_HOME say (default: ~/.cargo and ~/.rustup); no profile file is edited.
 set -euo pipefail
@@ -30,6 +32,15 @@ gdal_version() { pkg-config --modversion gdal 2>/dev/null || gdal-config --versi
 rust_version() { cargo --version 2>/dev/null | cut -d' ' -f2; }
 rust_is_ready() { at_least "$(rust_version || true)" "$RUST_AT_LEAST" && rustc --version >/dev/null 2>&1; }
 
+lint='' cuda=''
+for option; do
+    case "$option" in
+    --lint) lint=yes ;;
+    --cuda) cuda=yes ;;
+    *) stop "scripts/setup.sh does not know $option" "--lint, --cuda" ;;
+    esac
+done
+
 packages=()
 have make || packages+=(make)
 compiles || packages+=(gcc libc6-dev)
@@ -38,6 +49,10 @@ gdal_version >/dev/null || packages+=(libgdal-dev)
 # Certificates: without them neither rustup nor cargo can fetch anything.
 [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -n "${SSL_CERT_FILE:-}" ] || packages+=(ca-certificates)
 rust_is_ready || have curl || packages+=(curl)
+if [ $cuda ]; then
+    python3 -m pip --version >/dev/null 2>&1 || packages+=(python3-pip)
+    have c++ || packages+=(g++)
+fi
 
 if [ ${#packages[@]} -gt 0 ]; then
     have apt-get || stop "this system has no apt-get, so setup cannot install: ${packages[*]}" \
@@ -92,7 +107,7 @@ if ! rust_is_ready; then
     rust_is_ready || stop "cargo is still older than $RUST_AT_LEAST: $(command -v cargo || echo none)" "$by_hand"
 fi
 
-if [ "${1:-}" = --lint ]; then
+if [ $lint ]; then
     for tool in fmt clippy; do
         cargo "$tool" --version >/dev/null 2>&1 && continue
         component=${tool/#fmt/rustfmt}

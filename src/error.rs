@@ -121,6 +121,20 @@ impl Error {
         Error::Axis { what: what.into(), left: left.to_string(), right: right.to_string() }
     }
 
+    /// Whether a device had too little memory: it may do if less is asked of it at once.
+    ///
+    /// ```
+    /// use isopleth::Error;
+    /// let cuda = |said: &str| Error::Tensor(candle_core::Error::Cuda(said.into()));
+    /// assert!(cuda("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")").is_out_of_memory());
+    /// assert!(!cuda("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"…\")").is_out_of_memory());
+    /// ```
+    pub fn is_out_of_memory(&self) -> bool {
+        let Error::Tensor(error) = self else { return false };
+        let said = error.to_string();
+        ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|w| said.contains(w))
+    }
+
     /// The facts that show where, for printing under the message.
     pub fn facts(&self) -> Vec<(String, String)> {
         match self {

@@ -4,12 +4,11 @@
 //! thread, so that the number of threads can never change a digit: parallelism is over tasks.
 
 use faer::{
-    Accum, Mat, MatRef, Par,
+    Mat, MatRef, Par,
     diag::Diag,
     dyn_stack::{MemBuffer, MemStack},
     linalg::{
         cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch},
-        matmul::matmul,
         svd::{ComputeSvdVectors, svd, svd_scratch},
         triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place},
     },
@@ -110,9 +109,13 @@ impl Cholesky {
     /// `L z` `[n]`: white noise gets the covariance that was factored.
     pub fn colour(&self, z: &[f64]) -> Vec<f64> {
         assert_eq!(z.len(), self.len(), "one normal per row");
-        let mut out = Mat::zeros(z.len(), 1);
-        matmul(out.as_mut(), Accum::Replace, self.lower(), column(z).as_ref(), 1.0, Par::Seq);
-        out.col_as_slice(0).to_vec()
+        let mut out = vec![0.0; z.len()];
+        // Column after column of the triangle: half of what a product with all of L reads.
+        for (j, z) in z.iter().enumerate() {
+            let column = &self.lower.col_as_slice(j)[j..];
+            out[j..].iter_mut().zip(column).for_each(|(out, l)| *out += l * z);
+        }
+        out
     }
 
     /// `L⁻¹ B`, in place of `b` `[n, columns]`: the inverse of [`Cholesky::colour`].

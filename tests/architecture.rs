@@ -10,7 +10,8 @@ use std::{
 /// Modules of the crate, lowest layer first. An import points to a lower layer, or stays in its module.
 const LAYERS: &[&[&str]] = &[
     &["error", "device", "registry", "rng", "sites", "predictive", "process", "settings", "whole"],
-    &["linalg", "fused", "kernel", "likelihood", "geo"],
+    &["linalg", "fused", "likelihood", "geo"],
+    &["kernel"],
     &["prior", "attention", "baseline", "product", "score"],
     &["task", "model"],
     &["recipe"],

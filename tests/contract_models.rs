@@ -6,6 +6,8 @@ mod attention;
 mod convcnp;
 #[path = "contract/cuda.rs"]
 mod cuda;
+#[path = "contract/cuda_tensor.rs"]
+mod cuda_tensor;
 #[path = "contract/fused.rs"]
 mod fused;
 #[path = "contract/latent.rs"]

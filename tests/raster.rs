@@ -496,6 +496,102 @@ fn memory_knobs_never_change_a_map() {
     );
 }
 
+/// A posterior on a card with room for so many targets at once, and no memory for more.
+struct Cramped<'a> {
+    known: &'a Known,
+    room: usize,
+    error: &'static str,
+}
+
+impl Posterior for Cramped<'_> {
+    fn at(&self, targets: &Sites) -> Result<Predictive> {
+        if targets.len() > self.room {
+            self.known.asked.lock().unwrap().push(targets.len());
+            return Err(candle_core::Error::Cuda(self.error.into()).into());
+        }
+        At(self.known).at(targets)
+    }
+}
+
+/// As `map`, by several posteriors; the map, what it holds, and how many targets each was asked about.
+fn map_by(posteriors: &[&dyn Posterior], plan: &Plan) -> Result<(Vec<Vec<f32>>, mapping::Summary)> {
+    let (grid, survey) = (square(), survey(counts()));
+    let frame = Frame::fit(&survey).unwrap();
+    let context = frame.observations(&survey, &Device::Cpu).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let specs: Vec<Spec> =
+        ["mean", "sd", "exceedance:0.2"].iter().map(|s| s.parse().unwrap()).collect();
+    let what = Outcome { name: "outcome".into(), unit: "".into(), link: Link::Logit, of: plan.of };
+    let mut products = product::open(&specs, &what, &grid, directory.path(), &[]).unwrap();
+    let mut progress = |_, _| {};
+    let summary =
+        mapping::run_each(posteriors, &context, &grid, &frame, &mut products, plan, &mut progress)?;
+    Ok((products.into_iter().map(|p| pixels(&p.finish().unwrap())).collect(), summary))
+}
+
+const FULL: &str = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+
+/// A card without memory for a question is asked about parts of it, from then on; the map is the same.
+#[test]
+fn a_card_without_memory_is_asked_less_and_the_map_stays() {
+    let whole = map(counts(), Link::Logit, &square(), &Plan::new(Device::Cpu));
+    for (targets, workers, room, cut) in [
+        (448, 1, 425, None), // 2550 pixels in six questions of 425
+        (448, 1, 424, Some(212)),
+        (1000, 1, 130, Some(79)),  // 638, 319, 159
+        (1000, 3, 200, Some(106)), // 213 for each of four questions a thread
+    ] {
+        let known = Known { link: Link::Logit, asked: Default::default() };
+        let posterior = Cramped { known: &known, room, error: FULL };
+        let plan = Plan { targets, workers, ..Plan::new(Device::Cpu) };
+        let (maps, summary) = map_by(&[&posterior], &plan).unwrap();
+        for (a, b) in whole.0.iter().zip(&maps) {
+            assert!(same(a, b), "{targets} targets where {room} fit");
+        }
+        assert_eq!(summary.cut_to, cut);
+        assert!((summary.average - whole.1.average).abs() < 1e-12);
+        // Each call that was running may find out for itself, once for each halving.
+        let asked = known.asked.into_inner().unwrap();
+        let refused = asked.iter().filter(|n| **n > room).count();
+        assert!(refused <= 3 * workers, "{refused} refusals for {workers} workers");
+    }
+}
+
+/// Where not even the smallest part fits, and for any other error, nothing is tried again.
+#[test]
+fn what_is_no_lack_of_memory_is_asked_once() {
+    let plan = Plan { targets: 448, workers: 1, ..Plan::new(Device::Cpu) };
+    for (room, error, words, calls) in [
+        (0, "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"…\")", "ILLEGAL_ADDRESS", 1),
+        (10, FULL, "no memory left", 4), // 448, 224, 112, 64
+    ] {
+        let known = Known { link: Link::Logit, asked: Default::default() };
+        let posterior = Cramped { known: &known, room, error };
+        let error = map_by(&[&posterior], &plan).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+        assert_eq!(known.asked.into_inner().unwrap().len(), calls, "{words}");
+    }
+}
+
+/// Posteriors that know the same make the same map, whoever answers what, and each answers some.
+#[test]
+fn cards_share_a_map_that_none_of_them_changes() {
+    let whole = map(counts(), Link::Logit, &square(), &Plan::new(Device::Cpu));
+    let cards: Vec<Known> =
+        (0..3).map(|_| Known { link: Link::Logit, asked: Default::default() }).collect();
+    let cramped = Cramped { known: &cards[2], room: 100, error: FULL };
+    let posteriors: [&dyn Posterior; 3] = [&At(&cards[0]), &At(&cards[1]), &cramped];
+    let devices = vec![Device::Cpu; 3];
+    let plan = Plan { tile: 32, targets: 128, workers: 6, ..Plan::on(devices) };
+    let (maps, summary) = map_by(&posteriors, &plan).unwrap();
+    assert!(whole.0.iter().zip(&maps).all(|(a, b)| same(a, b)));
+    assert!((summary.average - whole.1.average).abs() < 1e-12);
+    let answered = cards.iter().map(|card| card.asked.lock().unwrap().iter().sum::<usize>());
+    assert!(answered.clone().sum::<usize>() >= square().wanted());
+    let error = map_by(&posteriors[..2], &plan).unwrap_err();
+    assert!(error.to_string().contains("posteriors and devices"), "{error}");
+}
+
 /// Where a stage of the pipeline breaks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Broken {

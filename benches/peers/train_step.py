@@ -18,13 +18,17 @@ parser.add_argument("--targets", type=int, default=256)
 parser.add_argument("--layers", type=int, default=6)
 parser.add_argument("--terms", type=int, default=1, help="terms of the RBF bias")
 parser.add_argument("--threads", type=int, default=2)
+parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+parser.add_argument("--tf32", action="store_true", help="on a GPU, tensor cores for f32 products; exact f32 without")
 parser.add_argument("--repeat", type=int, default=5)
 parser.add_argument("--seed", type=int, default=1)
 args = parser.parse_args()
 
 # Before JAX starts: XLA takes as many threads as the process may use processors.
-os.environ["JAX_PLATFORMS"] = "cpu"
-if hasattr(os, "sched_setaffinity"):
+os.environ["JAX_PLATFORMS"] = args.device
+if args.device == "cuda" and not args.tf32:
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+if args.device == "cpu" and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))[: args.threads]
     os.sched_setaffinity(0, cores)
 
@@ -183,6 +187,7 @@ print(
         {
             "command": "train-step",
             "peer": "jax",
+            "wall_s": walls[0] / 1e3,
             "best_ms": walls[0],
             "median_ms": walls[len(walls) // 2],
             "cpu_ms": cpu,
@@ -192,7 +197,7 @@ print(
             "parameters": count,
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             **{k: vars(args)[k] for k in ("batch", "contexts", "targets", "layers", "terms", "threads", "repeat", "seed")},
-            "precision": "f32",
+            "precision": "tf32" if args.tf32 else "f32",
             "device": jax.devices()[0].platform,
             "jax": jax.__version__,
             "jaxlib": jaxlib.__version__,

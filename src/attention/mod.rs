@@ -15,6 +15,7 @@ mod scan;
 mod table;
 
 pub use bias::{Bias, Metric, Radial, Term};
+pub(crate) use cuda::DeepKernel;
 pub use full::full;
 pub use ordered::ordered;
 pub use performer::{Performer, Summed};
@@ -33,6 +34,8 @@ pub struct Keys {
     pub sites: Tensor,
     /// `[batch, context]`, 1 = observed.
     pub mask: Tensor,
+    /// What the kernels of a GPU multiply; every other way of computing is f32.
+    pub(crate) precision: Precision,
 }
 
 impl Keys {
@@ -57,7 +60,13 @@ impl Keys {
             width: kd[3],
             sites: sites.contiguous()?,
             mask: mask.contiguous()?,
+            precision: Precision::F32,
         })
+    }
+
+    /// The same, for the kernels of a GPU to read in `precision`. Only where gradients are not asked for.
+    pub fn read_in(self, precision: Precision) -> Self {
+        Keys { precision, ..self }
     }
 
     /// The same from what is packed already: `[batch, context, head, d + w]`, keys `width` wide.
@@ -68,7 +77,7 @@ impl Keys {
         mask: &Tensor,
     ) -> Result<Self> {
         let (sites, mask) = (sites.contiguous()?, mask.contiguous()?);
-        Ok(Keys { packed, width, sites, mask })
+        Ok(Keys { packed, width, sites, mask, precision: Precision::F32 })
     }
 
     /// Keys `[batch, context, head, d]`.

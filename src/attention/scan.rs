@@ -5,11 +5,11 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, CudaStorage, Layout, Result as CandleResult, Shape, Tensor, Var};
+use candle_core::{CpuStorage, CudaStorage, Layout, Result as CandleResult, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    Bias, Keys, Metric, Radial, Term,
+    Bias, Keys, Metric, Precision, Radial, Term,
     backward::Backward,
     bias::{arcs, geometry},
     cuda,
@@ -17,7 +17,7 @@ use super::{
     reader::{bumps, highest, terms},
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     fused::{
         self, Host, slice,
         softmax::{self, GROUP, Job, Packed, attend},
@@ -73,6 +73,12 @@ pub fn scan(
     // The published start is for reproduction only, and not worth a kernel.
     let kernel = fused::applies(q) || cuda::applies(q, sites, keys, bias);
     if !kernel || start == Start::Published {
+        if keys.precision != Precision::F32 && !fused::is_plain() {
+            return Err(Error::input("there is no kernel that reads this context in fewer bits")
+                .fact("precision", keys.precision.name())
+                .fact("widths of keys and values", format!("{} and {}", keys.width, shape.3))
+                .try_this("use --precision f32"));
+        }
         return composed(q, sites, keys, bias, chunk, start);
     }
     Ok(scan_joined(&q.flatten_from(2)?, sites, keys, bias)?.reshape(shape)?)
@@ -99,7 +105,7 @@ pub(crate) fn scan_joined(
         let flat = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
         on_host = (flat(&points)?, flat(&columns)?, flat(&keys.mask)?);
     } else {
-        on_device = Some(cuda::Places::new([sites, &points], keys, &places)?);
+        on_device = Some(cuda::Places::new(&points, &places, &keys.mask)?);
     }
     let (points, columns, mask) = on_host;
     let (terms, params) = match bias {
@@ -115,6 +121,11 @@ pub(crate) fn scan_joined(
         metric,
         marks: OnceLock::new(),
         on_device,
+        marks_on_device: OnceLock::new(),
+        numbers: cuda::Numbers::of(
+            keys.precision,
+            q.track_op() || keys.packed.track_op() || params.track_op(),
+        ),
     };
     Ok(q.contiguous()?.apply_op3(&keys.packed.contiguous()?, &params, op)?)
 }
@@ -190,6 +201,10 @@ struct Scan {
     marks: OnceLock<Vec<f32>>,
     /// What takes the place of sites, columns and hidden keys where tensors are not on the host.
     on_device: Option<cuda::Places>,
+    /// The marks, there.
+    marks_on_device: OnceLock<Tensor>,
+    /// What tensor cores multiply there, if they do.
+    numbers: Option<cuda::Numbers>,
 }
 
 /// No less than any straight line between a column of coordinates and `sites`.
@@ -276,30 +291,10 @@ impl Scan {
             });
     }
 
-    /// The gradient by way of [`composed`].
-    fn composed_gradient(
-        &self,
-        places: &cuda::Places,
-        [q, kv, params]: [&Tensor; 3],
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 3]> {
-        let Dims { targets, context, heads, d, width, .. } = self.shape;
-        let batch = q.dims()[0];
-        let [q, kv, params] =
-            [Var::from_tensor(q)?, Var::from_tensor(kv)?, Var::from_tensor(params)?];
-        let packed = kv.reshape((batch, context, heads, d + width))?;
-        let keys = Keys::joined(packed, d, &places.keys.detach(), &places.mask.detach())?;
-        let bias = (!self.terms.is_empty()).then(|| Bias {
-            terms: self.terms.clone(),
-            params: params.as_tensor().clone(),
-            metric: self.metric,
-        });
-        let queries = q.reshape((batch, targets, heads, d))?;
-        let sites = places.sites.detach();
-        let out = composed(&queries, &sites, &keys, bias.as_ref(), CHUNK, Start::Exact)?;
-        let sum = (out.flatten_from(2)? * grad)?.sum_all()?;
-        let gradients = sum.backward()?;
-        Ok([&q, &kv, &params].map(|x| gradients.get(x).cloned()))
+    fn problem(&self, batch: usize) -> cuda::Problem<'_> {
+        let Dims { targets, context, heads, d, width: w, dim } = self.shape;
+        let (terms, metric) = (&self.terms[..], self.metric);
+        cuda::Problem { batch, targets, context, heads, d, w, dim, terms, metric }
     }
 }
 
@@ -346,10 +341,15 @@ impl candle_core::CustomOp3 for Scan {
         lp: &Layout,
     ) -> CandleResult<(CudaStorage, Shape)> {
         let Some(places) = &self.on_device else { candle_core::bail!("sites are on the host") };
-        let Dims { targets, context, heads, d, width: w, dim } = self.shape;
-        let (terms, metric) = (&self.terms[..], self.metric);
-        let problem = cuda::Problem { targets, context, heads, d, w, dim, terms, metric };
-        cuda::forward(&problem, places, [(q, lq), (kv, lkv), (params, lp)])
+        let problem = self.problem(lq.dims()[0]);
+        let tensors = [(q, lq), (kv, lkv), (params, lp)];
+        if let Some(numbers) = self.numbers {
+            return cuda::tensor::forward(&problem, places, tensors, numbers);
+        }
+        let (out, shape, marks) = cuda::forward(&problem, places, tensors)?;
+        // Asked again, it would find the same.
+        let _ = self.marks_on_device.set(marks);
+        Ok((out, shape))
     }
 
     fn bwd(
@@ -361,10 +361,13 @@ impl candle_core::CustomOp3 for Scan {
         grad: &Tensor,
     ) -> CandleResult<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         if let Some(places) = &self.on_device {
-            let [dq, dkv, dparams] = self
-                .composed_gradient(places, [q, kv, params], grad)
-                .map_err(candle_core::Error::wrap)?;
-            return Ok((dq, dkv, dparams));
+            let Some(marks) = self.marks_on_device.get() else {
+                candle_core::bail!("a gradient follows its forward pass")
+            };
+            let (problem, grad) = (self.problem(q.dims()[0]), grad.contiguous()?);
+            let [dq, dkv, dparams] =
+                cuda::gradients(&problem, places, [q, kv, params, out, &grad, marks])?;
+            return Ok((Some(dq), Some(dkv), (!self.terms.is_empty()).then_some(dparams)));
         }
         let Dims { heads, d, width, dim, .. } = self.shape;
         let (qs, kvs, ps) = (Host::of(q)?, Host::of(kv)?, Host::of(params)?);
@@ -388,56 +391,5 @@ impl candle_core::CustomOp3 for Scan {
             |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), q.device());
         let dparams = (!self.terms.is_empty()).then(|| tensor(dparams, params)).transpose()?;
         Ok((Some(tensor(dq, q)?), Some(tensor(dkv, kv)?), dparams))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::Device;
-
-    use super::*;
-    use crate::rng::Stream;
-
-    /// What a GPU does for a gradient, done on the CPU: it equals the kernel's.
-    #[test]
-    fn the_composed_gradient_equals_that_of_the_kernel() -> Result<()> {
-        let mut rng = Stream::new(7, "scan", 0);
-        let mut normal = |shape: &[usize]| -> Result<Tensor> {
-            let values: Vec<f32> =
-                rng.normals(shape.iter().product()).iter().map(|x| *x as f32).collect();
-            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
-        };
-        let q = Var::from_tensor(&normal(&[2, 5, 6])?)?;
-        let packed = Var::from_tensor(&normal(&[2, 9, 2, 7])?)?;
-        let (sites, places) = (normal(&[2, 5, 2])?, normal(&[2, 9, 2])?);
-        let mask: Vec<f32> = (0..18).map(|j| if j % 4 == 1 { 0.0 } else { 1.0 }).collect();
-        let mask = Tensor::from_vec(mask, (2, 9), &Device::Cpu)?;
-        let keys = Keys::joined(packed.as_tensor().clone(), 3, &places, &mask)?;
-        let params = vec![1.0f32, 0.5, 0.0, 0.3, 0.0, 0.0, 0.7, 1.5, 0.0, -0.2, 0.0, 0.0];
-        let params = Var::from_vec(params, (2, 2, 3), &Device::Cpu)?;
-        let (terms, metric) = (vec![Term::Matern32, Term::Sink], Metric::Euclidean);
-        let bias = Bias { terms: terms.clone(), params: params.as_tensor().clone(), metric };
-        let weights = normal(&[2, 5, 8])?;
-        let out = scan_joined(&q, &sites, &keys, Some(&bias))?;
-        let truth = (out * &weights)?.sum_all()?.backward()?;
-        let op = Scan {
-            shape: Dims { targets: 5, context: 9, heads: 2, d: 3, width: 4, dim: 2 },
-            terms,
-            sites: Vec::new(),
-            columns: Vec::new(),
-            hidden: Vec::new(),
-            metric,
-            marks: OnceLock::new(),
-            on_device: None,
-        };
-        let on_device = cuda::Places::new([&sites, &sites], &keys, &places)?;
-        let found = op.composed_gradient(&on_device, [&q, &packed, &params], &weights)?;
-        for (i, (found, of)) in found.iter().zip([&q, &packed, &params]).enumerate() {
-            let (found, truth) = (found.as_ref().unwrap(), truth.get(of).unwrap());
-            let off = (found - truth)?.abs()?.max_all()?.to_scalar::<f32>()?;
-            assert!(off < 1e-5, "gradient {i} is off by {off:e}");
-            assert!(truth.abs()?.max_all()?.to_scalar::<f32>()? > 1e-2, "gradient {i} is nothing");
-        }
-        Ok(())
     }
 }

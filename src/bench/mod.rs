@@ -13,9 +13,11 @@ use crate::{
     device,
     error::{Error, Result},
     fused::{bf16, ceiling::Rates, simd},
+    mapping::plan::Bytes,
     rng::Stream,
 };
 
+pub mod accuracy;
 pub mod layer;
 pub mod machine;
 pub mod network;
@@ -75,7 +77,12 @@ pub struct Plan {
 /// [`Error::Input`] for a way that there is not.
 pub fn available(attention: Attention, plan: &Plan) -> Result<()> {
     let packed = matches!(attention, Attention::Scan | Attention::Sparse);
-    if plan.precision == Precision::F32 || (packed && plan.device.is_cpu()) {
+    let there_is = match plan.precision {
+        Precision::F32 => true,
+        Precision::Bf16 if plan.device.is_cpu() => packed,
+        Precision::Bf16 | Precision::Tf32 => plan.device.is_cuda() && attention == Attention::Scan,
+    };
+    if there_is {
         return Ok(());
     }
     Err(no_bf16()
@@ -83,9 +90,9 @@ pub fn available(attention: Attention, plan: &Plan) -> Result<()> {
         .fact("device", &plan.device_name))
 }
 
-/// Refuses 16 bits.
+/// Refuses fewer bits.
 fn no_bf16() -> Error {
-    Error::input("bf16 is for contexts that scan or sparse attention reads on the CPU")
+    Error::input("bf16 is for contexts that scan attention reads, or sparse on the CPU; tf32 for scan on a GPU")
         .try_this("use --precision f32")
 }
 
@@ -140,6 +147,21 @@ pub struct Ceiling {
     pub exp_per_ns_alone: f64,
     /// GFLOP/s of all threads.
     pub gflops: f64,
+}
+
+impl Ceiling {
+    /// Of a card, from its multiprocessors and clock: f32 without tensor cores. With them, a run may
+    /// be above it.
+    fn of_card([fma, exp]: [f64; 2]) -> Self {
+        Ceiling {
+            simd: "cuda, by its data sheet".into(),
+            fma_per_ns: fma,
+            exp_per_ns: exp,
+            fma_per_ns_alone: fma,
+            exp_per_ns_alone: exp,
+            gflops: 2.0 * fma,
+        }
+    }
 }
 
 /// Measures the machine before and after `work`, and keeps the better of the two.
@@ -227,6 +249,12 @@ pub struct Report {
     pub ceiling: Ceiling,
     /// Most memory that the process ever held, MiB.
     pub peak_rss_mib: Option<f64>,
+    /// The card, where it was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub card: Option<String>,
+    /// Most memory that the process ever had in tensors on the card, MiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_card_mib: Option<f64>,
     /// Share of the head pairs that were left out: of no weight, or too faint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skipped: Option<f64>,
@@ -276,8 +304,13 @@ impl Report {
         peak_rss_mib: Option<f64>,
     ) -> Self {
         let (work, shape) = (subject.work, subject.shape);
+        // A card's ceiling is what it is made for, and no processor thread counts.
+        let (ceiling, threads) = match device::rates(&plan.device) {
+            Some(rates) => (Ceiling::of_card(rates), 1),
+            None => (ceiling, plan.threads),
+        };
         let ns = timed.wall_s * 1e9;
-        let least = work.least_ns(&ceiling, plan.threads);
+        let least = work.least_ns(&ceiling, threads);
         let pairs = work.head_pairs as f64;
         Report {
             isopleth: env!("CARGO_PKG_VERSION"),
@@ -311,6 +344,8 @@ impl Report {
             ceiling_share: least / ns,
             ceiling,
             peak_rss_mib,
+            card: device::card(&plan.device),
+            peak_card_mib: device::memory(&plan.device).map(|m| Bytes(m.peak).mebibytes()),
             skipped: None,
             lose: plan.reading(subject.attention).lose,
             answer: timed.answer,

@@ -129,7 +129,7 @@ impl Network {
         let mut table = table.clone();
         table.remove("kind");
         let config: Config = model::settings(&table)?;
-        if plan.precision == Precision::Bf16 && config.published_start {
+        if plan.precision != Precision::F32 && config.published_start {
             // Such a model does not read packed contexts.
             return Err(no_bf16().fact("published_start", true));
         }

@@ -143,7 +143,7 @@ pub fn run(
     attention: Attention,
     build: impl Fn(Attention) -> Result<Network>,
 ) -> Result<Report> {
-    if plan.precision == Precision::Bf16 {
+    if plan.precision != Precision::F32 {
         return Err(no_bf16().fact("command", "train-step"));
     }
     let batch = batch(plan, step)?;

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     attention::Precision,
-    bench::{Attention, Layout, Plan, Report, layer, network, step},
+    bench::{Attention, Layout, Plan, Report, accuracy, layer, network, step},
     device,
     error::{Error, Result},
     model::{self, tnp_kr::Config},
@@ -37,6 +37,14 @@ enum What {
     Condition(ConditionArgs),
     Map(MapArgs),
     TrainStep(StepArgs),
+    Accuracy(AccuracyArgs),
+}
+
+/// How far attention is from full attention in f64: every bias family, and extreme scores
+#[derive(clap::Args)]
+struct AccuracyArgs {
+    #[command(flatten)]
+    run: Run,
 }
 
 /// How to run.
@@ -45,12 +53,12 @@ struct Run {
     /// Threads; all cores when left out
     #[arg(long, value_name = "N", value_parser = count)]
     threads: Option<usize>,
-    /// Where to compute
-    #[arg(long, default_value = "cpu", value_parser = ["cpu", "cuda"])]
+    /// Where to compute: cpu, cuda or cuda:1
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
     /// Numbers that attention computes with. bf16: keys and values of 16 bits, for scan and sparse
-    /// attention on the CPU that is asked, not trained
-    #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32", "bf16"]))]
+    /// attention that is asked, not trained; tf32: the same on a GPU, with 19 bits, and scan only
+    #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32", "tf32", "bf16"]))]
     precision: String,
     /// With --attention sparse: the share of its attention that a query may lose
     #[arg(long, value_name = "SHARE", default_value_t = 1e-3)]
@@ -191,6 +199,7 @@ pub fn run(args: &Args) -> Result<()> {
         What::Condition(args) => (&args.run, condition(args)?),
         What::Map(args) => (&args.run, map(args)?),
         What::TrainStep(args) => (&args.run, train_step(args)?),
+        What::Accuracy(args) => return accuracy(args),
     };
     match run.json {
         true => say(serde_json::to_string(&report).expect("a report is plain data")),
@@ -247,6 +256,17 @@ fn train_step(args: &StepArgs) -> Result<Report> {
     })
 }
 
+fn accuracy(args: &AccuracyArgs) -> Result<()> {
+    let found = accuracy::run(&args.run.plan(1)?)?;
+    if args.run.json {
+        return say(serde_json::to_string(&found).expect("a report is plain data"));
+    }
+    for case in &found.cases {
+        line(&case.name, format!("{:.1e}, allowed {:.0e}", case.error, case.gate))?;
+    }
+    line("all", if found.passed { "within what is allowed" } else { "NOT within what is allowed" })
+}
+
 impl Run {
     fn plan(&self, repeat: usize) -> Result<Plan> {
         if !(0.0..1.0).contains(&self.lose) {
@@ -259,7 +279,7 @@ impl Run {
         Ok(Plan {
             device: device::open(&self.device)?,
             device_name: self.device.clone(),
-            precision: if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 },
+            precision: Precision::called(&self.precision).unwrap_or_default(),
             threads,
             seed: self.seed,
             repeat: self.repeat.unwrap_or(repeat),
@@ -397,6 +417,9 @@ fn table(report: &Report) -> Result<()> {
         precision += &format!(" ({way})");
     }
     let machine = format!("{} × {}", report.threads, report.cpu);
+    if let Some(card) = &report.card {
+        line("card", card)?;
+    }
     line("machine", format!("{} {precision}, {machine}, {}", report.device, report.ceiling.simd))?;
     line("wall", format!("{} s, best of {}", round(report.wall_s), report.repeat))?;
     if let Some(seconds) = report.condition_s {
@@ -425,6 +448,9 @@ fn table(report: &Report) -> Result<()> {
             round(100.0 * skipped)
         );
         line("left out", text)?;
+    }
+    if let Some(mib) = report.peak_card_mib {
+        line("peak on the card", format!("{mib:.0} MiB"))?;
     }
     if let Some(mib) = report.peak_rss_mib {
         line("peak memory", format!("{mib:.0} MiB"))?;

@@ -10,12 +10,11 @@ use std::{
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{output::Output, reading::ReadingArgs, say, survey::SurveyArgs};
+use super::{cards::DeviceArgs, output::Output, reading::ReadingArgs, say, survey::SurveyArgs};
 use crate::{
     attention::{Reading, Tally},
     baseline::ExactGp,
     checkpoint::Checkpoint,
-    device,
     error::{Error, Result},
     geo::{
         crs::Crs,
@@ -32,7 +31,7 @@ use crate::{
     },
     picture::{Palette, Picture},
     predictive::{Link, Of},
-    process::Process,
+    process::{Memory, Posterior, Process},
     product::{self, Outcome, Scale, Spec},
     sites::Observations,
 };
@@ -89,9 +88,8 @@ pub struct Args {
     /// Write no PNG pictures
     #[arg(long)]
     no_pictures: bool,
-    /// Where the model computes
-    #[arg(long, default_value = "cpu", value_parser = ["cpu", "cuda"])]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// Share of the sites' longer side by which a map reaches beyond them, without --like or --clip.
@@ -109,38 +107,49 @@ pub fn run(args: &Args) -> Result<()> {
     let resolution = args.resolution.as_deref().map(str::parse).transpose()?;
     let budget: Option<Bytes> = args.memory.as_deref().map(str::parse).transpose()?;
     let mut output = Output::prepare(&args.out, args.force)?;
-    let device = device::open(&args.device)?;
+    let cards = args.device.open(args.model.as_deref(), reading)?;
     // Before any raster is opened: GDAL takes its cache once and for all.
     let cache = geotiff::cache(plan::cache(budget)) << 20;
 
     let survey = args.survey.read()?;
     let frame = Frame::fit(&survey)?;
-    let context = frame.observations(&survey, &device)?;
+    let context = frame.observations(&survey, &Device::Cpu)?;
     let outcome = outcome(args, &survey);
     specs.iter().try_for_each(|spec| spec.check(outcome.link))?;
     let grid = grid(args, resolution, &survey, &frame)?;
     let inside = grid.overlap(&survey.crs, &survey.x, &survey.y)?;
-    let model = open_model(args.model.as_deref(), &survey, &context, &device, reading)?;
+    let (model, others) =
+        open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+    let processes = model.with(&others);
     tell_input(&survey, &grid, &frame, &model)?;
 
-    let mut plan = Plan { of: outcome.of, ..Plan::new(device) };
+    let mut plan = Plan { of: outcome.of, ..Plan::on(cards.devices.clone()) };
     plan.tile = args.tile.unwrap_or(plan.tile);
     if let Some(budget) = budget {
         let needs = Needs {
             resident: plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0),
             cache,
-            process: model.process.memory(survey.len()),
+            // On cards, the processor only makes products of what comes back.
+            process: match plan.is_cpu() {
+                true => model.process.memory(survey.len()),
+                false => Memory { conditioning: 0, held: 0, target: 1 << 10 },
+            },
             sites: survey.len(),
             products: specs.len(),
         };
         plan = plan.within(budget, &needs, args.tile.is_some())?;
     }
+    if let Some(room) = plan.room() {
+        let room = budget.map_or(room, |budget| budget.min(room));
+        plan = plan.within_cards(room, &model.process.memory(survey.len()));
+    }
     let tags = [("MODEL".to_string(), model.name.clone())];
     let mut products = product::open(&specs, &outcome, &grid, output.scratch(), &tags)?;
-    let posterior = plan.condition(&*model.process, &context)?;
+    let posteriors = plan.condition_each(&processes, &context)?;
+    let asked: Vec<&dyn Posterior> = posteriors.iter().map(|p| &**p).collect();
     let mut bar = Bar::new();
-    let summary = mapping::run(
-        &*posterior,
+    let summary = mapping::run_each(
+        &asked,
         &context,
         &grid,
         &frame,
@@ -149,8 +158,11 @@ pub fn run(args: &Args) -> Result<()> {
         &mut |done, of| bar.show(done, of),
     )?;
     bar.clear();
-    let left_out = posterior.tally().map(|[read, all]| Tally { read, all }.skipped());
-    drop(posterior); // its memory is better spent on finishing the files
+    let tallies = asked.iter().filter_map(|p| p.tally());
+    let left_out = tallies.reduce(|a, b| [a[0] + b[0], a[1] + b[1]]);
+    let left_out = left_out.map(|[read, all]| Tally { read, all }.skipped());
+    drop(asked);
+    drop(posteriors); // its memory is better spent on finishing the files
 
     let mut made = Vec::new();
     for product in products {
@@ -176,10 +188,15 @@ pub fn run(args: &Args) -> Result<()> {
         frame: frame.clone(),
         grid: (&grid).into(),
         products: made,
-        warnings: warnings(&model, &survey, &grid, &frame, inside, &summary),
+        warnings: [
+            cards.warnings(summary.cut_to),
+            warnings(&model, &survey, &grid, &frame, inside, &summary),
+        ]
+        .concat(),
         summary,
         reading,
         left_out,
+        device: Some(cards.record()),
         plan: Some((&plan).into()),
         memory_mib: budget.map(Bytes::mebibytes),
         peak_memory_mib: plan::usage().map(|usage| usage.peak.mebibytes()),
@@ -267,6 +284,11 @@ pub(super) struct Model {
 }
 
 impl Model {
+    /// Its process and those of the other devices, in their order.
+    pub fn with<'a>(&'a self, others: &'a [Model]) -> Vec<&'a (dyn Process + Send + Sync)> {
+        std::iter::once(self).chain(others).map(|model| &*model.process).collect()
+    }
+
     /// A warning if a survey is larger or smaller than any that the model was trained on.
     pub fn unlike_training(&self, sites: usize) -> Option<String> {
         let [least, most] = self.trained_sites?;
@@ -277,6 +299,19 @@ impl Model {
             )
         })
     }
+}
+
+/// The same model on every device, as [`open_model`]: the first, and the others.
+pub(super) fn open_models(
+    name: Option<&str>,
+    survey: &Survey,
+    context: &Observations,
+    devices: &[Device],
+    reading: Reading,
+) -> Result<(Model, Vec<Model>)> {
+    let open = |device: &Device| open_model(name, survey, context, device, reading);
+    let (first, others) = devices.split_first().unwrap_or((&Device::Cpu, &[]));
+    Ok((open(first)?, others.iter().map(open).collect::<Result<_>>()?))
 }
 
 /// A trained model by name or file, or the exact Gaussian process fitted to the context.
@@ -470,6 +505,10 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
         rows.chain([(record::FILE.into(), "What was asked, used and found".to_string())]).collect();
     let width = rows.iter().map(|(files, _)| files.len()).max().unwrap_or(0);
     rows.iter().try_for_each(|(files, what)| line("", format!("{files:width$}  {what}")))?;
+    if let Some(device) = record.device.as_ref().filter(|d| d.card_memory_mib.is_some()) {
+        let peak = device.card_memory_mib.map(|mib| format!("; {mib:.0} MiB at most"));
+        line("device", format!("{}{}", device.used.join(", "), peak.unwrap_or_default()))?;
+    }
     if let Some(peak) = record.peak_memory_mib {
         let allowed = record.memory_mib.map(|mib| format!(" of the {mib:.0} MiB allowed"));
         line("memory", format!("{peak:.0} MiB at most{}", allowed.unwrap_or_default()))?;

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 pub mod bench;
 pub mod benchmark;
 pub mod calibrate;
+pub mod cards;
 mod environment;
 pub mod inspect;
 pub mod list;

@@ -5,16 +5,17 @@ use std::{
     time::Instant,
 };
 
+use candle_core::Device;
 use serde_json::Value;
 
 use super::{
-    map::{line, open_model, plural, round, tell_survey},
+    cards::DeviceArgs,
+    map::{line, open_models, plural, round, tell_survey},
     reading::ReadingArgs,
     sample::refuse_existing,
     survey::ColumnArgs,
 };
 use crate::{
-    device,
     error::{Error, Result},
     geo::{
         frame::Frame,
@@ -67,9 +68,8 @@ pub struct Args {
     /// Also give the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
     #[arg(long, value_name = "VALUE", value_delimiter = ',', allow_negative_numbers = true)]
     threshold: Vec<f64>,
-    /// Where the model computes: cpu or cuda
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Replace a file that exists
     #[arg(long)]
     force: bool,
@@ -94,7 +94,8 @@ const KINDS: [(&str, Of); 2] = [("surface", Of::Surface), ("observation", Of::Ob
 pub fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     check(args)?;
-    let device = device::open(&args.device)?;
+    let reading = args.reading.reading()?;
+    let cards = args.device.open(args.model.as_deref(), reading)?;
     let said = args.columns.options();
     let survey = Survey::read(&args.context, &said)?;
     let own = SurveyOptions {
@@ -108,9 +109,10 @@ pub fn run(args: &Args) -> Result<()> {
     let names = asked.names(&targets)?;
 
     let frame = Frame::fit(&survey)?;
-    let context = frame.observations(&survey, &device)?;
-    let model =
-        open_model(args.model.as_deref(), &survey, &context, &device, args.reading.reading()?)?;
+    let context = frame.observations(&survey, &Device::Cpu)?;
+    let (model, others) =
+        open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+    let processes = model.with(&others);
     tell_survey(&survey)?;
     let placed = targets.x.iter().filter(|x| !x.is_nan()).count();
     line("targets", format!("{}: {placed} places", args.targets.display()))?;
@@ -123,12 +125,18 @@ pub fn run(args: &Args) -> Result<()> {
     let about = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
     line("model", format!("{}: {about}", model.name))?;
 
-    let plan = Plan::new(device);
-    let posterior = model.process.condition(&context)?;
+    let mut plan = Plan::on(cards.devices.clone());
+    if let Some(room) = plan.room() {
+        plan = plan.within_cards(room, &model.process.memory(survey.len()));
+    }
+    let posteriors = plan.condition_each(&processes, &context)?;
+    // A card has little to do with a few thousand rows.
+    let rows = if plan.is_cpu() { ROWS } else { ROWS.max(plan.workers * plan.targets) };
+    let part = mapping::Part::new(plan.targets);
     let answered =
         names.len() - coordinates(&targets).map_or(0, |c| c.len()) - targets.names().len();
     let (mut from, mut beyond) = (0, 0);
-    let chunks = targets.chunks(ROWS)?.map(|chunk| {
+    let chunks = targets.chunks(rows)?.map(|chunk| {
         let (len, own) = chunk?;
         let (x, y) = (&targets.x[from..from + len], &targets.y[from..from + len]);
         from += len;
@@ -141,11 +149,12 @@ pub fn run(args: &Args) -> Result<()> {
         let mut answers = vec![vec![f64::NAN; len]; answered];
         if !rows.is_empty() {
             let at = |values: &[f64]| rows.iter().map(|i| values[*i]).collect::<Vec<f64>>();
-            let sites = frame.sites(&targets.crs, &at(x), &at(y), &plan.device)?;
+            let sites = frame.sites(&targets.crs, &at(x), &at(y), &Device::Cpu)?;
             let far = |p: &&Vec<f64>| p.iter().any(|v| v.abs() > 1.0 + mapping::REACH);
             beyond += sites.host()?[0].iter().filter(far).count();
-            let given =
-                mapping::in_parts(&plan, &sites, |part| asked.answers(&*posterior, &frame, part))?;
+            let given = mapping::in_parts(&plan, &part, &sites, |device, sites| {
+                asked.answers(&*posteriors[device], &frame, sites)
+            })?;
             for (row, given) in rows.iter().zip(given.into_iter().flatten()) {
                 answers.iter_mut().zip(given).for_each(|(cells, v)| cells[*row] = v);
             }
@@ -155,7 +164,8 @@ pub fn run(args: &Args) -> Result<()> {
     });
     Columns::write(&args.out, &names, chunks)?;
 
-    let mut warnings: Vec<String> = model.unlike_training(survey.len()).into_iter().collect();
+    let mut warnings = cards.warnings(part.less());
+    warnings.extend(model.unlike_training(survey.len()));
     if beyond > 0 {
         warnings.push(format!(
             "{beyond} target{} more than {} km outside the box of the sites: there a prediction \
@@ -179,6 +189,7 @@ pub fn run(args: &Args) -> Result<()> {
         frame,
         file: args.out.file_name().unwrap_or_default().to_string_lossy().into(),
         columns: names,
+        device: Some(cards.record()),
         warnings,
         peak_memory_mib: plan::usage().map(|usage| usage.peak.mebibytes()),
         seconds: (start.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,

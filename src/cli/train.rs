@@ -33,9 +33,12 @@ pub struct Args {
     /// Start from the weights of this model where names and shapes agree
     #[arg(long)]
     start: Option<PathBuf>,
-    /// cpu or cuda
+    /// cpu, cuda, cuda:N, or several cards that share each batch: cuda:0,1 or cuda:all
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Threads that draw tasks; 0 for one on the CPU, all but one beside GPUs. Changes no result
+    #[arg(long, default_value_t = 0)]
+    drawing: usize,
     /// Seed of weights and tasks
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -70,14 +73,16 @@ pub fn run(args: &Args) -> Result<()> {
     if std::io::stderr().is_terminal() {
         note("drawing held-out surveys, and asking the exact GP about them");
     }
+    let devices = device::open_all(&args.device)?;
     let options = Options {
         out: args.out.clone(),
         resume: args.resume,
         steps: args.steps,
         stop_at: args.stop_at,
         seed: args.seed,
-        device: device::open(&args.device)?,
-        machine: device::describe(),
+        drawing: args.drawing,
+        machine: device::describe_all(&devices),
+        devices,
         start: args.start.clone(),
         until: None,
         threads: None,

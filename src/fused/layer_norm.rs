@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Host, applies, linear::column_sums, simd, slice};
+use super::{Host, applies, learn, linear::column_sums, simd, slice};
 
 /// Added to the variance; the value of the reference implementation.
 pub const EPSILON: f64 = 1e-6;
@@ -15,6 +15,10 @@ pub const EPSILON: f64 = 1e-6;
 pub fn layer_norm(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
     if applies(x) {
         return x.contiguous()?.apply_op3(scale, shift, LayerNorm);
+    }
+    if let Some(normed) = learn::on_card(x, None, &[scale, shift], || Ok(vec![learn::Layer::Norm]))
+    {
+        return normed;
     }
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;

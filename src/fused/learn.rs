@@ -7,7 +7,9 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 use rayon::prelude::*;
 
 use super::{
-    Host, gelu, layer_norm,
+    Host,
+    cuda::Card,
+    gelu, layer_norm, layers,
     matrix::{self, View},
     simd, slice,
 };
@@ -67,6 +69,22 @@ pub fn run(
         Some(other) => input.apply_op3(&other.contiguous()?, &flat, op),
         None => input.apply_op2(&flat, op),
     }
+}
+
+/// The same where `input` is f32 on a card; nothing elsewhere, or for rows that the kernels find too
+/// wide.
+pub(crate) fn on_card(
+    input: &Tensor,
+    other: Option<&Tensor>,
+    params: &[&Tensor],
+    layers: impl FnOnce() -> Result<Vec<Layer>>,
+) -> Option<Result<Tensor>> {
+    let card = Card::of(input)?;
+    let run = |layers: Vec<Layer>| {
+        let into = Card::places(params);
+        layers::run(card, input, other, params, &layers, into)
+    };
+    Some(layers().and_then(run))
 }
 
 struct Run {

@@ -3,13 +3,19 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Host, applies, matrix, slice};
+use super::{Host, applies, learn, matrix, slice};
 
 /// The affine map `x W + b` over the last axis.
 ///
 /// # Shapes
 /// `x` `[…, in]`, `weight` `[in, out]`, `bias` `[out]`; returns `[…, out]`.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    if let Some(dense) = learn::on_card(x, None, &[weight, bias], || {
+        let (inputs, outputs) = weight.dims2()?;
+        Ok(vec![learn::Layer::Dense { inputs, outputs }])
+    }) {
+        return dense;
+    }
     let (inputs, outputs) = weight.dims2()?;
     let mut shape = x.dims().to_vec();
     let rows = x.elem_count() / inputs;

@@ -3,7 +3,8 @@
 //! Stock candle composes these from many passes, and some of its layers cut the gradient without
 //! a word. Each function here picks the fused operation for f32 tensors on the CPU and the
 //! composed one elsewhere (f64, other devices); tests hold the two to each other. All `unsafe`
-//! of the crate lives in this folder, save one launch on a GPU (attention/cuda/enabled.rs).
+//! of the crate lives in this folder, save a launch on a GPU (attention/cuda/enabled.rs) and a
+//! setting of its memory (device/enabled.rs).
 
 use std::cell::Cell;
 
@@ -12,11 +13,13 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 pub mod bf16;
 pub mod ceiling;
 pub mod conv;
+pub(crate) mod cuda;
 mod depthwise;
 mod gelu;
 pub(crate) mod lanes;
 mod layer_norm;
-pub(crate) mod learn;
+pub mod layers;
+pub mod learn;
 mod linear;
 pub mod log;
 pub mod matrix;
@@ -29,6 +32,8 @@ pub(crate) mod softmax_gradient;
 pub mod special;
 
 pub use conv::conv;
+pub(crate) use cuda::constrain;
+pub use cuda::{Products, launched};
 pub use depthwise::depthwise;
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;

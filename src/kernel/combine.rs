@@ -12,6 +12,9 @@ impl Kernel for Sum {
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
         self.0.iter().map(|k| k.covariance(a, b)).sum()
     }
+    fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
+        gather(&self.0, at, x, y, out, 0.0, |a, b| a + b);
+    }
     fn sill(&self) -> f64 {
         self.0.iter().map(|k| k.sill()).sum()
     }
@@ -25,8 +28,29 @@ impl Kernel for Product {
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
         self.0.iter().map(|k| k.covariance(a, b)).product()
     }
+    fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
+        gather(&self.0, at, x, y, out, 1.0, |a, b| a * b);
+    }
     fn sill(&self) -> f64 {
         self.0.iter().map(|k| k.sill()).product()
+    }
+}
+
+/// Columns of some kernels, joined entry by entry.
+fn gather(
+    kernels: &[Box<dyn Kernel>],
+    at: [f64; 2],
+    x: &[f64],
+    y: &[f64],
+    out: &mut [f64],
+    none: f64,
+    join: fn(f64, f64) -> f64,
+) {
+    out.fill(none);
+    let mut part = vec![0.0; out.len()];
+    for kernel in kernels {
+        kernel.column(at, x, y, &mut part);
+        out.iter_mut().zip(&part).for_each(|(out, part)| *out = join(*out, *part));
     }
 }
 

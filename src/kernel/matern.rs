@@ -3,6 +3,7 @@
 //! Source: Rasmussen & Williams (2006), eq. 4.14–4.17; Stein (1999) on why smoothness matters.
 
 use super::{Entry, Kernel, Metric};
+use crate::fused::simd;
 
 /// Order ν of a Matérn kernel: surfaces are differentiable ⌈ν⌉ − 1 times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -102,8 +103,82 @@ impl Kernel for Matern {
         let scaled = self.metric.distance(a, b) / self.length_scale;
         self.sill * self.smoothness.correlation(scaled)
     }
+    fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
+        // Squared distance in length scales: (a dx + b dy)² + (c dy − d dx)².
+        let turn = match self.metric {
+            Metric::Euclidean => [1.0, 0.0, 1.0, 0.0],
+            Metric::Anisotropic { angle, ratio } => {
+                let (sin, cos) = angle.sin_cos();
+                [cos, sin, ratio * cos, ratio * sin]
+            }
+            Metric::GreatCircle => {
+                for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
+                    *out = self.covariance(&[*x, *y], &at);
+                }
+                return;
+            }
+        };
+        let turn = turn.map(|v| v / self.length_scale);
+        squares(at, turn, x, y, out);
+        match self.smoothness {
+            Smoothness::Half => half(self.sill, out),
+            Smoothness::ThreeHalves => three_halves(self.sill, out),
+            Smoothness::FiveHalves => five_halves(self.sill, out),
+            Smoothness::Infinite => infinite(self.sill, out),
+        }
+    }
     fn sill(&self) -> f64 {
         self.sill
+    }
+}
+
+simd::vectorised! {
+    /// Squared distances of (x, y) from `at`, turned and scaled.
+    pub fn squares(at: [f64; 2], turn: [f64; 4], x: &[f64], y: &[f64], out: &mut [f64]) {
+        for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
+            let (dx, dy) = (x - at[0], y - at[1]);
+            let along = turn[0] * dx + turn[1] * dy;
+            let across = turn[2] * dy - turn[3] * dx;
+            *out = along * along + across * across;
+        }
+    }
+}
+
+simd::vectorised! {
+    /// Covariances at squared distances `r`, in place: ν = 1/2.
+    pub fn half(sill: f64, r: &mut [f64]) {
+        for r in r {
+            *r = sill * simd::exp_f64(-r.sqrt());
+        }
+    }
+}
+
+simd::vectorised! {
+    /// The same for ν = 3/2.
+    pub fn three_halves(sill: f64, r: &mut [f64]) {
+        for r in r {
+            let u = (3.0 * *r).sqrt();
+            *r = sill * ((1.0 + u) * simd::exp_f64(-u));
+        }
+    }
+}
+
+simd::vectorised! {
+    /// The same for ν = 5/2.
+    pub fn five_halves(sill: f64, r: &mut [f64]) {
+        for r in r {
+            let u = (5.0 * *r).sqrt();
+            *r = sill * ((1.0 + u + u * u * (1.0 / 3.0)) * simd::exp_f64(-u));
+        }
+    }
+}
+
+simd::vectorised! {
+    /// The same for ν = ∞.
+    pub fn infinite(sill: f64, r: &mut [f64]) {
+        for r in r {
+            *r = sill * simd::exp_f64(-0.5 * *r);
+        }
     }
 }
 

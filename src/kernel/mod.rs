@@ -20,6 +20,17 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
     /// Covariance between the surface at `a` and at `b`, outcome².
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64;
 
+    /// Covariances between the place `at` and every place (x, y): what a Gram matrix is built of,
+    /// a column at a time. As [`Kernel::covariance`], to rounding.
+    ///
+    /// # Shapes
+    /// `x`, `y` and `out` `[site]`.
+    fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
+        for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
+            *out = self.covariance(&[*x, *y], &at);
+        }
+    }
+
     /// Variance of the surface anywhere: the covariance at zero lag, outcome². It is the partial
     /// sill of geostatistics, since no kernel here holds a nugget.
     fn sill(&self) -> f64;
@@ -30,9 +41,28 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
         (**self).covariance(a, b)
     }
+    fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
+        (**self).column(at, x, y, out);
+    }
     fn sill(&self) -> f64 {
         (**self).sill()
     }
+}
+
+/// The lower triangle of the covariances among planar sites; zero above.
+///
+/// # Shapes
+/// Returns `[site, site]`.
+/// # Units
+/// As [`matrix`].
+pub fn gram(kernel: &dyn Kernel, xy: &[[f64; 2]]) -> faer::Mat<f64> {
+    let n = xy.len();
+    let [x, y] = [0, 1].map(|d| xy.iter().map(|p| p[d]).collect::<Vec<f64>>());
+    let mut gram = faer::Mat::zeros(n, n);
+    for (j, at) in xy.iter().enumerate() {
+        kernel.column(*at, &x[j..], &y[j..], &mut gram.col_as_slice_mut(j)[j..]);
+    }
+    gram
 }
 
 /// Covariances between every site of `a` (rows) and every site of `b` (columns).

@@ -14,10 +14,12 @@ use crate::{
 };
 
 mod near;
+mod part;
 mod pipeline;
 pub mod plan;
 pub mod record;
 
+pub use part::Part;
 pub use pipeline::in_parts;
 pub use plan::Plan;
 
@@ -43,6 +45,10 @@ pub struct Summary {
     pub far: f64,
     /// [`REACH`] on the ground, km.
     pub reach_km: f64,
+    /// Targets that were asked about at once, at most, where a card had no memory for as many as
+    /// were planned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_to: Option<usize>,
 }
 
 /// Maps the posterior over the wanted pixels of a grid; every product takes every tile.
@@ -53,7 +59,8 @@ pub struct Summary {
 ///
 /// Reading, asking and writing run beside each other, and the posterior is asked by
 /// [`Plan::workers`] threads at once: the map is the same for any plan, up to the rounding of
-/// sums whose terms come in another order.
+/// sums whose terms come in another order. A card that has too little memory for a question is asked
+/// about half of it, which [`Summary::cut_to`] says.
 ///
 /// # Errors
 /// [`Error::Input`] for a tile of no pixels, or if the disk, the projection or the model refuses.
@@ -66,19 +73,41 @@ pub fn run(
     plan: &Plan,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Summary> {
+    run_each(&[posterior], context, grid, frame, products, plan, progress)
+}
+
+/// As [`run`], with one posterior for each device of the plan: all conditioned alike, and whoever is
+/// free answers.
+///
+/// # Errors
+/// As [`run`], and [`Error::Axis`] if posteriors and devices differ in number.
+pub fn run_each(
+    posteriors: &[&dyn Posterior],
+    context: &Observations,
+    grid: &Grid,
+    frame: &Frame,
+    products: &mut [Box<dyn Product>],
+    plan: &Plan,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Summary> {
     if plan.tile == 0 || plan.targets == 0 {
         return Err(Error::input("a tile needs at least one pixel").try_this("give --tile 256"));
     }
+    if posteriors.is_empty() || posteriors.len() != plan.devices.len() {
+        return Err(Error::axis("posteriors and devices", posteriors.len(), plan.devices.len()));
+    }
     // A small map is shared by all threads too.
     let share = grid.wanted().div_ceil(4 * plan.workers.max(1)).max(plan::LEAST_TARGETS);
+    let targets = plan.targets.min(share);
     let stage = Stage {
-        posterior,
+        posteriors,
         grid,
         frame,
         near: Near::new(context)?,
         specs: products.iter().map(|p| p.spec()).collect(),
         plan,
-        targets: plan.targets.min(share),
+        targets,
+        part: Part::new(targets),
     };
     let tally = pipeline::run(&stage, products, progress)?;
     if tally.pixels == 0 {
@@ -92,5 +121,6 @@ pub fn run(
         highest: tally.highest,
         far: tally.far as f64 / pixels,
         reach_km: frame.km(REACH),
+        cut_to: stage.part.less(),
     })
 }

@@ -5,6 +5,10 @@
 //! questions of a window are answered by several threads; one question's whole network runs on
 //! one thread, which needs no waiting between its steps and keeps its intermediate results in
 //! that core's cache.
+//!
+//! Cards hold the context; only places go there and answers come back. Whoever is free takes the next
+//! question, of whatever card, and answers are put in their places: which card answered changes
+//! nothing, as long as the cards are alike.
 
 use std::{
     any::Any,
@@ -18,9 +22,10 @@ use std::{
     thread,
 };
 
+use candle_core::{Device, Tensor};
 use rayon::ThreadPool;
 
-use super::{Plan, near::Near, plan};
+use super::{Plan, near::Near, part::Part, plan};
 use crate::{
     error::{Error, Result},
     geo::{
@@ -32,12 +37,13 @@ use crate::{
     sites::Sites,
 };
 
-/// Windows that are open at a time: one being read, one being asked about, one being written.
+/// Windows that are open at a time, at the least: see [`Plan::windows`].
 pub(super) const WINDOWS: usize = 3;
 
 /// What every stage may look at.
 pub(super) struct Stage<'a> {
-    pub posterior: &'a dyn Posterior,
+    /// One for each device of the plan.
+    pub posteriors: &'a [&'a dyn Posterior],
     pub grid: &'a Grid,
     pub frame: &'a Frame,
     pub near: Near,
@@ -45,6 +51,8 @@ pub(super) struct Stage<'a> {
     pub plan: &'a Plan,
     /// Targets in one question, at most.
     pub targets: usize,
+    /// Targets in one call of a posterior, at most: fewer once a card had no memory for more.
+    pub part: Part,
 }
 
 /// What the mapped pixels hold, outcome units.
@@ -70,6 +78,12 @@ impl Tally {
             highest: self.highest.max(other.highest),
             far: self.far + other.far,
         }
+    }
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Tally::NONE
     }
 }
 
@@ -105,23 +119,27 @@ pub(super) fn run(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Tally> {
     let workers = stage.plan.workers.max(1);
-    // More threads in a worker would take as much memory as more workers, and wait more.
-    let threads = if stage.plan.device.is_cpu() { 1 } else { rayon::current_num_threads() };
+    // More threads in a worker would take as much memory as more workers, and wait more. On a card,
+    // threads only make products of its answers.
+    let cards = stage.plan.devices.len().max(1);
+    let threads =
+        if stage.plan.is_cpu() { 1 } else { rayon::current_num_threads().div_ceil(cards) };
     thread::scope(|scope| {
         let (permit, permits) = mpsc::channel();
         let (tell, told) = mpsc::channel();
         let (question, questions) = mpsc::channel();
         let (finish, finished) = mpsc::channel();
         let questions = Arc::new(Mutex::new(questions));
-        for _ in 0..WINDOWS {
+        for _ in 0..stage.plan.windows() {
             let _ = permit.send(());
         }
         let news = tell.clone();
         scope.spawn(move || reported(&news, || stage.read(&permits, &news, question)));
-        for _ in 0..workers {
+        for worker in 0..workers {
             let (news, questions) = (tell.clone(), questions.clone());
+            let seat = worker % stage.posteriors.len().max(1);
             scope.spawn(move || {
-                reported(&news, || stage.answer(&questions, &news, &plan::pool(threads)?))
+                reported(&news, || stage.answer(seat, &questions, &news, &plan::pool(threads)?))
             });
         }
         drop((tell, questions));
@@ -135,22 +153,26 @@ pub(super) fn run(
 }
 
 /// `ask` about parts of `sites`, at most [`Plan::targets`] each, on [`Plan::workers`] threads; the
-/// answers in order.
+/// answers in order. `sites` lie on the processor, and `ask` gets them on the device whose number, in
+/// the plan, it is told.
 ///
 /// # Errors
-/// The first of `ask`'s, in order of place.
+/// The first of `ask`'s, in order of place. A card without memory for a part is asked about half of it,
+/// and so are all from then on that share `most`, until there is no smaller part.
 pub fn in_parts<T: Send>(
     plan: &Plan,
+    most: &Part,
     sites: &Sites,
-    ask: impl Fn(&Sites) -> Result<T> + Sync,
+    ask: impl Fn(usize, &Sites) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
     let each = plan.targets.max(1);
     let parts = sites.len().div_ceil(each);
     let workers = plan.workers.clamp(1, parts.max(1));
     let threads = rayon::current_num_threads() / workers;
     let next = AtomicUsize::new(0);
-    let work = || -> Result<Vec<(usize, Result<T>)>> {
+    let work = |worker: usize| -> Result<Vec<(usize, Result<Vec<T>>)>> {
         let pool = plan::pool(threads)?;
+        let seat = worker % plan.devices.len().max(1);
         let mut answers = Vec::new();
         loop {
             let part = next.fetch_add(1, Ordering::Relaxed);
@@ -159,16 +181,30 @@ pub fn in_parts<T: Send>(
             }
             let len = each.min(sites.len() - part * each);
             let sites = sites.narrow(part * each, len)?;
-            answers.push((part, pool.install(|| ask(&sites))));
+            let ask = |sites: &Sites| ask(seat, &moved(sites, plan.devices.get(seat))?);
+            answers.push((part, pool.install(|| most.each(&sites, ask))));
         }
     };
+    let work = &work;
     let mut answers = thread::scope(|scope| -> Result<Vec<_>> {
-        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        let workers: Vec<_> = (0..workers).map(|w| scope.spawn(move || work(w))).collect();
         let done = workers.into_iter().map(|w| w.join().unwrap_or_else(|p| resume_unwind(p)));
         Ok(done.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     })?;
     answers.sort_by_key(|(part, _)| *part);
-    answers.into_iter().map(|(_, answer)| answer).collect()
+    let answers = answers.into_iter().map(|(_, answers)| answers);
+    Ok(answers.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+}
+
+/// A few sites of many, on a card: what they share with others stays behind. The processor's stay.
+fn moved(sites: &Sites, device: Option<&Device>) -> Result<Sites> {
+    let Some(device) = device.filter(|device| !device.is_cpu()) else { return Ok(sites.clone()) };
+    let alone = |x: &Tensor| x.force_contiguous()?.to_device(device);
+    Ok(Sites {
+        s: alone(&sites.s)?,
+        t: sites.t.as_ref().map(alone).transpose()?,
+        x: sites.x.as_ref().map(alone).transpose()?,
+    })
 }
 
 /// Runs a stage; what goes wrong is news.
@@ -207,7 +243,7 @@ impl Stage<'_> {
             if parts == 0 {
                 continue;
             }
-            let sites = self.frame.sites(&self.grid.crs, &x, &y, &self.plan.device)?;
+            let sites = self.frame.sites(&self.grid.crs, &x, &y, &Device::Cpu)?;
             // Parts of one size: no thread is left with a large last one.
             let each = x.len().div_ceil(parts);
             for (part, start) in (0..x.len()).step_by(each).enumerate() {
@@ -220,9 +256,10 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// Answers questions until there are no more, or nobody listens.
+    /// Answers questions on device `seat` until there are no more, or nobody listens.
     fn answer(
         &self,
+        seat: usize,
         questions: &Mutex<Receiver<Question>>,
         news: &Sender<News>,
         pool: &ThreadPool,
@@ -230,7 +267,7 @@ impl Stage<'_> {
         loop {
             let next = questions.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let Ok(Question { window, part, start, sites }) = next else { return Ok(()) };
-            let (values, tally) = pool.install(|| self.ask(&sites))?;
+            let (values, tally) = pool.install(|| self.ask(seat, &sites))?;
             if news.send(News::Answered { window, part, start, values, tally }).is_err() {
                 return Ok(());
             }
@@ -238,9 +275,22 @@ impl Stage<'_> {
     }
 
     /// The values of every product at `sites`, and what they come to.
-    fn ask(&self, sites: &Sites) -> Result<(Vec<Vec<f32>>, Tally)> {
-        let predictive = self.posterior.at(sites)?;
-        let marginals = self.frame.outcome(predictive.marginals(0, self.plan.of)?);
+    fn ask(&self, seat: usize, sites: &Sites) -> Result<(Vec<Vec<f32>>, Tally)> {
+        let answers = self.part.each(sites, |sites| self.ask_part(seat, sites))?;
+        let mut answers = answers.into_iter();
+        let first = answers.next().unwrap_or_default();
+        Ok(answers.fold(first, |(mut values, tally), (more, other)| {
+            values.iter_mut().zip(more).for_each(|(values, more)| values.extend(more));
+            (values, tally.and(other))
+        }))
+    }
+
+    /// The same in one call of the posterior.
+    fn ask_part(&self, seat: usize, sites: &Sites) -> Result<(Vec<Vec<f32>>, Tally)> {
+        let device = self.plan.devices.get(seat);
+        let predictive = self.posteriors[seat].at(&moved(sites, device)?)?;
+        let predictive = predictive.marginals(0, self.plan.of)?;
+        let marginals = self.frame.outcome(predictive);
         if marginals.len() != sites.len() {
             return Err(Error::axis("targets asked and answered", sites.len(), marginals.len()));
         }

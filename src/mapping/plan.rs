@@ -1,6 +1,6 @@
 //! How a map is cut up: into tiles, and into questions to the posterior, for the memory there is.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, panic::resume_unwind, str::FromStr, thread};
 
 use candle_core::Device;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pipeline::WINDOWS;
 use crate::{
+    device,
     error::{Error, Result},
     geo::geotiff,
     predictive::Of,
@@ -25,6 +26,19 @@ pub const TARGETS: usize = 448;
 
 /// Targets in one call, at least: fewer are slow and save nothing.
 pub const LEAST_TARGETS: usize = 64;
+
+/// Targets in one call on a card: a whole window. For four heads that is two thousand blocks of
+/// threads, some four for each that an H200 runs at once, so that the last ones to end cost little.
+pub const CARD_TARGETS: usize = TILE * TILE;
+
+/// Calls at once on each card: one computes while the answers of the other come back, become
+/// products and make room for the next. Their copies need no stream of their own: a call of
+/// [`CARD_TARGETS`] uploads half a MiB and brings back five, which is a millisecond, and computes for
+/// tens of them, hundreds over 100,000 sites.
+const CARD_WORKERS: usize = 2;
+
+/// What a card takes beside tensors: kernels, and the workspaces of cuBLAS. A guess: not measured.
+const CARD_SLACK: usize = 256 << 20;
 
 /// Tiles to choose from where memory is short.
 const TILES: [usize; 5] = [256, 128, 64, 32, 16];
@@ -45,7 +59,7 @@ pub fn cache(budget: Option<Bytes>) -> usize {
     budget.map_or(geotiff::CACHE, |budget| (budget.0 >> 24).clamp(4, geotiff::CACHE))
 }
 
-/// How to map. All but `of` and `device` change memory and speed, never the map.
+/// How to map. All but `of` and `devices` change memory and speed, never the map.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// The surface, or a new observation.
@@ -56,31 +70,102 @@ pub struct Plan {
     pub targets: usize,
     /// Calls of the posterior at once.
     pub workers: usize,
-    /// Where the model lives.
-    pub device: Device,
+    /// Where the model lives: the processor, or cards with a copy on each.
+    pub devices: Vec<Device>,
 }
 
 impl Plan {
-    /// Maps of the surface, on `device`: a call for every thread of the pool, or one for a GPU.
+    /// Maps of the surface, on `device`: a call for every thread of the pool, or two for a GPU.
     pub fn new(device: Device) -> Self {
-        let workers = if device.is_cpu() { rayon::current_num_threads() } else { 1 };
-        let targets = if device.is_cpu() { TARGETS } else { 32 * TARGETS };
-        Plan { of: Of::Surface, tile: TILE, targets, workers, device }
+        Plan::on(vec![device])
+    }
+
+    /// The same on several devices, which share the questions.
+    pub fn on(devices: Vec<Device>) -> Self {
+        let plan = Plan { of: Of::Surface, tile: TILE, targets: TARGETS, workers: 1, devices };
+        match plan.is_cpu() {
+            true => Plan { workers: rayon::current_num_threads(), ..plan },
+            false => {
+                Plan { workers: CARD_WORKERS * plan.devices.len(), targets: CARD_TARGETS, ..plan }
+            }
+        }
+    }
+
+    /// Whether the processor computes.
+    pub fn is_cpu(&self) -> bool {
+        self.devices.iter().all(Device::is_cpu)
+    }
+
+    /// Windows that are open at a time: one being read, one being asked about, one being written;
+    /// on cards as many as are asked about at once.
+    pub(super) fn windows(&self) -> usize {
+        if self.is_cpu() { WINDOWS } else { WINDOWS.max(self.workers + 1) }
     }
 
     /// Conditions a process on as many threads as the plan has workers: each takes memory.
     ///
     /// # Errors
-    /// Those of [`Process::condition`], and [`Error::Input`] if no thread can be had.
+    /// Those of [`Process::condition`], and [`Error::Input`] if no thread can be had, or a card
+    /// has too little memory.
     pub fn condition<'a>(
         &self,
         process: &'a (dyn Process + Send + Sync),
         context: &Observations,
     ) -> Result<Box<dyn Posterior + 'a>> {
-        if !self.device.is_cpu() || self.workers >= rayon::current_num_threads() {
+        if !self.is_cpu() {
+            let device = context.y.device();
+            let conditioned = process.condition(context).and_then(|posterior| {
+                device.synchronize()?;
+                Ok(posterior)
+            });
+            return conditioned.map_err(|e| unfit(e, device, process, context.len()));
+        }
+        if self.workers >= rayon::current_num_threads() {
             return process.condition(context);
         }
         pool(self.workers)?.install(|| process.condition(context))
+    }
+
+    /// Conditions one process for each device, all at once: the same posterior on every device.
+    ///
+    /// # Errors
+    /// As [`Plan::condition`], the first in order of device.
+    pub fn condition_each<'a>(
+        &self,
+        processes: &[&'a (dyn Process + Send + Sync)],
+        context: &Observations,
+    ) -> Result<Vec<Box<dyn Posterior + 'a>>> {
+        let condition = |(process, device): (&&'a (dyn Process + Send + Sync), &Device)| {
+            self.condition(*process, &context.to_device(device)?)
+        };
+        let pairs = processes.iter().zip(&self.devices);
+        if processes.len() < 2 {
+            return pairs.map(condition).collect();
+        }
+        thread::scope(|scope| {
+            let all: Vec<_> = pairs.map(|pair| scope.spawn(move || condition(pair))).collect();
+            all.into_iter().map(|t| t.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        })
+    }
+
+    /// The same plan for cards that have `room` bytes free: smaller questions first, then fewer at
+    /// once. Never an error: what takes too much after all is asked in smaller parts.
+    ///
+    /// A target is taken to need twice what it needs on the processor, where no layer's hidden values
+    /// are ever held whole.
+    pub fn within_cards(self, room: Bytes, process: &Memory) -> Self {
+        let free = room.0.saturating_sub(process.held + CARD_SLACK);
+        let each = |calls: usize| free / (calls * 2 * process.target).max(1);
+        let calls = (self.workers / self.devices.len().max(1)).max(1);
+        let calls = (1..=calls).rev().find(|n| each(*n) >= 4 * LEAST_TARGETS).unwrap_or(1);
+        let targets = each(calls).clamp(LEAST_TARGETS, self.targets.max(LEAST_TARGETS));
+        Plan { targets, workers: calls * self.devices.len().max(1), ..self }
+    }
+
+    /// What the card with the least memory has free; nothing without a card, or where that is unknown.
+    pub fn room(&self) -> Option<Bytes> {
+        let free = self.devices.iter().filter_map(device::memory).map(|m| Bytes(m.free));
+        free.min()
     }
 
     /// The same plan within `budget`: smaller questions first, then smaller tiles unless the tile
@@ -95,9 +180,10 @@ impl Plan {
         };
         let tiles = if tiles.is_empty() { vec![self.tile] } else { tiles };
         let mut least = usize::MAX;
+        let windows = self.windows();
         for workers in (1..=self.workers.max(1)).rev() {
             for &tile in &tiles {
-                let held = needs.held() + WINDOWS * needs.window(tile) + workers * WORKER;
+                let held = needs.held() + windows * needs.window(tile) + workers * WORKER;
                 let target = (workers * needs.process.target).max(1);
                 least = least.min(held + LEAST_TARGETS * target);
                 let targets = (budget.0.saturating_sub(held) / target).min(self.targets);
@@ -114,6 +200,21 @@ impl Plan {
         }
         Err(needs.refuse(budget, least.max(needs.conditioning())))
     }
+}
+
+/// A card's lack of memory in words; any other error as it is.
+fn unfit(error: Error, device: &Device, process: &dyn Process, sites: usize) -> Error {
+    if !error.is_out_of_memory() {
+        return error;
+    }
+    let memory = device::memory(device)
+        .map_or("unknown".into(), |m| format!("{} free of {}", Bytes(m.free), Bytes(m.total)));
+    Error::input("the card has too little memory to condition the model on this survey")
+        .fact("card", device::card(device).unwrap_or_else(|| "unknown".into()))
+        .fact("memory", memory)
+        .fact("sites", sites)
+        .fact("needed", format!("about {}", Bytes(process.memory(sites).conditioning)))
+        .try_this("wait for what else runs on the card (nvidia-smi), or use --device cpu")
 }
 
 /// A pool of its own. Inside one of a single thread, the parallel steps of a network are plain
@@ -305,6 +406,42 @@ mod tests {
             let ample = plan(workers).within(Bytes(1 << 40), &needs, false).unwrap();
             assert_eq!([ample.workers, ample.tile, ample.targets], [workers, TILE, TARGETS]);
         }
+    }
+
+    #[test]
+    fn cards_with_less_memory_are_asked_less_at_a_time() {
+        let process = needs(100_000).process;
+        let two = || Plan { workers: 4, targets: CARD_TARGETS, ..Plan::on(vec![Device::Cpu; 2]) };
+        let ample = two().within_cards(Bytes(1 << 37), &process);
+        assert_eq!([ample.workers, ample.targets], [4, CARD_TARGETS]);
+        let mut before = [usize::MAX; 2];
+        for mib in (100..5000).rev().step_by(49) {
+            let plan = two().within_cards(Bytes(mib * MIB), &process);
+            let taken = process.held + CARD_SLACK + plan.workers * plan.targets * process.target;
+            let least = plan.targets == LEAST_TARGETS && plan.workers == 2;
+            assert!(least || taken <= mib * MIB, "{taken} in {mib} MiB by {plan:?}");
+            assert!(plan.workers <= before[0], "{plan:?} after {before:?}");
+            assert!(plan.workers % 2 == 0 && plan.targets >= LEAST_TARGETS, "{plan:?}");
+            before = [plan.workers, plan.targets];
+        }
+        assert_eq!(before, [2, LEAST_TARGETS], "100 MiB are too little");
+    }
+
+    /// Only a lack of memory becomes a word about memory.
+    #[test]
+    fn a_context_that_does_not_fit_a_card_says_so() {
+        struct Small;
+        impl Process for Small {
+            fn condition<'a>(&'a self, _: &Observations) -> Result<Box<dyn Posterior + 'a>> {
+                unreachable!("only asked what it takes")
+            }
+        }
+        let cuda = |said: &str| Error::Tensor(candle_core::Error::Cuda(said.into()));
+        let full = unfit(cuda("CUDA_ERROR_OUT_OF_MEMORY"), &Device::Cpu, &Small, 1000);
+        assert!(full.facts().contains(&("sites".into(), "1000".into())), "{full:?}");
+        assert!(full.help().unwrap().contains("--device cpu"));
+        let other = unfit(cuda("CUDA_ERROR_ILLEGAL_ADDRESS"), &Device::Cpu, &Small, 1000);
+        assert!(other.to_string().contains("ILLEGAL_ADDRESS"));
     }
 
     #[test]

@@ -51,6 +51,9 @@ pub struct Record {
     /// Share of the pairs of site and pixel that were left out: of no weight, or too faint.
     #[serde(default)]
     pub left_out: Option<f64>,
+    /// Where the model computed.
+    #[serde(default)]
+    pub device: Option<DeviceNote>,
     /// How the map was cut up, which changes nothing in it.
     pub plan: Option<PlanNote>,
     /// Memory that was allowed with `--memory`, MiB.
@@ -126,6 +129,21 @@ impl From<&Grid> for GridNote {
     }
 }
 
+/// Where a model computed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DeviceNote {
+    /// What `--device` said.
+    pub asked: String,
+    /// The cards, each with its name, or the processor.
+    pub used: Vec<String>,
+    /// Version of NVIDIA's driver, where a card was used and the system says.
+    pub driver: Option<String>,
+    /// Why it is not what was asked for.
+    pub fallback: Option<String>,
+    /// The most that any card held in tensors, MiB, where the driver says.
+    pub card_memory_mib: Option<f64>,
+}
+
 /// How a map was cut up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlanNote {
@@ -175,6 +193,9 @@ pub struct Predictions {
     pub file: String,
     /// Its columns, in order.
     pub columns: Vec<String>,
+    /// Where the model computed.
+    #[serde(default)]
+    pub device: Option<DeviceNote>,
     /// What the user should know before believing the predictions.
     pub warnings: Vec<String>,
     /// The most memory that the run took, MiB; null where the system does not say.

@@ -165,6 +165,14 @@ impl Mlp {
         }
     }
 
+    /// Weights and biases of both layers, if there are two and GELU is between.
+    pub fn gelu_pair(&self) -> Option<[[&Tensor; 2]; 2]> {
+        match (&self.layers[..], self.activation) {
+            ([a, b], Activation::Gelu) => Some([[&a.weight, &a.bias], [&b.weight, &b.bias]]),
+            _ => None,
+        }
+    }
+
     /// Features that the last layer gives.
     pub fn outputs(&self) -> usize {
         self.last().bias.elem_count()
@@ -331,9 +339,7 @@ impl<'a> Chain<'a> {
 
     /// The run as one operation with a gradient; nothing where it does not apply.
     fn learning(&self) -> Result<Option<Tensor>> {
-        if !fused::applies(self.input) {
-            return Ok(None);
-        }
+        let host = fused::applies(self.input);
         let (mut layers, mut params, mut other, mut kept) = (vec![], vec![], None, 0);
         for link in &self.links {
             layers.push(match link {
@@ -360,7 +366,13 @@ impl<'a> Chain<'a> {
                 _ => return Ok(None),
             });
         }
-        if params.is_empty() || !params.iter().chain(&other).all(|x| fused::applies(x)) {
+        if params.is_empty() {
+            return Ok(None);
+        }
+        if !host {
+            return Ok(learn::on_card(self.input, other, &params, || Ok(layers)).transpose()?);
+        }
+        if !params.iter().chain(&other).all(|x| fused::applies(x)) {
             return Ok(None);
         }
         Ok(Some(learn::run(self.input, other, &params, layers)?))

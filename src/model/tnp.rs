@@ -349,6 +349,7 @@ fn after(first: &Keys, second: &Keys) -> Result<Keys> {
         width: first.width,
         sites: Tensor::cat(&[&first.sites, &second.sites], 1)?,
         mask: Tensor::cat(&[&first.mask, &second.mask], 1)?,
+        precision: first.precision,
     })
 }
 
@@ -518,7 +519,9 @@ impl Conditioned<'_> {
             .iter()
             .map(|keys| {
                 let (sites, mask) = (spread(&keys.sites)?, spread(&keys.mask)?);
-                Ok(Keys { packed: spread(&keys.packed)?, width: keys.width, sites, mask })
+                let packed = spread(&keys.packed)?;
+                let (width, precision) = (keys.width, keys.precision);
+                Ok(Keys { packed, width, sites, mask, precision })
             })
             .collect::<Result<Vec<_>>>()?;
         let shown = Tensor::ones((n, 1), s.dtype(), device)?;

@@ -20,8 +20,8 @@ use super::{
 };
 use crate::{
     attention::{
-        Bias, CHUNK, Keys, Metric, Performer, Precision, Reader, Reading, Start, Summed, Term,
-        full, scan, scan_joined,
+        Bias, CHUNK, DeepKernel, Keys, Metric, Performer, Precision, Reader, Reading, Start,
+        Summed, Term, full, scan, scan_joined,
     },
     error::{Error, Result},
     fused::{
@@ -404,6 +404,10 @@ impl Block {
                 let chain = Chain::new(tokens).keep().norm(&self.before).join(sites);
                 self.fed(chain.summary(phi, summary).norm(norm).add_kept())
             }
+            (Attention::Dka { norm, .. }, Cache::DeepKernel(kernel)) => {
+                let read = kernel.read(&self.before.forward(tokens)?, sites)?;
+                self.fed(Chain::new(&read).norm(norm).plus(tokens))
+            }
             _ => {
                 let normed = Chain::new(tokens).norm(&self.before);
                 let (read, out) = self.attention.read(normed, sites, cache)?;
@@ -426,6 +430,8 @@ enum Cache {
     /// `Σ φ(k) ψ(k)ᵀ / (n √d)`, `[batch, features, width]`
     Kernel(Summary),
     Summed(Summed),
+    /// The same on a GPU, where nothing is recorded for gradients.
+    DeepKernel(Box<DeepKernel>),
 }
 
 enum Attention {
@@ -526,6 +532,10 @@ impl RawBias {
     }
 
     fn bias(&self) -> Result<Bias> {
+        let constants = [&self.logged, &self.sign, &self.folded];
+        if let Some(params) = fused::constrain(&self.raw, constants) {
+            return Ok(Bias { terms: self.terms.clone(), params: params?, metric: self.metric });
+        }
         let exponential = self.raw.broadcast_mul(&self.logged)?.exp()?.broadcast_mul(&self.sign)?;
         let absolute = self.raw.abs()?.broadcast_mul(&self.folded)?;
         let plain = ((&self.logged + &self.folded)?.neg()? + 1.0)?;
@@ -613,12 +623,16 @@ impl Attention {
                     )?));
                 }
                 let (k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
-                if fused::asked(&k) && !whole && *start == Start::Exact {
+                if Reader::takes(&k) && !v.track_op() && !whole && *start == Start::Exact {
                     let bias = bias.as_ref().map(|b| b.bias()?.collapse()).transpose()?;
                     let reader = Reader::new(&k, &v, sites, mask, bias.as_ref(), *reading)?;
                     return Ok(Cache::Reader(Box::new(reader)));
                 }
-                Ok(Cache::Keys(Keys::pack(&k, &v, sites, mask)?))
+                let keys = Keys::pack(&k, &v, sites, mask)?;
+                // Without a gradient: what is learned is learned in f32.
+                let asked = !k.track_op() && !v.track_op();
+                let precision = if asked { reading.precision } else { Precision::F32 };
+                Ok(Cache::Keys(if *whole { keys } else { keys.read_in(precision) }))
             }
             Attention::Performer { key, value, performer, heads, .. } => {
                 let mut total: Option<Tensor> = None;
@@ -638,7 +652,11 @@ impl Attention {
             }
             Attention::Dka { phi, psi, width, .. } => {
                 let matrix = summarise(phi, psi, normed, sites, mask, *width)?;
-                Ok(Cache::Kernel(Summary::new(matrix, phi)?))
+                let kernel = phi.gelu_pair().map(|layers| DeepKernel::new(layers, &matrix));
+                Ok(match kernel.transpose()?.flatten() {
+                    Some(kernel) => Cache::DeepKernel(Box::new(kernel)),
+                    None => Cache::Kernel(Summary::new(matrix, phi)?),
+                })
             }
         }
     }
@@ -671,7 +689,7 @@ impl Attention {
                 }
             }
             Cache::Reader(reader) => reader.read(&split()?, sites)?.flatten_from(2)?,
-            Cache::Kernel(_) | Cache::Summed(_) => {
+            Cache::Kernel(_) | Cache::Summed(_) | Cache::DeepKernel(_) => {
                 unreachable!("a cache is read by the attention that made it")
             }
         };
@@ -834,7 +852,8 @@ impl Process for TnpKr {
         let token = 4 * c.width + read + 16;
         // What a block keeps of a site, and what it takes on the way there. Hidden values of an
         // MLP are twice a token wide.
-        let halved = matches!(self.blocks[0].attention,
+        let halved = self.observed.device().is_cpu()
+            && matches!(self.blocks[0].attention,
             Attention::Softmax { reading, .. } if reading.precision == Precision::Bf16);
         let kept = match (dka || performer, halved) {
             (true, _) => 0,

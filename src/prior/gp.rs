@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    kernel::{Kernel, Matern, Metric, Periodic, Product, Smoothness, Sum},
+    kernel::{self, Kernel, Matern, Metric, Periodic, Product, Smoothness, Sum},
     linalg, registry,
     rng::Stream,
     settings,
@@ -263,13 +263,7 @@ impl Prior for Gp {
     ) -> Result<Vec<(Rule, Surface)>> {
         let shape: Arc<dyn Kernel> = self.shape(rng).into();
         let n = xy.len();
-        let mut covariance = faer::Mat::zeros(n, n);
-        for j in 0..n {
-            for i in j..n {
-                covariance[(i, j)] = shape.covariance(&xy[i], &xy[j]);
-            }
-        }
-        let factor = linalg::Cholesky::factor(covariance)?;
+        let factor = linalg::Cholesky::factor(kernel::gram(&shape, xy))?;
         let draw = |rng: &mut Stream| {
             let (sill, nugget, mean) = self.levels(rng);
             let sd = sill.sqrt();

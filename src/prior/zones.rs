@@ -39,6 +39,12 @@ impl Kernel for Zones {
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
         if self.cell(a) == self.cell(b) { self.sill } else { 0.0 }
     }
+    fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
+        let here = self.cell(&at);
+        for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
+            *out = if self.cell(&[*x, *y]) == here { self.sill } else { 0.0 };
+        }
+    }
     fn sill(&self) -> f64 {
         self.sill
     }

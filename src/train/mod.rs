@@ -7,7 +7,6 @@ use std::{
     collections::{BTreeMap, HashMap},
     io::Write,
     path::{Path, PathBuf},
-    sync::mpsc,
     time::Instant,
 };
 
@@ -19,7 +18,7 @@ use crate::{
     baseline::ExactGp,
     checkpoint::{self, Card, Checkpoint},
     error::{Error, Result},
-    fused,
+    fused::{self, Products, cuda::Choice},
     model::{self, Problem, params::Params},
     predictive::Predictive,
     process::{Objective, Process, Reward},
@@ -30,11 +29,15 @@ use crate::{
     whole,
 };
 
+pub mod ahead;
 pub mod calibration;
+pub(crate) mod learner;
 pub mod optimiser;
 pub mod schedule;
 
-use optimiser::{Optimiser, Rule};
+use ahead::{Ahead, Closing};
+use learner::{Learner, Network, Orders};
+use optimiser::{Moments, Rule};
 
 /// The `[train]` table.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -72,6 +75,12 @@ pub struct Settings {
     pub validate_tasks: usize,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+    /// How products are computed on cards; weights, sums and everything else are f32 in any case. On
+    /// the CPU f32 alone.
+    pub precision: Products,
+    /// Only sums of a fixed order: the same numbers in every run on the same machine. On the CPU and on
+    /// one card that is so in any case; between cards gradients then go through the host.
+    pub deterministic: bool,
 }
 
 impl Default for Settings {
@@ -93,6 +102,8 @@ impl Default for Settings {
             validate_every: 1000,
             validate_tasks: 192,
             checkpoint_every: 500,
+            precision: Products::F32,
+            deterministic: false,
         }
     }
 }
@@ -149,8 +160,10 @@ pub struct Options {
     pub stop_at: Option<u64>,
     /// Seed of weights and tasks.
     pub seed: u64,
-    /// Where tensors live.
-    pub device: Device,
+    /// Where tensors live: the processor, or cards that share each batch.
+    pub devices: Vec<Device>,
+    /// Threads that draw tasks; 0 for one on the CPU, and all but one beside cards.
+    pub drawing: usize,
     /// Words on the machine, for the card.
     pub machine: String,
     /// Weights to start from: every parameter that has the same name and shape.
@@ -399,9 +412,19 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
     settings.check()?;
     let tasks = recipe.tasks()?;
     let problem = Problem::new(tasks.dim(), tasks.likelihood());
-    let mut params = Params::new(options.seed, &options.device, DType::F32);
-    let process = model::build(recipe.table("model")?, problem, &mut params)?;
-    let mut optimiser = Optimiser::new(settings.optimiser, settings.decay, params.vars());
+    let device = options.devices.first().unwrap_or(&Device::Cpu);
+    if settings.precision != Products::F32 && device.is_cpu() {
+        return Err(Error::input("products in reduced precision are for GPUs")
+            .fact("precision under [train]", settings.precision.name())
+            .try_this("train with --device cuda, or set precision = \"f32\""));
+    }
+    let _choice = Choice::new(settings.precision);
+    let network = |device: &Device| -> Result<Network> {
+        let mut params = Params::new(options.seed, device, DType::F32);
+        let process = model::build(recipe.table("model")?, problem, &mut params)?;
+        Ok(Network { params, process })
+    };
+    let networks = options.devices.iter().map(network).collect::<Result<Vec<_>>>()?;
     let mut state = State {
         recipe: recipe.text().to_string(),
         seed: options.seed,
@@ -414,45 +437,42 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
         seconds: 0.0,
     };
     if let Some(start) = &options.start {
-        state.started_from = Some(warm_start(&params, start)?);
+        state.started_from = Some(warm_start(&networks[0].params, start)?);
     }
-    let mut average = host(&params)?;
-    let mut best = average.clone();
+    let mut best = host(&networks[0].params)?;
+    let parts = match options.threads {
+        Some(threads) => Parts::with_threads(settings.parts, threads)?,
+        None => Parts::new(settings.parts, device)?,
+    };
+    let rule = (settings.optimiser, settings.decay);
+    let fixed = settings.deterministic;
+    let mut learner = Learner::new(networks, &options.devices, rule, parts, fixed)?;
     let state_file = beside(&options.out, "state.safetensors");
     let journal = beside(&options.out, "journal.jsonl");
     if options.resume {
-        (state, best) =
-            restore(&state_file, &journal, &state, &params, &mut optimiser, &mut average)?;
+        (state, best) = restore(&state_file, &journal, &state, &mut learner)?;
     } else {
         write_line(&journal, None)?;
     }
 
-    let parts = match options.threads {
-        Some(threads) => Parts::with_threads(settings.parts, threads)?,
-        None => Parts::new(settings.parts, &options.device)?,
-    };
     let validation = Validation::new(&tasks, &settings, options.seed)?;
     let mut last = options.stop_at.unwrap_or(settings.steps).min(settings.steps);
-    let (sender, receiver) = mpsc::sync_channel::<Result<Batch>>(3);
     let began = Instant::now();
     let before = state.seconds;
+    // Draws run ahead on other threads; batch `i` is the same whoever draws it and when.
+    let workers = drawers(options.drawing, device);
+    let ahead = Ahead::new(state.step..last, workers + 2);
+    let draw = |index: u64| -> Result<Batch> {
+        let context = tasks.design().size(&mut Stream::new(options.seed, "size", index));
+        let rows = settings.batch_rows(context, tasks.design().target_count());
+        tasks.batch(options.seed, index, rows, context)
+    };
     std::thread::scope(|scope| -> Result<()> {
-        // Draws run ahead on another thread; batch `i` is the same whoever asks and when.
-        let (first, end) = (state.step, last);
-        let (tasks, settings, seed) = (&tasks, &settings, options.seed);
-        scope.spawn(move || {
-            for index in first..end {
-                let context = tasks.design().size(&mut Stream::new(seed, "size", index));
-                let rows = settings.batch_rows(context, tasks.design().target_count());
-                if sender.send(tasks.batch(seed, index, rows, context)).is_err() {
-                    return;
-                }
-            }
-        });
-        let (mut sum, mut count, mut shown) = (0.0, 0u64, Instant::now());
-        let mut measured = BTreeMap::<String, f64>::new();
+        ahead.start(scope, workers, &draw);
+        let _closing = Closing(&ahead);
+        let mut shown = Instant::now();
         while state.step < last {
-            let batch = receiver.recv().expect("the sampler lives as long as the loop")?;
+            let batch = ahead.take().expect("a batch for every step")?;
             let rate = schedule::rate(
                 state.step,
                 settings.steps,
@@ -460,76 +480,80 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
                 settings.rate,
                 settings.last,
             );
-            let chance = (options.seed, state.step);
-            let step = parts.step(&*process, &batch, settings.loss, &options.device, chance)?;
-            if !step.loss.is_finite() {
-                return Err(Error::input("the loss is not finite")
-                    .fact("step", state.step)
-                    .try_this("lower the learning rate, or resume from the last checkpoint"));
-            }
-            let norm = optimiser.update(params.vars(), &step.grads, rate, settings.clip)?;
+            let orders = Orders {
+                reward: settings.loss,
+                rate,
+                clip: settings.clip,
+                average: settings.average,
+                chance: (options.seed, state.step),
+            };
+            learner.step(&batch, &orders)?;
             state.step += 1;
             state.tasks += batch.rules.len() as u64;
             if options.until.is_some_and(|moment| Instant::now() >= moment) {
                 last = state.step;
             }
-            blend(&mut average, &params, settings.average, state.step)?;
-            sum += step.loss;
-            count += 1;
-            for (name, x) in step.measured {
-                *measured.entry(name.to_string()).or_default() += x;
-            }
 
             let validate = state.step.is_multiple_of(settings.validate_every) || state.step == last;
             let elapsed = shown.elapsed().as_secs_f64();
             if validate || elapsed > 1.0 {
+                // Losses that are not finite end the training here, on cards too.
+                let reading = learner.reading()?;
                 let mut scored = None;
                 if validate {
-                    let current = host(&params)?;
-                    set(&params, &average)?;
-                    let score = validation.loss(&*process, settings.loss, &options.device)?;
-                    set(&params, &current)?;
+                    let average = learner.fetch()?.1.clone();
+                    let Network { params, process } = learner.network();
+                    let current = host(params)?;
+                    set(params, &average)?;
+                    let score = validation.loss(&**process, settings.loss, learner.device())?;
+                    set(params, &current)?;
                     if state.best.is_none_or(|b| score < b) {
                         state.best = Some(score);
                         state.best_step = state.step;
-                        best = average.clone();
+                        best = average;
                     }
                     scored = Some(score);
                 }
-                let speed = count as f64 / elapsed.max(1e-9);
+                let count = reading.steps as f64;
+                let speed = count / elapsed.max(1e-9);
                 let progress = Progress {
                     step: state.step,
                     steps: settings.steps,
-                    loss: sum / count as f64,
+                    loss: reading.loss / count,
                     rate,
-                    norm,
+                    norm: reading.norm,
                     steps_per_s: speed,
                     seconds_left: (last - state.step) as f64 / speed,
                     validation: scored,
                     gap: scored.zip(validation.exact_gp).map(|(m, exact)| m - exact),
-                    measured: std::mem::take(&mut measured)
-                        .into_iter()
-                        .map(|(name, x)| (name, x / count as f64))
-                        .collect(),
+                    measured: reading.measured.into_iter().map(|(n, x)| (n, x / count)).collect(),
                 };
                 report(&progress);
                 if validate {
                     write_line(&journal, Some(&progress))?;
                 }
-                (sum, count, shown) = (0.0, 0, Instant::now());
+                shown = Instant::now();
             }
             if state.step.is_multiple_of(settings.checkpoint_every) || state.step == last {
                 state.seconds = before + began.elapsed().as_secs_f64();
-                save(&state_file, &state, &params, &optimiser, &average, &best)?;
-                finish(recipe, options, &state, &params, &best, &validation)?
+                save(&state_file, &state, &mut learner, &best)?;
+                finish(recipe, options, &state, &learner.network().params, &best, &validation)?
                     .write(&options.out)?;
             }
         }
-        // Closing the channel lets a sampler that is ahead of us stop.
-        drop(receiver);
         Ok(())
     })?;
-    Ok(finish(recipe, options, &state, &params, &best, &validation)?.card)
+    Ok(finish(recipe, options, &state, &learner.network().params, &best, &validation)?.card)
+}
+
+/// Threads that draw tasks: as many as are asked for, or one beside a training on the CPU, which has
+/// its own work for the others, or all but one beside cards, which wait for nothing else.
+fn drawers(asked: usize, device: &Device) -> usize {
+    match (asked, device) {
+        (0, Device::Cpu) => 1,
+        (0, _) => std::thread::available_parallelism().map_or(1, |n| n.get().max(2) - 1),
+        (asked, _) => asked,
+    }
 }
 
 type Weights = BTreeMap<String, Vec<f32>>;
@@ -549,10 +573,16 @@ fn set(params: &Params, weights: &Weights) -> Result<()> {
     Ok(())
 }
 
-/// Running average of weights; early steps count less, so that the start is soon forgotten.
-fn blend(average: &mut Weights, params: &Params, decay: f64, step: u64) -> Result<()> {
+/// What is kept of the running average at step number `step`: less early, so that the start is soon
+/// forgotten.
+fn kept_share(decay: f64, step: u64) -> f32 {
     let keep = decay.min((1.0 + step as f64) / (10.0 + step as f64)) as f32;
-    let keep = if decay == 0.0 { 0.0 } else { keep };
+    if decay == 0.0 { 0.0 } else { keep }
+}
+
+/// Running average of weights.
+fn blend(average: &mut Weights, params: &Params, decay: f64, step: u64) -> Result<()> {
+    let keep = kept_share(decay, step);
     for (path, var) in params.vars() {
         let now = var.flatten_all()?.to_vec1::<f32>()?;
         let old = average.get_mut(path).expect("same parameters");
@@ -605,18 +635,13 @@ fn write_line(journal: &Path, progress: Option<&Progress>) -> Result<()> {
     result.map_err(|e| Error::io("write", journal, e))
 }
 
-fn save(
-    file: &Path,
-    state: &State,
-    params: &Params,
-    optimiser: &Optimiser,
-    average: &Weights,
-    best: &Weights,
-) -> Result<()> {
+fn save(file: &Path, state: &State, learner: &mut Learner, best: &Weights) -> Result<()> {
+    learner.fetch()?;
+    let (moments, average) = learner.held();
     let mut tensors = BTreeMap::new();
-    for (path, var) in params.vars() {
+    for (path, var) in learner.network().params.vars() {
         tensors.insert(format!("weight:{path}"), var.as_tensor().clone());
-        let (m, v) = &optimiser.moments[path];
+        let (m, v) = &moments[path];
         let parts =
             [("first", m), ("second", v), ("average", &average[path]), ("best", &best[path])];
         for (kind, values) in parts {
@@ -633,9 +658,7 @@ fn restore(
     file: &Path,
     journal: &Path,
     fresh: &State,
-    params: &Params,
-    optimiser: &mut Optimiser,
-    average: &mut Weights,
+    learner: &mut Learner,
 ) -> Result<(State, Weights)> {
     let bytes = std::fs::read(file)
         .map_err(|e| Error::io("read the training state (nothing to resume?)", file, e))?;
@@ -669,16 +692,16 @@ fn restore(
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect())
     };
-    let (mut weights, mut best) = (Weights::new(), Weights::new());
-    for path in params.vars().keys() {
+    let (mut weights, mut best, mut average) = (Weights::new(), Weights::new(), Weights::new());
+    let mut moments = Moments::new();
+    for path in learner.network().params.vars().keys() {
         weights.insert(path.clone(), read(format!("weight:{path}"))?);
         best.insert(path.clone(), read(format!("best:{path}"))?);
         average.insert(path.clone(), read(format!("average:{path}"))?);
         let pair = (read(format!("first:{path}"))?, read(format!("second:{path}"))?);
-        optimiser.moments.insert(path.clone(), pair);
+        moments.insert(path.clone(), pair);
     }
-    optimiser.step = state.step;
-    set(params, &weights)?;
+    learner.restore(&weights, moments, average, state.step)?;
     // Lines written after the state was saved will be written again.
     if let Ok(text) = std::fs::read_to_string(journal) {
         let known = |line: &&str| {

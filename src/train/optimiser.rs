@@ -21,6 +21,22 @@ pub enum Rule {
     Yogi,
 }
 
+/// First and second moments by path.
+pub type Moments = BTreeMap<String, (Vec<f32>, Vec<f32>)>;
+
+/// Numbers of one step that every rule takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scalars {
+    /// Learning rate.
+    pub rate: f32,
+    /// What weights are multiplied with: AdamW's decay.
+    pub shrink: f32,
+    /// Sum of the weights in the first moment.
+    pub c1: f32,
+    /// The same of the second.
+    pub c2: f32,
+}
+
 /// First and second moments of every parameter.
 #[derive(Debug, Clone)]
 pub struct Optimiser {
@@ -29,7 +45,7 @@ pub struct Optimiser {
     /// Steps taken.
     pub step: u64,
     /// First and second moments by path.
-    pub moments: BTreeMap<String, (Vec<f32>, Vec<f32>)>,
+    pub moments: Moments,
 }
 
 const B1: f64 = 0.9;
@@ -47,6 +63,13 @@ impl Optimiser {
             })
             .collect();
         Optimiser { rule, decay, step: 0, moments }
+    }
+
+    /// Numbers of the step just counted, at learning rate `rate`.
+    pub fn scalars(&self, rate: f64) -> Scalars {
+        let correct = |b: f64| (1.0 - b.powi(self.step.min(1_000_000) as i32)) as f32;
+        let shrink = 1.0 - rate as f32 * self.decay as f32;
+        Scalars { rate: rate as f32, shrink, c1: correct(B1), c2: correct(B2) }
     }
 
     /// One step at learning rate `rate`. The gradients of the parts are added, then clipped to a
@@ -87,15 +110,8 @@ impl Optimiser {
         }
         self.step += 1;
         let scale = if norm > clip { (clip / norm) as f32 } else { 1.0 };
-        let correct = |b: f64| 1.0 - b.powi(self.step.min(1_000_000) as i32);
-        let (c1, c2) = (correct(B1) as f32, correct(B2) as f32);
-        let pace = Pace {
-            scale,
-            rate: rate as f32,
-            shrink: 1.0 - rate as f32 * self.decay as f32,
-            c1,
-            c2,
-        };
+        let Scalars { rate, shrink, c1, c2 } = self.scalars(rate);
+        let pace = Pace { scale, rate, shrink, c1, c2 };
         // Moments and parameters are both in the order of paths.
         let each: Vec<_> = self.moments.iter_mut().zip(vars).zip(&sums).collect();
         each.into_par_iter().try_for_each(

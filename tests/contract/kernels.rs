@@ -82,6 +82,37 @@ fn closed_forms_equal_the_bessel_function() {
     }
 }
 
+/// Columns are what draws are made of: as the covariance, site by site, for any number of sites.
+#[test]
+fn a_column_is_the_covariance_of_each_site() {
+    let planar =
+        [Metric::Euclidean, Metric::Anisotropic { angle: 0.4, ratio: 2.5 }, Metric::GreatCircle];
+    let matern = |metric| {
+        Smoothness::all().map(|smoothness| -> Box<dyn isopleth::kernel::Kernel> {
+            let length_scale = if metric == Metric::GreatCircle { 90.0 } else { 0.7 };
+            Box::new(Matern { smoothness, length_scale, sill: 1.3, metric })
+        })
+    };
+    let kernels =
+        KERNELS.iter().map(|entry| (entry.tiny)()).chain(planar.into_iter().flat_map(matern));
+    for kernel in kernels {
+        for n in [0, 1, 7, 8, 9, 33] {
+            let sites = sites(n, 5);
+            let [x, y] = [0, 1].map(|d| sites.iter().map(|p| p[d]).collect::<Vec<f64>>());
+            let (at, mut out) = ([0.2, -0.4], vec![f64::NAN; n]);
+            kernel.column(at, &x, &y, &mut out);
+            for (out, site) in out.iter().zip(&sites) {
+                let single = kernel.covariance(site, &at);
+                assert!((out - single).abs() < 1e-14, "{kernel:?}: {out} and {single}");
+            }
+        }
+        let places: Vec<[f64; 2]> = sites(9, 6).iter().map(|p| [p[0], p[1]]).collect();
+        let gram = isopleth::kernel::gram(&*kernel, &places);
+        assert!((gram[(7, 3)] - kernel.covariance(&places[7], &places[3])).abs() < 1e-14);
+        assert!((gram[(4, 4)] - kernel.sill()).abs() < 1e-14 && gram[(3, 7)] == 0.0);
+    }
+}
+
 #[test]
 fn kernels_have_distinct_names() {
     for (i, a) in KERNELS.iter().enumerate() {

@@ -203,3 +203,18 @@ fn nonsense_is_refused() {
     let error = refused(&words("map --model prevalence --heads 2"));
     assert!(error.contains("cannot be used with"), "{error}");
 }
+
+/// Every bias family and the extreme scores, within what each precision is allowed.
+#[test]
+fn accuracy_is_told_case_by_case() {
+    for precision in ["f32", "bf16"] {
+        let report = json(&format!("accuracy --precision {precision}"));
+        assert_eq!(report["passed"], true, "{report:#}");
+        let cases = report["cases"].as_array().unwrap();
+        assert!(cases.len() > 2 * isopleth::attention::Term::ALL.len(), "{report:#}");
+        for case in cases {
+            let (error, gate) = (number(case, "error"), number(case, "gate"));
+            assert!(error <= gate, "{precision}: {case:#}");
+        }
+    }
+}

@@ -316,3 +316,37 @@ fn memory_does_not_grow_with_the_table_of_targets() {
     // 140 MB more in the file. What grows are places, and what the allocator keeps for later.
     assert!(many < few + 60.0, "{few} MiB for 20,000 rows, {many} MiB for 90,000");
 }
+
+/// "cuda" where there is no card is the processor, which is said at once, in the output and on the
+/// record; a card by number is an error. The answers are those of the processor.
+#[test]
+fn without_a_card_the_processor_answers_and_says_so() {
+    if isopleth::device::find("cuda").is_ok_and(|found| found.without.is_none()) {
+        return; // there is a card
+    }
+    let desk = Desk::new();
+    let predict = |device: &str, out: &str| {
+        let out = desk.place(out);
+        let args = ["predict", "--context", &desk.survey, "--targets", &desk.targets];
+        let more = ["--model", &desk.model, "--crs", "local:km", "--device", device, "--out", &out];
+        (super::command(&[&args[..], &more[..]].concat()).output().unwrap(), out)
+    };
+    let (output, out) = predict("cuda", "card.csv");
+    let error = super::text(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    assert_eq!(error.matches("the processor computes instead").count(), 1, "{error}");
+    assert!(super::text(&output.stdout).contains("used cpu"), "{output:?}");
+    let record: serde_json::Value =
+        serde_json::from_slice(&fs::read(format!("{out}.run.json")).unwrap()).unwrap();
+    assert_eq!(record["device"]["asked"], "cuda");
+    assert!(record["device"]["fallback"].is_string(), "{record:#}");
+    let (plain, same) = predict("cpu", "plain.csv");
+    assert!(plain.status.success() && plain.stderr.is_empty(), "{plain:?}");
+    assert_eq!(fs::read(&out).unwrap(), fs::read(&same).unwrap());
+    for device in ["cuda:0", "cuda:all", "cuda:x", "gpu"] {
+        let (output, out) = predict(device, "none.csv");
+        assert_eq!(output.status.code(), Some(2), "{device}");
+        assert!(super::text(&output.stderr).contains("help: "), "{device}");
+        assert!(!std::path::Path::new(&out).exists());
+    }
+}

@@ -1,49 +1,60 @@
-// Scan attention on the GPU: one query of one head per thread, keys and values staged through shared
-// memory for all threads of a block. Launched by enabled.rs.
-#include "scan.h"
+// Scan attention on the GPU and its gradients: the kernels that enabled.rs launches, by width of keys
+// and values (padded) and by kind of bias.
+#include "gradient.h"
 
 using namespace isopleth;
 
-namespace {
-
-// Threads of a block; enabled.rs launches as many.
+// Threads of a block at most; enabled.rs launches no more.
 constexpr int THREADS = 128;
 
-// Block (x, y, z) answers 128 targets from 128 x on, for head y of row z.
-template <int WIDTH>
-__device__ __forceinline__ void scan(const Problem &p, const float *q, const float *kv, const float *params,
-                                     const float *sites, const float *places, const float *mask, float *out,
-                                     float *marks) {
-    __shared__ Tile<WIDTH> tile;
-    __shared__ Bent terms[TERMS];
-    const int me = threadIdx.x, head = blockIdx.y, row = blockIdx.z;
-    const int target = blockIdx.x * THREADS + me;
-    if (me < p.terms) terms[me] = bent(p, params, head, me);
-    __syncthreads();
-    Query<WIDTH> query;
-    // Threads beyond the last target stage keys with the others, and read the last target's query.
-    query.start(p, row, head, min(target, p.targets - 1), q, sites, terms);
-    for (int first = 0; first < p.context; first += KEYS) {
-        stage(tile, p, row, head, first, me, THREADS, kv, places, mask);
-        __syncthreads();
-        query.meet(p, tile, terms);
-        __syncthreads();
-    }
-    if (target < p.targets) query.finish(p, row, head, target, out, marks);
-}
-
-} // namespace
-
-#define SCAN(WIDTH)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS) scan_##WIDTH(                                     \
-        int targets, int context, int heads, int d, int w, int dim, int terms, unsigned long long families, \
-        int globe, const float *q, const float *kv, const float *params, const float *sites,                \
+#define SCAN(WIDTH, NAME, KIND)                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_##NAME##_##WIDTH(                         \
+        Problem p, const float *q, const float *kv, const float *params, const float *sites,                \
         const float *places, const float *mask, float *out, float *marks) {                                 \
-        const Problem p = {targets, context, heads, d, w, dim, terms, families, globe};                     \
-        scan<WIDTH>(p, q, kv, params, sites, places, mask, out, marks);                                     \
+        scan<WIDTH, KIND, false>(p, {q, kv, params, sites, places, mask}, {}, out, marks);                  \
     }
+#define NEAR(WIDTH, NAME, KIND)                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) near_##NAME##_##WIDTH(                         \
+        Problem p, const float *q, const float *kv, const float *params, const float *sites,                \
+        const float *places, const float *mask, const int *from, const int *tile, const float *gap2,        \
+        const int *order, const float *reach2, const float *envelope, const float *norm,                    \
+        const float *longest, unsigned long long *tally, float share, float *out, float *marks) {           \
+        const Near near = {from, tile, gap2, order, reach2, envelope, norm, longest, tally, share};         \
+        scan<WIDTH, KIND, true>(p, {q, kv, params, sites, places, mask}, near, out, marks);                 \
+    }
+#define GRADIENT(WIDTH, NAME, KIND)                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) gradient_queries_##NAME##_##WIDTH(             \
+        Problem p, const float *q, const float *kv, const float *params, const float *sites,                \
+        const float *places, const float *mask, const float *grad, const float *marks, const float *means,  \
+        float *to) {                                                                                        \
+        gradient_queries<WIDTH, KIND>(p, {q, kv, params, sites, places, mask}, {grad, marks, means}, to);   \
+    }                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) gradient_keys_##NAME##_##WIDTH(                \
+        Problem p, const float *q, const float *kv, const float *params, const float *sites,                \
+        const float *places, const float *mask, const float *grad, const float *marks, const float *means,  \
+        float *to, double *parts) {                                                                         \
+        gradient_keys<WIDTH, KIND>(p, {q, kv, params, sites, places, mask}, {grad, marks, means}, to,       \
+                                   parts);                                                                  \
+    }
+#define EVERY_WIDTH(OF, NAME, KIND) OF(8, NAME, KIND) OF(16, NAME, KIND) OF(32, NAME, KIND) OF(64, NAME, KIND)
 
-// Keys and values are padded to one of these widths.
-SCAN(16)
-SCAN(32)
-SCAN(64)
+EVERY_WIDTH(SCAN, none, NONE)
+EVERY_WIDTH(SCAN, bump, BUMP)
+EVERY_WIDTH(SCAN, any, ANY)
+EVERY_WIDTH(NEAR, bump, BUMP)
+EVERY_WIDTH(NEAR, any, ANY)
+EVERY_WIDTH(GRADIENT, none, NONE)
+EVERY_WIDTH(GRADIENT, bump, BUMP)
+EVERY_WIDTH(GRADIENT, any, ANY)
+
+extern "C" __global__ void scan_combine(Problem p, const float *parts, const float *part_marks, float *out,
+                                        float *marks) {
+    combine(p, parts, part_marks, out, marks);
+}
+extern "C" __global__ void gradient_means(Problem p, const float *out, const float *grad, float *to) {
+    means(p, out, grad, to);
+}
+extern "C" __global__ void gradient_bias(Problem p, const float *params, const float *grad, const float *marks,
+                                         const float *means, const double *parts, int blocks, float *to) {
+    isopleth::gradient_bias(p, params, Learnt{grad, marks, means}, parts, blocks, to);
+}

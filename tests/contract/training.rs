@@ -1,0 +1,99 @@
+//! Laws of a training: who draws and how many changes nothing, and what cannot be had is refused.
+
+use std::path::Path;
+
+use candle_core::Device;
+use isopleth::{
+    Result,
+    recipe::Recipe,
+    train::{self, Options},
+};
+
+fn recipe(train: &str) -> Recipe {
+    let text = format!(
+        "model = {{ kind = \"cnp\", width = 8, depth = 2 }}\nprior = {{ kind = \"gp\" }}\n\
+         design = {{ targets = 6, context = [{{ sites = [3, 12], weight = 1 }}] }}\n\
+         [train]\nsteps = 6\nwarmup = 2\nrows = 4\nvalidate_tasks = 8\nvalidate_every = 3\n\
+         checkpoint_every = 3\n{train}"
+    );
+    Recipe::parse(&text).unwrap()
+}
+
+fn options(out: &Path, drawing: usize) -> Options {
+    Options {
+        out: out.to_path_buf(),
+        resume: false,
+        steps: None,
+        stop_at: None,
+        seed: 3,
+        devices: vec![Device::Cpu],
+        drawing,
+        machine: "a test".into(),
+        start: None,
+        until: None,
+        threads: None,
+    }
+}
+
+/// The bytes of the training state: weights, moments, averages.
+fn state(out: &Path) -> Vec<u8> {
+    let bytes = std::fs::read(out.with_extension("state.safetensors")).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[8 + header..].to_vec()
+}
+
+#[test]
+fn the_number_of_drawers_changes_nothing() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut states = Vec::new();
+    for drawing in [0, 1, 3, 8] {
+        let out = folder.path().join(format!("{drawing}.safetensors"));
+        train::run(&recipe(""), &options(&out, drawing), |_| {})?;
+        states.push(state(&out));
+    }
+    assert!(states.iter().all(|s| *s == states[0]), "another number of drawers, other weights");
+    Ok(())
+}
+
+#[test]
+fn a_training_that_stops_and_goes_on_is_the_one_that_did_not() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, twice] =
+        ["whole", "twice"].map(|n| folder.path().join(n).with_extension("safetensors"));
+    train::run(&recipe("optimiser = \"yogi\""), &options(&whole, 2), |_| {})?;
+    let first = Options { stop_at: Some(2), ..options(&twice, 2) };
+    train::run(&recipe("optimiser = \"yogi\""), &first, |_| {})?;
+    let second = Options { resume: true, ..options(&twice, 3) };
+    train::run(&recipe("optimiser = \"yogi\""), &second, |_| {})?;
+    let ends = [whole, twice].map(|out| {
+        // Validation at the stop may choose other best weights: compare what goes on.
+        let bytes = std::fs::read(out.with_extension("state.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut kept: Vec<(String, Vec<u8>)> = tensors
+            .tensors()
+            .into_iter()
+            .filter(|(name, _)| !name.starts_with("best:"))
+            .map(|(name, view)| (name, view.data().to_vec()))
+            .collect();
+        kept.sort();
+        kept
+    });
+    assert_eq!(ends[0], ends[1]);
+    Ok(())
+}
+
+#[test]
+fn reduced_precision_is_refused_on_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    for precision in ["tf32", "bf16"] {
+        let recipe = recipe(&format!("precision = \"{precision}\""));
+        let out = folder.path().join("m.safetensors");
+        let error = train::run(&recipe, &options(&out, 1), |_| {}).unwrap_err();
+        assert!(error.to_string().contains("for GPUs"), "{error}");
+        assert!(error.help().unwrap().contains("--device cuda"));
+        assert!(!out.exists());
+    }
+    let fixed = recipe("precision = \"f32\"\ndeterministic = true");
+    let out = folder.path().join("f.safetensors");
+    train::run(&fixed, &options(&out, 1), |_| {}).unwrap();
+}
