@@ -384,13 +384,13 @@ fn the_emulated_kernels_always_answer_the_same() {
 }
 
 #[cfg(feature = "cuda")]
-mod on_a_gpu {
+pub mod on_a_gpu {
     use isopleth::attention::{CHUNK, Start, scan};
 
     use super::*;
 
     /// The GPU, if there is one; a must where `ISOPLETH_GPU` is set.
-    fn gpu() -> Option<Device> {
+    pub fn gpu() -> Option<Device> {
         match isopleth::device::open("cuda") {
             Ok(device) => Some(device),
             Err(e) if std::env::var_os("ISOPLETH_GPU").is_some() => panic!("{e}: {:?}", e.facts()),
@@ -401,15 +401,15 @@ mod on_a_gpu {
         }
     }
 
-    fn at(x: &Tensor, device: &Device) -> Tensor {
+    pub fn at(x: &Tensor, device: &Device) -> Tensor {
         single(x).to_device(device).unwrap()
     }
 
-    fn bias(case: &Case, device: &Device) -> Option<Bias> {
+    pub fn bias(case: &Case, device: &Device) -> Option<Bias> {
         case.bias.as_ref().map(|b| Bias { params: at(&b.params, device), ..b.clone() })
     }
 
-    fn keys(case: &Case, device: &Device) -> Keys {
+    pub fn keys(case: &Case, device: &Device) -> Keys {
         let of = |x| at(x, device);
         Keys::pack(&of(&case.k), &of(&case.v), &of(&case.sites), &of(&case.mask)).unwrap()
     }
