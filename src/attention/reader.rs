@@ -12,19 +12,20 @@ use std::{
     },
 };
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{
     Bias, Metric, Radial, Term,
     bias::{add_term, arcs, geometry},
+    cuda,
     table::Table,
 };
 use crate::{
     error::{Error, Result},
     fused::{
-        Host, bf16,
+        self, Host, bf16,
         softmax::{self, Fade, Faint, GROUP, Job, Packed, Shape, Skip, attend},
     },
 };
@@ -110,6 +111,97 @@ impl std::ops::Add for Tally {
 
 /// A context of one layer, ready to be read by any number of queries.
 pub struct Reader {
+    held: Held,
+    /// Batch, heads and key width of the context.
+    shape: [usize; 3],
+}
+
+/// Where a context lies, and so who reads it.
+enum Held {
+    Host(Box<OnHost>),
+    Card(Box<cuda::Context>),
+}
+
+impl Reader {
+    /// Whether a context of such keys may be read: f32, and nothing is recorded for gradients.
+    pub(crate) fn takes(keys: &Tensor) -> bool {
+        let on_card = keys.device().is_cuda() && keys.dtype() == DType::F32;
+        fused::asked(keys) || (on_card && !keys.track_op() && !fused::is_plain())
+    }
+
+    /// Packs keys `[batch, context, head, d]` and values `[batch, context, head, w]` of the sites
+    /// where `mask` is 1. Tensors must be f32, on the CPU or on a card; nothing is recorded for
+    /// gradients.
+    ///
+    /// # Shapes
+    /// `sites` `[batch, context, dim]`, `mask` `[batch, context]`.
+    /// # Errors
+    /// [`Error::Axis`] if arguments disagree about an axis they share; [`Error::Input`] for numbers that
+    /// the CPU does not have.
+    pub fn new(
+        k: &Tensor,
+        v: &Tensor,
+        sites: &Tensor,
+        mask: &Tensor,
+        bias: Option<&Bias>,
+        reading: Reading,
+    ) -> Result<Reader> {
+        let (batch, _, heads, d) = k.dims4()?;
+        if v.dims()[..3] != k.dims()[..3] || sites.dims()[..2] != k.dims()[..2] {
+            return Err(Error::axis(
+                "keys against values and sites, [batch, context]",
+                format!("{:?}", k.dims()),
+                format!("{:?} and {:?}", v.dims(), sites.dims()),
+            ));
+        }
+        let held = if k.device().is_cuda() {
+            Held::Card(Box::new(cuda::Context::new([k, v, sites, mask], bias, reading)?))
+        } else {
+            Held::Host(Box::new(OnHost::new([k, v, sites, mask], bias, reading)?))
+        };
+        Ok(Reader { held, shape: [batch, heads, d] })
+    }
+
+    /// `Σₖ wₖ vₖ` for each query, `w = softmax(q·k / √d + bias)`; 0 where nothing is in reach.
+    ///
+    /// # Shapes
+    /// `q` `[batch, target, head, d]`, `sites` `[batch, target, dim]`; returns `[batch, target, head, w]`.
+    /// # Errors
+    /// [`Error::Axis`] if queries and context disagree about an axis they share.
+    pub fn read(&self, q: &Tensor, sites: &Tensor) -> Result<Tensor> {
+        let (batch, _, heads, d) = q.dims4()?;
+        if [batch, heads, d] != self.shape {
+            return Err(Error::axis(
+                "queries against the context, [batch, head, d]",
+                format!("{:?}", [batch, heads, d]),
+                format!("{:?}", self.shape),
+            ));
+        }
+        match &self.held {
+            Held::Host(host) => host.read(q, sites),
+            Held::Card(context) => context.read(q, sites),
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        match &self.held {
+            Held::Host(host) => host.bytes(),
+            Held::Card(context) => context.bytes(),
+        }
+    }
+
+    /// How much was read so far.
+    pub fn tally(&self) -> Tally {
+        match &self.held {
+            Held::Host(host) => host.tally(),
+            Held::Card(context) => context.tally(),
+        }
+    }
+}
+
+/// A context in the memory of the processor.
+struct OnHost {
     rows: Box<[Row]>,
     shape: Shape,
     bias: Option<Radial>,
@@ -143,37 +235,20 @@ struct Tabled {
     highest: Vec<f32>,
 }
 
-impl Reader {
-    /// Packs keys `[batch, context, head, d]` and values `[batch, context, head, w]` of the sites
-    /// where `mask` is 1. Tensors must be f32 on the CPU; nothing is recorded for gradients.
-    ///
-    /// # Shapes
-    /// `sites` `[batch, context, dim]`, `mask` `[batch, context]`.
-    /// # Errors
-    /// [`Error::Axis`] if arguments disagree about an axis they share; [`Error::Input`] for numbers that
-    /// the CPU does not have.
-    pub fn new(
-        k: &Tensor,
-        v: &Tensor,
-        sites: &Tensor,
-        mask: &Tensor,
+impl OnHost {
+    /// Keys, values, sites and mask.
+    fn new(
+        [k, v, sites, mask]: [&Tensor; 4],
         bias: Option<&Bias>,
         reading: Reading,
-    ) -> Result<Reader> {
-        let (batch, context, heads, d) = k.dims4()?;
-        let (_, _, _, w) = v.dims4()?;
+    ) -> Result<OnHost> {
         if reading.precision == Precision::Tf32 {
             return Err(Error::input("tf32 is a number of NVIDIA's tensor cores, not of the CPU")
                 .fact("precision", reading.precision.name())
                 .try_this("use --precision bf16 or f32, or --device cuda"));
         }
-        if v.dims()[..3] != k.dims()[..3] || sites.dims()[..2] != k.dims()[..2] {
-            return Err(Error::axis(
-                "keys against values and sites, [batch, context]",
-                format!("{:?}", k.dims()),
-                format!("{:?} and {:?}", v.dims(), sites.dims()),
-            ));
-        }
+        let (batch, context, heads, d) = k.dims4()?;
+        let (_, _, _, w) = v.dims4()?;
         let metric = bias.map_or(Metric::Euclidean, |b| b.metric);
         let (k, v, mask) = (k.contiguous()?, v.contiguous()?, mask.contiguous()?);
         let (places, points) = (sites.contiguous()?, geometry(sites, metric)?.contiguous()?);
@@ -213,7 +288,7 @@ impl Reader {
         // A little farther than the support: rounding may not cut off what still has weight.
         let reach2 = of(&|b, h| (b.support_straight(h) * 1.000_001).powi(2), f32::INFINITY).into();
         let sink = bias.as_ref().and_then(Radial::sinks).map(Vec::into);
-        Ok(Reader {
+        Ok(OnHost {
             rows,
             shape,
             envelope: Envelope::new(heads, bias.as_ref()),
@@ -229,21 +304,8 @@ impl Reader {
         })
     }
 
-    /// `Σₖ wₖ vₖ` for each query, `w = softmax(q·k / √d + bias)`; 0 where nothing is in reach.
-    ///
-    /// # Shapes
-    /// `q` `[batch, target, head, d]`, `sites` `[batch, target, dim]`; returns `[batch, target, head, w]`.
-    /// # Errors
-    /// [`Error::Axis`] if queries and context disagree about an axis they share.
-    pub fn read(&self, q: &Tensor, sites: &Tensor) -> Result<Tensor> {
+    fn read(&self, q: &Tensor, sites: &Tensor) -> Result<Tensor> {
         let (batch, targets, heads, d) = q.dims4()?;
-        if (batch, heads, d) != (self.rows.len(), self.shape.heads, self.shape.d) {
-            return Err(Error::axis(
-                "queries against the context, [batch, head, d]",
-                format!("{:?}", [batch, heads, d]),
-                format!("{:?}", [self.rows.len(), self.shape.heads, self.shape.d]),
-            ));
-        }
         let metric = self.bias.as_ref().map_or(Metric::Euclidean, |b| b.metric);
         let (q, places) = (q.contiguous()?, sites.contiguous()?);
         let points = geometry(sites, metric)?.contiguous()?;
@@ -377,13 +439,11 @@ impl Reader {
         Ok(tabled)
     }
 
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         self.rows.iter().map(|r| r.keys.bytes() + 4 * r.boxes.sides.len()).sum()
     }
 
-    /// How much was read so far.
-    pub fn tally(&self) -> Tally {
+    fn tally(&self) -> Tally {
         let load = |x: &AtomicU64| x.load(Ordering::Relaxed);
         Tally { read: load(&self.read), all: load(&self.all) }
     }
@@ -469,17 +529,17 @@ fn highest_from(radial: &Radial, head: usize, from: f64, to: f64) -> f64 {
 }
 
 /// The largest bias at or beyond a squared straight line, by quarters of octaves.
-struct Envelope {
+pub(super) struct Envelope {
     /// `[head, cell]`, powers of two.
-    cells: Box<[f32]>,
+    pub(super) cells: Box<[f32]>,
 }
 
 impl Envelope {
     /// Bits of 2⁻⁴⁰, where the first cell ends, and cells in all: up to 2⁴⁰.
     const FIRST: i32 = (127 - 40) << 23;
-    const CELLS: usize = 4 * 80;
+    pub(super) const CELLS: usize = 4 * 80;
 
-    fn new(heads: usize, bias: Option<&Radial>) -> Envelope {
+    pub(super) fn new(heads: usize, bias: Option<&Radial>) -> Envelope {
         let mut cells = vec![0.0; heads * Self::CELLS].into_boxed_slice();
         if let Some(bias) = bias {
             for (i, cell) in cells.iter_mut().enumerate() {
@@ -503,8 +563,13 @@ impl Envelope {
     }
 }
 
+/// Least and most; ∞ and −∞ of nothing.
+pub(super) fn extent<'a>(xs: impl Iterator<Item = &'a f32>) -> [f32; 2] {
+    xs.fold([f32::INFINITY, f32::NEG_INFINITY], |[a, b], x| [a.min(*x), b.max(*x)])
+}
+
 /// Boxes around blocks of keys, and around runs of such boxes.
-struct Boxes {
+pub(super) struct Boxes {
     dim: usize,
     blocks: usize,
     /// `[block, dim, (least, most)]`, then the same for runs of [`Boxes::RUN`] blocks, then for all.
@@ -516,14 +581,18 @@ impl Boxes {
     const RUN: usize = 32;
 
     fn new(keys: &Packed) -> Boxes {
-        let (dim, blocks) = (keys.shape().dim, keys.blocks());
+        Boxes::around(keys.shape().dim, keys.blocks(), |b, i| extent(keys.coordinates(b, i).iter()))
+    }
+
+    /// From the least and most of every block along every dimension.
+    pub(super) fn around(
+        dim: usize,
+        blocks: usize,
+        extent: impl Fn(usize, usize) -> [f32; 2],
+    ) -> Boxes {
         let mut sides = Vec::with_capacity((blocks + blocks.div_ceil(Self::RUN) + 1) * 2 * dim);
         for b in 0..blocks {
-            for i in 0..dim {
-                let xs = keys.coordinates(b, i);
-                sides.push(xs.iter().fold(f32::INFINITY, |m, x| m.min(*x)));
-                sides.push(xs.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x)));
-            }
+            (0..dim).for_each(|i| sides.extend(extent(b, i)));
         }
         let around = |boxes: &[f32]| -> Vec<f32> {
             let mut sides = [f32::INFINITY, f32::NEG_INFINITY].repeat(dim);
@@ -553,7 +622,13 @@ impl Boxes {
     }
 
     /// Blocks nearer than `farthest`, with their squared distance; nearest first if asked.
-    fn near(&self, tile: &[[f32; 2]], farthest: f32, sorted: bool, list: &mut Vec<(f32, u32)>) {
+    pub(super) fn near(
+        &self,
+        tile: &[[f32; 2]],
+        farthest: f32,
+        sorted: bool,
+        list: &mut Vec<(f32, u32)>,
+    ) {
         for run in 0..self.blocks.div_ceil(Self::RUN) {
             if self.gap2(tile, self.blocks + run) >= farthest {
                 continue;
@@ -591,7 +666,7 @@ impl Boxes {
 
 /// Numbers of sites, sorted along a Hilbert curve through their bounding square (Skilling 2004 for
 /// two dimensions; one dimension is sorted as it is).
-fn along_curve(sites: &[f32], dim: usize, mut order: Vec<u32>) -> Vec<u32> {
+pub(super) fn along_curve(sites: &[f32], dim: usize, mut order: Vec<u32>) -> Vec<u32> {
     const SIDE: u32 = 1 << 16;
     let extent = |i: usize| {
         let xs = order.iter().map(|j| sites[*j as usize * dim + i]);

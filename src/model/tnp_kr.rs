@@ -544,7 +544,7 @@ impl Attention {
                     )?));
                 }
                 let (k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
-                if fused::asked(&k) && !whole && *start == Start::Exact {
+                if Reader::takes(&k) && !v.track_op() && !whole && *start == Start::Exact {
                     let bias = bias.as_ref().map(|b| b.bias()?.collapse()).transpose()?;
                     let reader = Reader::new(&k, &v, sites, mask, bias.as_ref(), *reading)?;
                     return Ok(Cache::Reader(Box::new(reader)));

@@ -296,11 +296,11 @@ fn the_kernel_of_deep_kernel_attention_equals_its_layers() {
 #[cfg(feature = "cuda")]
 mod on_a_gpu {
     use candle_core::{Device, Var};
-    use isopleth::attention::{CHUNK, Precision, Start, scan};
+    use isopleth::attention::{Bias, CHUNK, Keys, Precision, Start, scan};
 
     use super::{
         super::{
-            cuda::on_a_gpu::{at, bias, gpu, keys},
+            cuda::on_a_gpu::{at, gpu},
             reader::gap,
         },
         *,
@@ -309,9 +309,12 @@ mod on_a_gpu {
     /// Asked only, and in f32 on the CUDA cores too, which is how gradients are recorded.
     fn every_way(case: &Case, device: &Device, law: impl Fn(&str, f64, &Tensor)) {
         let (q, asked) = (at(&case.q, device), at(&case.asked, device));
-        let bias = bias(case, device);
+        let [k, v, sites, mask] =
+            [&case.k, &case.v, &case.sites, &case.mask].map(|x| at(x, device));
+        let keys = Keys::pack(&k, &v, &sites, &mask).unwrap();
+        let bias = case.bias.as_ref().map(|b| Bias { params: at(&b.params, device), ..b.clone() });
         let read = |q: &Tensor, precision| {
-            let keys = keys(case, device).read_in(precision);
+            let keys = keys.clone().read_in(precision);
             let out = scan(q, &asked, &keys, bias.as_ref(), CHUNK, Start::Exact).unwrap();
             out.detach().to_device(&Device::Cpu).unwrap()
         };

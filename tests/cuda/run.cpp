@@ -52,15 +52,15 @@ static void run(const Kernels &kernels, int operation, const Problem &p, unsigne
         const Array<float> reach2(read<float>(p.heads)), envelope(read<float>((size_t)p.heads * CELLS));
         const Array<float> norm(read<float>(p.batch * tiles * p.heads)), longest(read<float>((size_t)p.batch * p.heads));
         const float share = read<float>(1)[0];
-        const Array<unsigned long long> tally(std::vector<unsigned long long>(2, 0));
+        const Array<unsigned long long> tally(std::vector<unsigned long long>(1, 0));
         launch(grid, threads, 0, [&] {
             kernels.near(p, q.data, kv.data, params.data, sites.data, places.data, mask.data, from.data, tile.data,
                          gap2.data, order.data, reach2.data, envelope.data, norm.data, longest.data, tally.data, share,
                          out.data, marks.data);
         });
         write(out), write(marks);
-        const float read[2] = {(float)tally.data[0], (float)tally.data[1]};
-        std::fwrite(read, sizeof(float), 2, stdout);
+        const float read = (float)tally.data[0];
+        std::fwrite(&read, sizeof(float), 1, stdout);
         return;
     }
     Array<float> parts(p.splits * out.size), part_marks(p.splits * marks.size);

@@ -2,7 +2,7 @@
 
 use candle_core::{CudaStorage, Error, Layout, Result, Shape, Tensor};
 
-use super::{Bias, Keys, Numbers, Places, Problem};
+use super::{Bias, Chosen, Keys, Numbers, Places, Problem};
 
 /// Never.
 pub fn applies(_: &Tensor, _: &Tensor, _: &Keys, _: Option<&Bias>) -> bool {
@@ -20,6 +20,11 @@ pub fn forward(
 
 /// An error that says so.
 pub fn gradients(_: &Problem, _: &Places, _: [&Tensor; 6]) -> Result<[Tensor; 3]> {
+    Err(Error::NotCompiledWithCudaSupport)
+}
+
+/// An error that says so.
+pub(super) fn near(_: &Problem, _: &Places, _: [&Tensor; 3], _: &Chosen) -> Result<Tensor> {
     Err(Error::NotCompiledWithCudaSupport)
 }
 

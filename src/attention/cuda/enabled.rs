@@ -7,7 +7,7 @@ use candle_core::{
     backend::BackendStorage,
     bail,
     cuda_backend::{
-        WrapErr,
+        CudaDType, WrapErr,
         cudarc::driver::{
             CudaSlice, CudaView, DeviceRepr, LaunchConfig, PushKernelArg, sys::CUdevice_attribute,
         },
@@ -15,8 +15,9 @@ use candle_core::{
     op::BackpropOp,
 };
 
-use super::{Bias, Keys, Metric, Places, Problem, SIDE, TERMS};
+use super::{Bias, Chosen, KEYS, Keys, Metric, NEAR, Places, Problem, SIDE, TERMS};
 use crate::{
+    attention::reader::Envelope,
     device::kernels::{Kernels, kernels},
     fused,
 };
@@ -62,6 +63,14 @@ impl<'a> Borrowed<'a> {
 
     pub(super) fn view(&self, len: usize) -> Result<CudaView<'_, f32>> {
         view((self.storage()?, self.layout), len)
+    }
+
+    /// All its values, of whatever kind.
+    fn values<T: CudaDType>(&self) -> Result<CudaView<'_, T>> {
+        match self.layout.contiguous_offsets() {
+            Some((start, end)) => Ok(self.storage()?.as_cuda_slice::<T>()?.slice(start..end)),
+            None => bail!("scan attention needs contiguous input"),
+        }
     }
 }
 
@@ -241,6 +250,52 @@ pub fn forward(
     let shape = Shape::from((batch, targets, heads * w));
     let marks = tensor(marks, &device, (batch, targets, 2 * heads));
     Ok((CudaStorage::wrap_cuda_slice(out, device), shape, marks))
+}
+
+/// As [`forward`], of part of the context: the answer alone.
+pub(super) fn near(
+    problem: &Problem,
+    places: &Places,
+    [q, kv, params]: [&Tensor; 3],
+    chosen: &Chosen,
+) -> Result<Tensor> {
+    let Problem { batch, targets, context, heads, d, w, terms, .. } = *problem;
+    let [q, kv, params] = [q, kv, params].map(Borrowed::of);
+    let device = q.storage()?.device().clone();
+    let sizes = Sizes::of(problem, 1, [aligned(q.layout), aligned(kv.layout)])?;
+    let q = q.view(batch * targets * heads * d)?;
+    let kv = kv.view(batch * context * heads * (d + w))?;
+    let params = params.view(heads * terms.len().max(1) * 3)?;
+    let given = Given::of(places);
+    let [points, key_points, mask] = given.views(problem)?;
+    let blocks = targets.div_ceil(problem.queries_of_near());
+    let [from, tile, order] = [chosen.from, chosen.tile, chosen.order].map(Borrowed::of);
+    let (from, tile, order) =
+        (from.values::<u32>()?, tile.values::<u32>()?, order.values::<u32>()?);
+    if from.len() != batch * blocks + 1 || order.len() != batch * targets {
+        bail!("{} lists and {} queries for {batch} rows", from.len(), order.len());
+    }
+    let [gap2, reach2, envelope] = [chosen.gap2, chosen.reach2, chosen.envelope].map(Borrowed::of);
+    let (gap2, reach2) = (gap2.view(tile.len())?, reach2.view(heads)?);
+    let envelope = envelope.view(heads * Envelope::CELLS)?;
+    let [norm, longest, tally] = [chosen.norm, chosen.longest, chosen.tally].map(Borrowed::of);
+    let norm = norm.view(batch * context.div_ceil(KEYS) * heads)?;
+    let (longest, tally) = (longest.view(batch * heads)?, tally.values::<i64>()?);
+    let mut out = room::<f32>(&device, batch * targets * heads * w)?;
+    let mut marks = room::<f32>(&device, batch * targets * heads * 2)?;
+
+    let stream = device.cuda_stream();
+    let width = problem.width().unwrap_or_default();
+    let kernel = SCAN.get(&device, &format!("near_{}_{width}", problem.kind()))?;
+    let mut run = stream.launch_builder(&kernel);
+    run.arg(&sizes).arg(&q).arg(&kv).arg(&params).arg(&points).arg(&key_points).arg(&mask);
+    run.arg(&from).arg(&tile).arg(&gap2).arg(&order).arg(&reach2).arg(&envelope);
+    run.arg(&norm).arg(&longest).arg(&tally).arg(&chosen.share).arg(&mut out).arg(&mut marks);
+    // SAFETY: the arguments are those of `near_KIND_WIDTH` in `scan.cu`, in their order. It writes to the
+    // last two, and adds to the tally, which nothing else holds until the answer is made.
+    unsafe { run.launch(grid(problem, blocks, NEAR, 0)) }.w()?;
+    drop(run);
+    Ok(tensor(out, &device, (batch, targets, heads * w)))
 }
 
 /// Answers and marks of all parts of the keys, made those of the whole: so many numbers each.

@@ -15,17 +15,23 @@ mod disabled;
 mod dka;
 #[cfg(feature = "cuda")]
 mod enabled;
+mod near;
 #[cfg(feature = "cuda")]
 pub(super) mod tensor;
 
 #[cfg(not(feature = "cuda"))]
 pub(crate) use disabled::dka::DeepKernel;
 #[cfg(not(feature = "cuda"))]
+use disabled::near;
+#[cfg(not(feature = "cuda"))]
 pub(super) use disabled::{applies, forward, gradients, tensor};
 #[cfg(feature = "cuda")]
 pub(crate) use dka::DeepKernel;
 #[cfg(feature = "cuda")]
+use enabled::near;
+#[cfg(feature = "cuda")]
 pub(super) use enabled::{applies, forward, gradients};
+pub(super) use near::Context;
 
 /// What tensor cores multiply; sums and all the rest are f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +67,7 @@ impl Numbers {
 }
 
 /// Where queries and keys are, on the device.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code))]
 pub(super) struct Places {
     /// `[batch, target, dim]`: queries as points of [`super::bias::geometry`].
     pub points: Tensor,
@@ -79,6 +86,29 @@ impl Places {
             mask: mask.contiguous()?,
         })
     }
+}
+
+/// What blocks of queries read, where that is not all.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+struct Chosen<'a> {
+    /// `[batch · block + 1]`: where the list of each block begins.
+    from: &'a Tensor,
+    /// `[entry]`: tiles of keys, and their squared straight line from the block, nearest first.
+    tile: &'a Tensor,
+    gap2: &'a Tensor,
+    /// `[batch, target]`: numbers of the queries, block by block.
+    order: &'a Tensor,
+    /// `[head]`: squared straight line from which on nothing is read.
+    reach2: &'a Tensor,
+    /// `[head, cell]`: the largest bias at or beyond a squared straight line.
+    envelope: &'a Tensor,
+    /// `[batch, tile, head]` and `[batch, head]`: longest keys.
+    norm: &'a Tensor,
+    longest: &'a Tensor,
+    /// One number: queries times tiles that were read, added to.
+    tally: &'a Tensor,
+    /// Share of a query's weight below which a key is left out.
+    share: f32,
 }
 
 /// What is asked of the kernels, beside tensors.
@@ -107,6 +137,8 @@ const SIDE: usize = 65_535;
 /// Threads of a warp, and of a block at most, as in `scan.cu`.
 const WARP: usize = 32;
 const THREADS: usize = 128;
+/// Threads of a block that reads part of the context.
+const NEAR: usize = 64;
 /// Numbers of a key that one thread holds, and keys that are staged together: `team.h`, `scan.h`.
 const PART: usize = 8;
 const KEYS: usize = 32;
@@ -177,6 +209,17 @@ impl Problem<'_> {
             blocks,
             splits: (processors * RESIDENT / all).clamp(1, most),
         }
+    }
+
+    /// Whether there is a kernel that reads part of the context.
+    fn has_near(&self) -> bool {
+        self.fits() && self.kind() != "none"
+    }
+
+    /// Queries of a block that reads part of the context: few, so that they are near each other.
+    fn queries_of_near(&self) -> usize {
+        let width = self.width().unwrap_or(PART);
+        (if width == 8 { 4 } else { 8 }) * NEAR / (width / PART)
     }
 
     /// A kernel of the gradient, over so many rows: queries, or keys.
