@@ -92,7 +92,7 @@ pub fn available(attention: Attention, plan: &Plan) -> Result<()> {
 
 /// Refuses fewer bits.
 fn no_bf16() -> Error {
-    Error::input("bf16 is for contexts that scan attention reads, or sparse on the CPU; tf32 for scan on a GPU")
+    Error::input("bf16 is for contexts that scan or sparse attention reads, on a GPU scan only; tf32 for those that scan reads there")
         .try_this("use --precision f32")
 }
 

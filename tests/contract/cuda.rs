@@ -539,13 +539,13 @@ fn the_emulated_kernel_leaves_out_no_more_than_allowed() {
 }
 
 #[cfg(feature = "cuda")]
-mod on_a_gpu {
+pub mod on_a_gpu {
     use isopleth::attention::{CHUNK, Reader, Reading, Start, scan};
 
     use super::*;
 
     /// The GPU, if there is one; a must where `ISOPLETH_GPU` is set.
-    fn gpu() -> Option<Device> {
+    pub fn gpu() -> Option<Device> {
         match isopleth::device::open("cuda") {
             Ok(device) => Some(device),
             Err(e) if std::env::var_os("ISOPLETH_GPU").is_some() => panic!("{e}: {:?}", e.facts()),
@@ -556,7 +556,7 @@ mod on_a_gpu {
         }
     }
 
-    fn at(x: &Tensor, device: &Device) -> Tensor {
+    pub fn at(x: &Tensor, device: &Device) -> Tensor {
         single(x).to_device(device).unwrap()
     }
 

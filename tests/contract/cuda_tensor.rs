@@ -292,3 +292,67 @@ fn the_kernel_of_deep_kernel_attention_equals_its_layers() {
         assert!(apart < 2e-6 * top, "{sizes:?}: off by {apart:e} of {top}");
     }
 }
+
+#[cfg(feature = "cuda")]
+mod on_a_gpu {
+    use candle_core::{Device, Var};
+    use isopleth::attention::{Bias, CHUNK, Keys, Precision, Start, scan};
+
+    use super::{
+        super::{
+            cuda::on_a_gpu::{at, gpu},
+            reader::gap,
+        },
+        *,
+    };
+
+    /// Asked only, and in f32 on the CUDA cores too, which is how gradients are recorded.
+    fn every_way(case: &Case, device: &Device, law: impl Fn(&str, f64, &Tensor)) {
+        let (q, asked) = (at(&case.q, device), at(&case.asked, device));
+        let [k, v, sites, mask] =
+            [&case.k, &case.v, &case.sites, &case.mask].map(|x| at(x, device));
+        let keys = Keys::pack(&k, &v, &sites, &mask).unwrap();
+        let bias = case.bias.as_ref().map(|b| Bias { params: at(&b.params, device), ..b.clone() });
+        let read = |q: &Tensor, precision| {
+            let keys = keys.clone().read_in(precision);
+            let out = scan(q, &asked, &keys, bias.as_ref(), CHUNK, Start::Exact).unwrap();
+            out.detach().to_device(&Device::Cpu).unwrap()
+        };
+        for (precision, numbers) in [
+            (Precision::Bf16, Numbers::Bf16),
+            (Precision::Tf32, Numbers::Tf32),
+            (Precision::F32, Numbers::Exact),
+        ] {
+            law(precision.name(), numbers.allowed(), &read(&q, precision));
+        }
+        let recorded = Var::from_tensor(&q).unwrap();
+        law("recorded", Numbers::Exact.allowed(), &read(&recorded, Precision::F32));
+    }
+
+    #[test]
+    fn tensor_cores_of_a_gpu_equal_full_attention() {
+        let Some(device) = gpu() else { return };
+        let mut rng = Stream::new(41, "tensor", 0);
+        let large = Shape { targets: 1000, context: 3000, d: 32, w: 32, size: 0.5, ..USUAL };
+        for shape in shapes().into_iter().chain([large]) {
+            for terms in BIASES {
+                for metric in [Metric::Euclidean, Metric::GreatCircle] {
+                    let case = case(&mut rng, &shape, terms, metric);
+                    let compact = terms.iter().any(|t| t.0 == Term::Wendland);
+                    every_way(&case, &device, |way, allowed, out| {
+                        let (found, name) =
+                            (off(out, &case), format!("{way}: {shape:?}, {terms:?}"));
+                        let allowed = allowed.max(if compact { 2e-5 } else { 0.0 });
+                        assert!(found < allowed, "{name}, {metric:?}: {found:e}");
+                    });
+                }
+            }
+        }
+        for (name, case) in extreme() {
+            every_way(&case, &device, |way, allowed, out| {
+                let found = gap(out, &case.reference());
+                assert!(found < allowed, "{way}, {name}: {found:e}");
+            });
+        }
+    }
+}

@@ -747,3 +747,27 @@ fn joint_draws_are_offered_or_refused() -> Result<()> {
         Ok(())
     })
 }
+
+/// What is trained on one device is asked on another.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_answers_as_the_cpu_does() -> Result<()> {
+    let Some(device) = super::cuda::on_a_gpu::gpu() else { return Ok(()) };
+    each(|name, entry, likelihood| {
+        let task = batch(likelihood, 50)?.task;
+        let mut params = fresh(4);
+        tiny(entry, likelihood, &mut params);
+        let tensors = params.vars().iter().map(|(p, v)| (p.clone(), v.as_tensor().clone()));
+        let tensors: BTreeMap<_, _> = tensors.collect();
+        let here = tiny(entry, likelihood, &mut Params::frozen(tensors.clone(), &CPU, DType::F32));
+        let there = tiny(entry, likelihood, &mut Params::frozen(tensors, &device, DType::F32));
+        let moved = task.to_device(&device)?;
+        let (truth, found) = (
+            ask(&here, &task.context, &task.target.sites)?,
+            ask(&there, &moved.context, &moved.target.sites)?,
+        );
+        let moved = gap(&found, &truth);
+        assert!(moved < 10.0 * ROUNDING, "{name}: the GPU moved the predictive by {moved:e}");
+        Ok(())
+    })
+}
