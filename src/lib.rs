@@ -7,6 +7,7 @@
 pub mod attention;
 pub mod baseline;
 mod bench;
+mod benchmark;
 pub mod checkpoint;
 pub mod cli;
 pub mod device;

@@ -1,13 +1,15 @@
-//! Cholesky factors in f64, with the jitter they needed.
+//! Cholesky factors in f64, with the jitter they needed; and extreme singular values.
 //!
 //! Source: Golub & Van Loan (2013), section 4.2; the arithmetic is `faer`'s. Everything runs on one
 //! thread, so that the number of threads can never change a digit: parallelism is over tasks.
 
 use faer::{
     Mat, MatRef, Par,
+    diag::Diag,
     dyn_stack::{MemBuffer, MemStack},
     linalg::{
         cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch},
+        svd::{ComputeSvdVectors, svd, svd_scratch},
         triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place},
     },
 };
@@ -128,6 +130,63 @@ impl Cholesky {
         solve_upper_triangular_in_place(self.lower().transpose(), x.as_mut(), Par::Seq);
         x.col_as_slice(0).to_vec()
     }
+}
+
+/// A singular value with its unit vectors: `value = leftᵀ A right`.
+#[derive(Debug, Clone)]
+pub struct Singular {
+    /// How much the matrix stretches `right`.
+    pub value: f64,
+    /// `[rows]`.
+    pub left: Vec<f64>,
+    /// `[columns]`.
+    pub right: Vec<f64>,
+}
+
+/// The largest and the smallest of the min(rows, columns) singular values of a row-major matrix.
+///
+/// ```
+/// let [most, least] = isopleth::linalg::extremes(&[3.0, 0.0, 0.0, 0.0, -2.0, 0.0], 2, 3)?;
+/// assert!((most.value - 3.0).abs() < 1e-12 && (least.value - 2.0).abs() < 1e-12);
+/// assert!((least.left[1] * least.right[1] + 1.0).abs() < 1e-12);
+/// # Ok::<(), isopleth::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Axis`] if `matrix` does not hold rows · columns numbers, or none;
+/// [`Error::Input`] if a number is not finite.
+pub fn extremes(matrix: &[f64], rows: usize, columns: usize) -> Result<[Singular; 2]> {
+    let size = rows.min(columns);
+    if matrix.len() != rows * columns || size == 0 {
+        let expected = format!("{rows} rows of {columns}");
+        return Err(Error::axis("numbers in a matrix", matrix.len().to_string(), expected));
+    }
+    let unsound = || Error::input("a matrix has no singular values: a number is not finite");
+    if matrix.iter().any(|x| !x.is_finite()) {
+        return Err(unsound());
+    }
+    let a = Mat::from_fn(rows, columns, |i, j| matrix[i * columns + j]);
+    let (mut u, mut v) = (Mat::zeros(rows, size), Mat::zeros(columns, size));
+    let mut s = Diag::zeros(size);
+    let thin = ComputeSvdVectors::Thin;
+    let memory = svd_scratch::<f64>(rows, columns, thin, thin, Par::Seq, Default::default());
+    svd(
+        a.as_ref(),
+        s.as_mut(),
+        Some(u.as_mut()),
+        Some(v.as_mut()),
+        Par::Seq,
+        MemStack::new(&mut MemBuffer::new(memory)),
+        Default::default(),
+    )
+    .map_err(|_| unsound())?;
+    let values = s.column_vector();
+    let one = |i: usize| Singular {
+        value: values[i],
+        left: u.col_as_slice(i).to_vec(),
+        right: v.col_as_slice(i).to_vec(),
+    };
+    Ok([one(0), one(size - 1)])
 }
 
 fn column(values: &[f64]) -> Mat<f64> {

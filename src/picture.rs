@@ -20,6 +20,7 @@ use crate::{
     geo::{crs::Crs, grid::Grid},
 };
 
+pub mod curves;
 pub mod panels;
 
 /// Width and height of the map itself, pixels, at most.

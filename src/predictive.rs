@@ -4,11 +4,16 @@
 //! Gaussian). [`Predictive`] is the differentiable form, in tensors; [`Marginals`] is the host
 //! form in f64, which answers in outcome units by quadrature.
 
+use std::sync::Arc;
+
 use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 use statrs::function::erf::{erfc, erfc_inv};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    sites::Observations,
+};
 
 /// How the link scale, on which surfaces live, relates to the outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -85,6 +90,18 @@ pub struct Predictive {
     pub surface_sd: Tensor,
     /// Component sds of a new observation `[batch, target, component]`, ≥ `surface_sd`.
     pub observation_sd: Tensor,
+    /// The law of the observation itself, from heads that end in counts or classes; what stands
+    /// above is then its likeness on the link scale.
+    pub law: Option<Arc<dyn Law>>,
+}
+
+/// The law of an observation itself, rather than of what it reads.
+pub trait Law: std::fmt::Debug + Send + Sync {
+    /// Log probability of what was seen at each target: `[batch, target]`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if what was seen is not of the law's kind.
+    fn log_prob(&self, seen: &Observations) -> Result<Tensor>;
 }
 
 impl Predictive {
@@ -95,7 +112,8 @@ impl Predictive {
         surface_sd: Tensor,
         observation_sd: Tensor,
     ) -> Result<Self> {
-        Ok(Predictive { link, log_weight: mean.zeros_like()?, mean, surface_sd, observation_sd })
+        let log_weight = mean.zeros_like()?;
+        Ok(Predictive { link, log_weight, mean, surface_sd, observation_sd, law: None })
     }
 
     /// Log density of `value` `[batch, target, 1]` on the link scale; returns `[batch, target]`.

@@ -45,23 +45,44 @@ pub enum Reward {
     Surface,
     /// The true noisy value alone: the published benchmarks of the family.
     Observation,
+    /// What was counted, with no truth to be told: for heads that end in a law of counts.
+    Outcome,
 }
 
 impl Reward {
     /// What is foretold, with the truth `[batch, target, 1]`, link scale.
-    pub fn truths(self, task: &Task) -> Vec<(Of, &Tensor)> {
+    ///
+    /// # Errors
+    /// [`Error::Input`] for outcomes, which are counted and no truths.
+    pub fn truths(self, task: &Task) -> Result<Vec<(Of, &Tensor)>> {
         let (surface, noisy) = ((Of::Surface, &task.surface), (Of::Observation, &task.noisy));
         match self {
-            Reward::Both => vec![surface, noisy],
-            Reward::Surface => vec![surface],
-            Reward::Observation => vec![noisy],
+            Reward::Both => Ok(vec![surface, noisy]),
+            Reward::Surface => Ok(vec![surface]),
+            Reward::Observation => Ok(vec![noisy]),
+            Reward::Outcome => {
+                Err(Error::input("this model learns from surfaces, not from counts")
+                    .try_this("use loss = \"both\" under [train]"))
+            }
         }
     }
 
     /// Log density of the truth at each target, summed over what is foretold: `[batch, target]`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for [`Reward::Outcome`] of a predictive without a law of outcomes.
     pub fn density(self, predictive: &Predictive, task: &Task) -> Result<Tensor> {
+        if self == Reward::Outcome {
+            let Some(law) = &predictive.law else {
+                return Err(Error::input("this model has no law of counts to be rewarded for")
+                    .try_this(
+                        "set family = \"beta-binomial\" under [model.head], or another loss",
+                    ));
+            };
+            return law.log_prob(&task.target);
+        }
         let mut total: Option<Tensor> = None;
-        for (of, truth) in self.truths(task) {
+        for (of, truth) in self.truths(task)? {
             let density = predictive.log_prob(of, truth)?;
             total = Some(match total {
                 Some(before) => (before + density)?,
@@ -98,6 +119,13 @@ pub trait Posterior: Send + Sync {
     /// Joint log density of `values` `[batch, target, 1]` (link scale) over all `targets`:
     /// `[batch]`. Nothing for processes that know each target only alone.
     fn joint(&self, _targets: &Sites, _of: Of, _values: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// What the posterior is made from, one row per task: `[batch, width]`. Where every number is
+    /// positive, they are weights of a whole, up to a factor. Nothing for processes that do not sum
+    /// up a context in few numbers.
+    fn embedding(&self) -> Result<Option<Tensor>> {
         Ok(None)
     }
 

@@ -17,7 +17,7 @@ const LAYERS: &[&[&str]] = &[
     &["recipe"],
     &["checkpoint"],
     &["train", "mapping", "picture"],
-    &["bench"],
+    &["bench", "benchmark"],
     &["cli"],
 ];
 /// The words are one vocabulary and may refer to each other.

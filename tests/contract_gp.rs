@@ -1,5 +1,7 @@
 //! Laws of kernels, scores and exact Gaussian processes, over everything registered.
 
+#[path = "contract/autoregressive.rs"]
+mod autoregressive;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
 #[path = "contract/kernels.rs"]

@@ -2,12 +2,16 @@
 
 #[path = "contract/attention.rs"]
 mod attention;
+#[path = "contract/convcnp.rs"]
+mod convcnp;
 #[path = "contract/cuda.rs"]
 mod cuda;
 #[path = "contract/cuda_tensor.rs"]
 mod cuda_tensor;
 #[path = "contract/fused.rs"]
 mod fused;
+#[path = "contract/latent.rs"]
+mod latent;
 #[path = "contract/models.rs"]
 mod models;
 #[path = "contract/reader.rs"]

@@ -8,6 +8,8 @@ mod backward;
 pub mod bias;
 mod cuda;
 mod full;
+mod ordered;
+mod performer;
 mod reader;
 mod scan;
 mod table;
@@ -15,6 +17,8 @@ mod table;
 pub use bias::{Bias, Metric, Radial, Term};
 pub(crate) use cuda::DeepKernel;
 pub use full::full;
+pub use ordered::ordered;
+pub use performer::{Performer, Summed};
 pub use reader::{Precision, Reader, Reading, Tally};
 pub(crate) use scan::scan_joined;
 pub use scan::{CHUNK, Start, scan};
@@ -31,7 +35,7 @@ pub struct Keys {
     /// `[batch, context]`, 1 = observed.
     pub mask: Tensor,
     /// What the kernels of a GPU multiply; every other way of computing is f32.
-    precision: Precision,
+    pub precision: Precision,
 }
 
 impl Keys {

@@ -15,7 +15,7 @@ use crate::{
     kernel::{Kernel, Matern, Metric, Smoothness},
     likelihood::Likelihood,
     linalg::Cholesky,
-    predictive::{Draws, Link, Predictive},
+    predictive::{Draws, Link, Of, Predictive},
     process::{Memory, Posterior, Process},
     rng::Stream,
     sites::{Observations, Sites},
@@ -432,6 +432,17 @@ impl Conditioned<'_> {
         (mean, c)
     }
 
+    /// Mean of the surface at `targets`, and its covariance there.
+    fn posterior(&self, row: &Fitted, targets: &[Vec<f64>]) -> (Vec<f64>, Mat<f64>) {
+        let (mean, shrink) = self.project(row, targets);
+        let n = targets.len();
+        let mut covariance =
+            Mat::from_fn(n, n, |i, j| self.gp.covariance(&targets[i], &targets[j]));
+        let known = shrink.as_ref();
+        matmul(covariance.as_mut(), Accum::Add, known.transpose(), known, -1.0, Par::Seq);
+        (mean, covariance)
+    }
+
     fn rows_agree(&self, targets: &Sites) -> Result<()> {
         if targets.batch() == self.rows.len() {
             return Ok(());
@@ -479,6 +490,47 @@ impl Posterior for Conditioned<'_> {
         )
     }
 
+    /// Exact, in f64. Nothing for counts, whose joint density is no Gaussian.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the targets' covariance is singular to rounding, as that of a smooth
+    /// surface without noise is: such values have no density.
+    fn joint(&self, targets: &Sites, of: Of, values: &Tensor) -> Result<Option<Tensor>> {
+        self.rows_agree(targets)?;
+        if self.gp.likelihood.counts() {
+            return Ok(None);
+        }
+        let shape = [targets.batch(), targets.len(), 1];
+        if values.dims() != shape {
+            let found = format!("{:?}", values.dims());
+            return Err(Error::axis("values and targets", found, format!("{shape:?}")));
+        }
+        let values = values.squeeze(2)?.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+        let noise = if of == Of::Observation { self.gp.nugget } else { 0.0 };
+        let density = |((row, sites), values): ((&Fitted, Vec<Vec<f64>>), Vec<f64>)| {
+            let (mean, mut covariance) = self.posterior(row, &sites);
+            (0..sites.len()).for_each(|i| covariance[(i, i)] += noise);
+            let factor = Cholesky::factor(covariance)?;
+            if factor.jitter > 0.0 {
+                return Err(Error::input(
+                    "these values have no joint density: their covariance is singular",
+                )
+                .fact("targets", sites.len())
+                .fact("noise variance", noise)
+                .try_this("ask about observations, which have noise"));
+            }
+            let n = sites.len();
+            let mut residual = Mat::from_fn(n, 1, |i, _| values[i] - mean[i]);
+            factor.whiten(&mut residual);
+            let square: f64 = residual.col_as_slice(0).iter().map(|v| v * v).sum();
+            let log_tau = (2.0 * std::f64::consts::PI).ln();
+            Ok(-0.5 * (square + factor.log_det() + n as f64 * log_tau))
+        };
+        let rows = self.rows.iter().zip(targets.host()?).zip(values);
+        let densities = rows.map(density).collect::<Result<Vec<f64>>>()?;
+        Ok(Some(Tensor::from_vec(densities, targets.batch(), targets.s.device())?))
+    }
+
     /// Surfaces on the link scale, for one row of targets. Laplace's approximation where counts
     /// were seen.
     fn draws(&self, targets: &Sites, n: usize, rng: &mut Stream) -> Result<Draws> {
@@ -487,11 +539,7 @@ impl Posterior for Conditioned<'_> {
             return Err(Error::axis("rows of targets to draw surfaces over", self.rows.len(), 1));
         };
         let sites = targets.host()?.swap_remove(0);
-        let (mean, shrink) = self.project(row, &sites);
-        let mut covariance =
-            Mat::from_fn(sites.len(), sites.len(), |i, j| self.gp.covariance(&sites[i], &sites[j]));
-        let known = shrink.as_ref();
-        matmul(covariance.as_mut(), Accum::Add, known.transpose(), known, -1.0, Par::Seq);
+        let (mean, covariance) = self.posterior(row, &sites);
         let factor = Cholesky::factor(covariance)?;
         let mut values = Vec::with_capacity(n * sites.len());
         for _ in 0..n {

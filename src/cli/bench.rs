@@ -15,7 +15,7 @@ use crate::{
     model::{self, tnp_kr::Config},
 };
 
-/// Measure attention, a model or a training step on this machine
+/// Measure the speed of attention, a model or a training step here (for scores: `benchmark`)
 #[derive(clap::Args)]
 #[command(after_help = "\
 Head pairs count how often a score stands between a query and a key: heads × context² for every layer \

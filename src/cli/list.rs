@@ -5,6 +5,7 @@ use serde_json::json;
 use super::say;
 use crate::{
     attention::Term,
+    benchmark::TASKS,
     checkpoint::shipped,
     error::{Error, Result},
     kernel::KERNELS,
@@ -19,7 +20,7 @@ use crate::{
 /// Show what there is to choose from, and where each comes from
 #[derive(clap::Args)]
 pub struct Args {
-    /// models, terms, priors, kernels, likelihoods, products or scores; all of them when left out
+    /// models, terms, priors, kernels, likelihoods, products, scores or benchmarks; all when left out
     registry: Option<String>,
     /// Print JSON: one array of {name, about} per registry
     #[arg(long)]
@@ -63,6 +64,11 @@ const SHELVES: &[Shelf] = &[
     },
     Shelf { name: "products", about: "what a map shows", entries: || entries(PRODUCTS) },
     Shelf { name: "scores", about: "how good a forecast was", entries: || entries(SCORES) },
+    Shelf {
+        name: "benchmarks",
+        about: "published protocols that `isopleth benchmark` trains and scores by",
+        entries: || entries(TASKS),
+    },
 ];
 
 impl Named for Shelf {

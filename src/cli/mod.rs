@@ -8,6 +8,7 @@ use std::{
 use crate::error::{Error, Result};
 
 pub mod bench;
+pub mod benchmark;
 pub mod calibrate;
 pub mod cards;
 mod environment;
@@ -47,6 +48,7 @@ enum Command {
     Calibrate(calibrate::Args),
     Inspect(inspect::Args),
     Bench(Box<bench::Args>),
+    Benchmark(benchmark::Args),
     List(list::Args),
 }
 
@@ -64,6 +66,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Calibrate(args) => calibrate::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Benchmark(args) => benchmark::run(args),
         Command::List(args) => list::run(args),
     }
 }

@@ -234,12 +234,15 @@ fn caption(draw: &Draw, link: Link, dim: usize) -> [String; 2] {
         _ => round(link.outcome(rule.mean)),
     };
     first += &format!(", mean {mean}");
-    let second = format!(
-        "range {}, sd {}, nugget sd {}",
-        ranges(&*rule.kernel, dim),
-        round(rule.kernel.sill().sqrt()),
-        round(rule.nugget.sqrt())
-    );
+    let nugget = round(rule.nugget.sqrt());
+    let second = match &rule.kernel {
+        Some(kernel) => format!(
+            "range {}, sd {}, nugget sd {nugget}",
+            ranges(&**kernel, dim),
+            round(kernel.sill().sqrt()),
+        ),
+        None => format!("nugget sd {nugget}"),
+    };
     [first, second]
 }
 

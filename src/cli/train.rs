@@ -79,6 +79,8 @@ pub fn run(args: &Args) -> Result<()> {
         device: device::open(&args.device)?,
         machine: device::describe(),
         start: args.start.clone(),
+        until: None,
+        threads: None,
     };
     let card = train::run(&recipe, &options, show)?;
     note(format!(

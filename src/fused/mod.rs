@@ -12,6 +12,8 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
 pub mod bf16;
 pub mod ceiling;
+pub mod conv;
+mod depthwise;
 mod gelu;
 pub(crate) mod lanes;
 mod layer_norm;
@@ -20,13 +22,19 @@ mod linear;
 pub mod log;
 pub mod matrix;
 pub mod mlp;
+pub mod set_conv;
 pub mod simd;
 pub(crate) mod softmax;
+mod softmax_first;
 pub(crate) mod softmax_gradient;
+pub mod special;
 
+pub use conv::conv;
+pub use depthwise::depthwise;
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use softmax_first::softmax_first;
 
 /// Whether the fused operations apply: f32 on the CPU, and nobody asked for the [`plain`] ones.
 pub fn applies(x: &Tensor) -> bool {

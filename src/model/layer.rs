@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::params::{Init, Scope};
@@ -33,14 +33,31 @@ impl Dense {
         })
     }
 
+    /// `inputs → outputs` without a bias: `x W`.
+    pub fn linear(scope: &mut Scope, inputs: usize, outputs: usize, init: &Init) -> Result<Self> {
+        let weight = scope.get("weight", &[inputs, outputs], init)?;
+        let bias = Tensor::zeros(outputs, weight.dtype(), weight.device())?;
+        Ok(Dense { weight, bias, packed: OnceLock::new() })
+    }
+
     /// `[…, inputs]` → `[…, outputs]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Chain::new(x).dense(self).run()
     }
 
+    /// W, `[inputs, outputs]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
     /// Features that it gives.
     pub fn outputs(&self) -> usize {
         self.bias.elem_count()
+    }
+
+    /// Where its weights are, and in what precision.
+    pub fn place(&self) -> (&Device, DType) {
+        (self.weight.device(), self.weight.dtype())
     }
 
     /// This layer and another of the same input as one, that gives what the two give in `parts`
@@ -261,6 +278,11 @@ impl<'a> Chain<'a> {
             self.links.push(Link::Dense(layer));
         }
         self
+    }
+
+    /// Through an activation.
+    pub fn activation(self, activation: Activation) -> Self {
+        self.and(Link::Activation(activation))
     }
 
     /// Normalised.

@@ -10,11 +10,34 @@ use crate::{
     registry::{self, Named},
 };
 
+pub mod adapt;
+pub mod anp;
+pub mod autoregressive;
+pub mod cavia;
 pub mod cnp;
+pub mod conv;
+pub mod convcnp;
+pub mod convcnp_grid;
+pub mod decoder;
+pub mod dirichlet;
+pub mod dnp;
+pub mod family;
+pub mod gnp;
 pub mod head;
+pub mod joint;
+pub mod latent;
 pub mod layer;
+pub mod lbanp;
+pub mod maml;
+pub mod multihead;
+pub mod nmdp;
+pub mod np;
 pub mod params;
+pub mod paths;
+pub mod pool;
+pub mod tnp;
 pub mod tnp_kr;
+pub mod transformer;
 
 use params::Params;
 
@@ -67,7 +90,27 @@ pub struct Entry {
 }
 
 /// Every model.
-pub const MODELS: &[Entry] = &[cnp::ENTRY, tnp_kr::SCAN, tnp_kr::DKA, tnp_kr::FULL];
+pub const MODELS: &[Entry] = &[
+    cnp::ENTRY,
+    np::ENTRY,
+    anp::ANP,
+    anp::CANP,
+    dnp::ENTRY,
+    convcnp::ENTRY,
+    convcnp_grid::ENTRY,
+    gnp::ENTRY,
+    lbanp::ENTRY,
+    maml::ENTRY,
+    cavia::ENTRY,
+    nmdp::ENTRY,
+    tnp::D,
+    tnp::A,
+    tnp::ND,
+    tnp_kr::SCAN,
+    tnp_kr::DKA,
+    tnp_kr::PERFORMER,
+    tnp_kr::FULL,
+];
 
 impl Named for Entry {
     fn name(&self) -> &str {
@@ -102,7 +145,7 @@ pub(crate) fn settings<T: serde::de::DeserializeOwned>(table: &toml::Table) -> R
 }
 
 /// `x` with a last axis of `features` repeated for every site: `[batch, 1, w]` → `[batch, n, w]`.
-pub(crate) fn spread(x: &Tensor, sites: usize) -> Result<Tensor> {
+pub fn spread(x: &Tensor, sites: usize) -> Result<Tensor> {
     let (batch, _, width) = x.dims3()?;
     Ok(x.broadcast_as((batch, sites, width))?.contiguous()?)
 }

@@ -19,8 +19,8 @@ use super::{
 };
 use crate::{
     attention::{
-        Bias, CHUNK, DeepKernel, Keys, Metric, Precision, Reader, Reading, Start, Term, full, scan,
-        scan_joined,
+        Bias, CHUNK, DeepKernel, Keys, Metric, Performer, Precision, Reader, Reading, Start,
+        Summed, Term, full, scan, scan_joined,
     },
     error::{Error, Result},
     fused::{
@@ -30,6 +30,7 @@ use crate::{
     likelihood::Likelihood,
     predictive::Predictive,
     process::{Memory, Posterior, Process},
+    rng::Stream,
     sites::{Observations, Sites},
 };
 
@@ -48,6 +49,15 @@ pub const DKA: Entry = Entry {
     build: build_dka,
     joint: false,
     tiny: "width = 8\nblocks = 2\nembed = [8]\nfeed_forward = 8\nfeatures = 6\nembed_location = true\nhead_widths = [8]",
+};
+/// Softmax attention by random features.
+pub const PERFORMER: Entry = Entry {
+    name: "tnp-kr-performer",
+    about: "TNP-KR with random features for attention, linear in the context (Jenson et al., arXiv:2411.12502)",
+    build: build_performer,
+    joint: false,
+    tiny: "width = 8\nblocks = 2\nheads = 2\nkey_width = 4\nvalue_width = 3\nembed = [8]\nfeed_forward = 8\n\
+        features = 6\nembed_location = true\nhead_widths = [8]",
 };
 /// Softmax attention with the whole score matrix: the reference.
 pub const FULL: Entry = Entry {
@@ -145,8 +155,12 @@ pub struct Config {
     pub weights: Weights,
     /// Start the running maximum at −1e-6 as published.
     pub published_start: bool,
-    /// Features of deep kernel attention.
+    /// Features of deep kernel attention, and of the performer.
     pub features: usize,
+    /// The performer's features are drawn from this and from nothing else, once for each block.
+    pub features_seed: u64,
+    /// Whether the performer's directions are equally long, as published.
+    pub features_equal: bool,
     /// Predictive family.
     pub head: Head,
 }
@@ -172,6 +186,8 @@ impl Default for Config {
             weights: Weights::Orthogonal,
             published_start: false,
             features: 128,
+            features_seed: 1,
+            features_equal: true,
             head: Head::default(),
         }
     }
@@ -191,6 +207,13 @@ fn build_dka(
 ) -> Result<Box<dyn Process + Send + Sync>> {
     Ok(Box::new(TnpKr::new(settings(t)?, Kind::Dka, p, v)?))
 }
+fn build_performer(
+    t: &toml::Table,
+    p: Problem,
+    v: &mut Params,
+) -> Result<Box<dyn Process + Send + Sync>> {
+    Ok(Box::new(TnpKr::new(settings(t)?, Kind::Performer, p, v)?))
+}
 fn build_full(
     t: &toml::Table,
     p: Problem,
@@ -208,6 +231,8 @@ pub enum Kind {
     Full,
     /// Deep kernel attention.
     Dka,
+    /// Random features.
+    Performer,
 }
 
 /// A TNP-KR network.
@@ -228,10 +253,23 @@ impl TnpKr {
     /// # Errors
     /// [`Error::Input`] for settings that make no network.
     pub fn new(config: Config, kind: Kind, problem: Problem, params: &mut Params) -> Result<Self> {
+        let outputs = config.head.outputs();
+        Self::with_outputs(config, kind, problem, params, outputs)
+    }
+
+    /// [`TnpKr::new`] with any number of outputs, for models that make their own of them.
+    pub(super) fn with_outputs(
+        config: Config,
+        kind: Kind,
+        problem: Problem,
+        params: &mut Params,
+        outputs: usize,
+    ) -> Result<Self> {
         config.head.check()?;
         match kind {
             Kind::Dka => problem.reads_exactly("tnp-kr-dka")?,
             Kind::Full => problem.reads_exactly("tnp-kr-full")?,
+            Kind::Performer => problem.reads_exactly("tnp-kr-performer")?,
             Kind::Scan if config.published_start => {
                 problem.reads_exactly("tnp-kr with published_start")?;
             }
@@ -275,13 +313,13 @@ impl TnpKr {
             blocks: (0..config.blocks)
                 .map(|i| {
                     let mut scope = scope.at(&format!("block.{i}"));
-                    Block::new(&mut scope, &config, kind, problem, &init)
+                    Block::new(&mut scope, (&config, i), kind, problem, &init)
                 })
                 .collect::<Result<_>>()?,
             norm: Norm::new(&mut scope.at("norm"), config.width)?,
             decode: Mlp::new(
                 &mut scope.at("head"),
-                &through(config.width, &config.head_widths, config.head.outputs()),
+                &through(config.width, &config.head_widths, outputs),
                 Activation::Gelu,
                 &init,
             )?,
@@ -317,8 +355,8 @@ fn on_the_globe(config: &Config, kind: Kind, dim: usize) -> Result<()> {
             .fact("coordinates of a site", dim)
             .try_this("leave `metric` out, or ask for tasks in two dimensions"));
     }
-    if kind == Kind::Dka {
-        return Err(refused("deep kernel attention reads coordinates and measures no distance")
+    if matches!(kind, Kind::Dka | Kind::Performer) {
+        return Err(refused("an attention by features reads coordinates and measures no distance")
             .try_this("use kind = \"tnp-kr\", or leave `metric` out"));
     }
     if config.embed_location {
@@ -337,10 +375,17 @@ struct Block {
 }
 
 impl Block {
-    fn new(scope: &mut Scope, c: &Config, kind: Kind, p: Problem, init: &Init) -> Result<Self> {
+    /// Number `index`.
+    fn new(
+        scope: &mut Scope,
+        (c, index): (&Config, usize),
+        kind: Kind,
+        p: Problem,
+        init: &Init,
+    ) -> Result<Self> {
         Ok(Block {
             before: Norm::new(&mut scope.at("before"), c.width)?,
-            attention: Attention::new(&mut scope.at("attention"), c, kind, p, init)?,
+            attention: Attention::new(&mut scope.at("attention"), (c, index), kind, p, init)?,
             between: Norm::new(&mut scope.at("between"), c.width)?,
             feed_forward: Mlp::new(
                 &mut scope.at("feed_forward"),
@@ -385,6 +430,7 @@ enum Cache {
     Kernel(Summary),
     /// The same on a GPU, where nothing is recorded for gradients.
     DeepKernel(Box<DeepKernel>),
+    Summed(Summed),
 }
 
 enum Attention {
@@ -405,6 +451,14 @@ enum Attention {
         psi: Mlp,
         norm: Norm,
         width: usize,
+    },
+    Performer {
+        query: Dense,
+        key: Dense,
+        value: Dense,
+        out: Dense,
+        performer: Performer,
+        heads: usize,
     },
 }
 
@@ -486,7 +540,13 @@ impl RawBias {
 }
 
 impl Attention {
-    fn new(scope: &mut Scope, c: &Config, kind: Kind, p: Problem, init: &Init) -> Result<Self> {
+    fn new(
+        scope: &mut Scope,
+        (c, index): (&Config, usize),
+        kind: Kind,
+        p: Problem,
+        init: &Init,
+    ) -> Result<Self> {
         if kind == Kind::Dka {
             let phi = [p.dim + c.width, c.features, c.features];
             return Ok(Attention::Dka {
@@ -502,6 +562,20 @@ impl Attention {
             });
         }
         let (keys, values) = (c.heads * c.key_width, c.heads * c.value_width);
+        if kind == Kind::Performer {
+            let out = Dense::new(&mut scope.at("out"), values, c.width, init)?;
+            let (device, dtype) = out.place();
+            let mut rng = Stream::new(c.features_seed, "performer", index as u64);
+            let (d, equal) = (c.key_width, c.features_equal);
+            return Ok(Attention::Performer {
+                query: Dense::new(&mut scope.at("query"), c.width, keys, init)?,
+                key: Dense::new(&mut scope.at("key"), c.width, keys, init)?,
+                value: Dense::new(&mut scope.at("value"), c.width, values, init)?,
+                performer: Performer::new(d, c.features, equal, &mut rng, device, dtype)?,
+                out,
+                heads: c.heads,
+            });
+        }
         let through = match c.value {
             Value::Dense => vec![c.width, values],
             Value::Mlp => vec![c.width, 2 * c.width, values],
@@ -555,6 +629,22 @@ impl Attention {
                 let precision = if asked { reading.precision } else { Precision::F32 };
                 Ok(Cache::Keys(if *whole { keys } else { keys.read_in(precision) }))
             }
+            Attention::Performer { key, value, performer, heads, .. } => {
+                let mut total: Option<Tensor> = None;
+                // Memory, and sums of f32 over few sites; a sum that is learnt from is one.
+                let most = if fused::asked(normed) { SITES } else { normed.dim(1)?.max(1) };
+                for start in (0..normed.dim(1)?.max(1)).step_by(most) {
+                    let len = most.min(normed.dim(1)? - start);
+                    let (part, mask) = (normed.narrow(1, start, len)?, mask.narrow(1, start, len)?);
+                    let (k, v) = (key.forward(&part)?, value.forward(&part)?);
+                    let sum = performer.sum(&cut(&k, *heads)?, &cut(&v, *heads)?, &mask)?.matrix;
+                    total = Some(match total {
+                        Some(before) => (before + sum)?,
+                        None => sum,
+                    });
+                }
+                Ok(Cache::Summed(Summed { matrix: total.expect("one part at least") }))
+            }
             Attention::Dka { phi, psi, width, .. } => {
                 let matrix = summarise(phi, psi, normed, sites, mask, *width)?;
                 let kernel = phi.gelu_pair().map(|layers| DeepKernel::new(layers, &matrix));
@@ -569,6 +659,13 @@ impl Attention {
     /// Reads the context for normalised tokens `[batch, site, width]` at `sites`: the values of all
     /// heads `[batch, site, head · w]`, and the layer that is to turn them into tokens.
     fn read(&self, normed: Chain, sites: &Tensor, cache: &Cache) -> Result<(Tensor, &Dense)> {
+        if let (Attention::Performer { query, out, performer, heads, .. }, Cache::Summed(summed)) =
+            (self, cache)
+        {
+            let q = normed.dense(query).run()?;
+            let read = performer.read(&cut(&q, *heads)?, summed)?;
+            return Ok((read.flatten_from(2)?, out));
+        }
         let Attention::Softmax { query, out, bias, heads, whole, start, .. } = self else {
             unreachable!("a cache is read by the attention that made it")
         };
@@ -587,12 +684,18 @@ impl Attention {
                 }
             }
             Cache::Reader(reader) => reader.read(&split()?, sites)?.flatten_from(2)?,
-            Cache::Kernel(_) | Cache::DeepKernel(_) => {
+            Cache::Kernel(_) | Cache::DeepKernel(_) | Cache::Summed(_) => {
                 unreachable!("a cache is read by the attention that made it")
             }
         };
         Ok((read, out))
     }
+}
+
+/// `[batch, site, width]` → `[batch, site, head, width / head]`.
+fn cut(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (batch, len, width) = x.dims3()?;
+    Ok(x.reshape((batch, len, heads, width / heads))?)
 }
 
 /// `Σ φ(k, s) ψ(k)ᵀ / (n √d)` over observed sites, `[batch, features, width]`. The published
@@ -652,9 +755,12 @@ fn summarise(
 /// Sites whose products are summed in f32.
 const SUMMED: usize = 512;
 
+/// A context as each block's targets read it.
+pub(super) struct Caches(Vec<Cache>);
+
 struct Conditioned<'a> {
     model: &'a TnpKr,
-    caches: Vec<Cache>,
+    caches: Caches,
 }
 
 /// Context sites whose intermediate results are held at once: memory, never the answer.
@@ -675,32 +781,59 @@ fn in_parts(
     Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1)?)
 }
 
-impl Process for TnpKr {
-    fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
+impl TnpKr {
+    /// What targets will read of a context; with `tokens`, also the context's own tokens after the
+    /// last block, normalised: `[batch, context, width]`.
+    pub(super) fn encode(
+        &self,
+        context: &Observations,
+        tokens: bool,
+    ) -> Result<(Caches, Option<Tensor>)> {
         let features = self.likelihood.features(context)?;
-        let mut tokens = in_parts(context.len(), SITES, |start, len| {
+        let mut x = in_parts(context.len(), SITES, |start, len| {
             let part = features.narrow(1, start, len)?;
             self.tokens(&context.sites.narrow(start, len)?, Some(&part))
         })?;
         let sites = &context.sites.s;
         let mut caches = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
-            let normed = block.before.forward(&tokens)?;
+            let normed = block.before.forward(&x)?;
             let cache = block.attention.cache(&normed, sites, &context.mask)?;
-            // Nobody reads the context's tokens after the last block.
-            if i + 1 < self.blocks.len() {
-                tokens = in_parts(context.len(), SITES, |start, len| {
+            // Targets do not read the context's tokens after the last block.
+            if tokens || i + 1 < self.blocks.len() {
+                x = in_parts(context.len(), SITES, |start, len| {
                     let part = |x: &Tensor| x.narrow(1, start, len);
-                    block.read(&part(&tokens)?, &part(sites)?, &cache)
+                    block.read(&part(&x)?, &part(sites)?, &cache)
                 })?;
             }
             caches.push(cache);
         }
+        let tokens = if tokens { Some(self.norm.forward(&x)?) } else { None };
+        Ok((Caches(caches), tokens))
+    }
+
+    /// The network's outputs at targets, `[batch, target, outputs]`.
+    pub(super) fn decode(&self, caches: &Caches, targets: &Sites) -> Result<Tensor> {
+        in_parts(targets.len(), TARGETS, |start, len| {
+            let targets = targets.narrow(start, len)?;
+            let mut tokens = self.tokens(&targets, None)?;
+            for (block, cache) in self.blocks.iter().zip(&caches.0) {
+                tokens = block.read(&tokens, &targets.s, cache)?;
+            }
+            Chain::new(&tokens).norm(&self.norm).mlp(&self.decode).run()
+        })
+    }
+}
+
+impl Process for TnpKr {
+    fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
+        let (caches, _) = self.encode(context, false)?;
         Ok(Box::new(Conditioned { model: self, caches }))
     }
 
     fn memory(&self, sites: usize) -> Memory {
         let c = &self.config;
+        let performer = matches!(self.blocks[0].attention, Attention::Performer { .. });
         let dka = matches!(self.blocks[0].attention, Attention::Dka { .. });
         let whole = matches!(self.blocks[0].attention, Attention::Softmax { whole: true, .. });
         let (keys, values) = (c.heads * c.key_width, c.heads * c.value_width);
@@ -708,14 +841,15 @@ impl Process for TnpKr {
         // before and after, normed, and read; queries, and values as read and as cut. What the
         // layers have between is never held.
         let scores = if whole { 5 * c.heads * sites } else { 0 };
-        let read = if dka { 0 } else { 2 * keys + 3 * values + scores };
+        let exponents = if performer { 3 * c.heads * c.features + keys } else { 0 };
+        let read = if dka { 0 } else { 2 * keys + 3 * values + scores + exponents };
         let token = 4 * c.width + read + 16;
         // What a block keeps of a site, and what it takes on the way there. Hidden values of an
         // MLP are twice a token wide.
         let halved = self.observed.device().is_cpu()
             && matches!(self.blocks[0].attention,
             Attention::Softmax { reading, .. } if reading.precision == Precision::Bf16);
-        let kept = match (dka, halved) {
+        let kept = match (dka || performer, halved) {
             (true, _) => 0,
             (_, true) => (keys + values).div_ceil(2) + 4,
             (_, false) => keys + values + 4,
@@ -723,7 +857,11 @@ impl Process for TnpKr {
         let packing = if dka { 0 } else { keys + 3 * values + 2 * c.width + 16 };
         // A block's context may be one matrix, kept as it is and as it is read. On the way there
         // are sums in f64, and for each thread the features of some sites.
-        let matrix = if dka { c.features * c.width } else { 0 };
+        let matrix = match (dka, performer) {
+            (true, _) => c.features * c.width,
+            (_, true) => c.heads * c.features * (c.value_width + 1),
+            _ => 0,
+        };
         let features = if dka { SUMMED.min(sites) * (c.features + 3 * c.width) } else { 0 };
         let threads = rayon::current_num_threads();
         let summing = threads * (features + 3 * matrix) + 2 * matrix * sites.div_ceil(SITES);
@@ -741,14 +879,7 @@ impl Process for TnpKr {
 impl Posterior for Conditioned<'_> {
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         let model = self.model;
-        let raw = in_parts(targets.len(), TARGETS, |start, len| {
-            let targets = targets.narrow(start, len)?;
-            let mut tokens = model.tokens(&targets, None)?;
-            for (block, cache) in model.blocks.iter().zip(&self.caches) {
-                tokens = block.read(&tokens, &targets.s, cache)?;
-            }
-            Chain::new(&tokens).norm(&model.norm).mlp(&model.decode).run()
-        })?;
+        let raw = model.decode(&self.caches, targets)?;
         model.config.head.predictive(model.likelihood.link(), &raw)
     }
 
@@ -757,7 +888,7 @@ impl Posterior for Conditioned<'_> {
             Cache::Reader(reader) => Some(reader.tally()),
             _ => None,
         };
-        let tally = self.caches.iter().filter_map(one).reduce(|a, b| a + b)?;
+        let tally = self.caches.0.iter().filter_map(one).reduce(|a, b| a + b)?;
         Some([tally.read, tally.all])
     }
 }

@@ -251,7 +251,7 @@ impl Prior for Gp {
     fn rule(&self, rng: &mut Stream) -> Rule {
         let shape: Arc<dyn Kernel> = self.shape(rng).into();
         let (sill, nugget, mean) = self.levels(rng);
-        Rule { kernel: Arc::new(Scaled { shape, sill }), nugget, mean }
+        Rule { kernel: Some(Arc::new(Scaled { shape, sill })), nugget, mean, class: None }
     }
 
     /// The rules share one kernel up to the sill, so one factorisation serves them all.
@@ -270,8 +270,9 @@ impl Prior for Gp {
             let latent: Vec<f64> =
                 factor.colour(&rng.normals(n)).iter().map(|v| mean + sd * v).collect();
             let noisy = latent.iter().map(|v| v + nugget.sqrt() * rng.normal()).collect();
-            let kernel = Arc::new(Scaled { shape: shape.clone(), sill });
-            (Rule { kernel, nugget, mean }, Surface { latent, noisy })
+            let kernel: Arc<dyn Kernel> = Arc::new(Scaled { shape: shape.clone(), sill });
+            let rule = Rule { kernel: Some(kernel), nugget, mean, class: None };
+            (rule, Surface { latent, noisy })
         };
         Ok((0..count).map(|_| draw(rng)).collect())
     }

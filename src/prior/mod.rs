@@ -11,17 +11,36 @@ use crate::{
 
 pub mod gp;
 pub mod hyper;
+pub mod mixture;
+pub mod sawtooth;
+pub mod sine;
 pub mod zones;
 
 /// What rules one drawn surface.
 #[derive(Debug, Clone)]
 pub struct Rule {
-    /// Covariance of the surface, link scale², sites in region units.
-    pub kernel: Arc<dyn Kernel>,
+    /// Covariance of the surface, link scale², sites in region units; nothing for surfaces that no
+    /// Gaussian process rules.
+    pub kernel: Option<Arc<dyn Kernel>>,
     /// Variance of the village effect, or of the noise, link scale².
     pub nugget: f64,
     /// Mean of the surface, link scale.
     pub mean: f64,
+    /// Which kind of surface it is, where the prior knows several.
+    pub class: Option<Arc<str>>,
+}
+
+impl Rule {
+    /// The covariance, for those who cannot do without: the exact Gaussian process.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if no Gaussian process rules the surface.
+    pub fn known_kernel(&self) -> Result<Arc<dyn Kernel>> {
+        self.kernel.clone().ok_or_else(|| {
+            Error::input("no Gaussian process rules these surfaces, so none knows them exactly")
+                .try_this("draw from a prior of kind gp")
+        })
+    }
 }
 
 /// A surface at some sites, link scale.
@@ -70,7 +89,7 @@ impl Named for Entry {
 }
 
 /// Every prior.
-pub const PRIORS: &[Entry] = &[gp::ENTRY];
+pub const PRIORS: &[Entry] = &[gp::ENTRY, sawtooth::ENTRY, sine::ENTRY, mixture::ENTRY];
 
 /// Builds the prior that a `[prior]` table names with `kind`.
 ///

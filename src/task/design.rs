@@ -30,6 +30,11 @@ pub struct Design {
     pub context: Vec<Size>,
     /// Targets per task.
     pub targets: usize,
+    /// Fewest targets: their number is drawn anew for every batch, `targets` being the most; 0 for
+    /// always as many as `targets`.
+    pub fewest_targets: usize,
+    /// Most sites in all, context and targets, where the number of targets is drawn; 0 for no bound.
+    pub most_sites: usize,
     /// Chance that sites cluster.
     pub clustered: f64,
     /// Chance that sites lie on a jittered grid.
@@ -64,6 +69,8 @@ impl Default for Design {
                 Size { sites: [15, 300], uniform: false, weight: 0.8 },
             ],
             targets: 64,
+            fewest_targets: 0,
+            most_sites: 0,
             clustered: 0.5,
             gridded: 0.1,
             clusters: Law::uniform(2.0, 25.0),
@@ -117,7 +124,8 @@ impl Design {
                 .fact("largest context", most)
                 .try_this("raise `pool` under [design], or set it to 0"));
         }
-        let sound = |s: &Size| s.sites[0] >= 2 && s.sites[0] <= s.sites[1] && s.weight >= 0.0;
+        let sound =
+            |s: &Size| (s.uniform || s.sites[0] > 0) && s.sites[0] <= s.sites[1] && s.weight >= 0.0;
         let chance: f64 = self.context.iter().map(|s| s.weight).sum();
         if self.targets == 0 || !self.context.iter().all(sound) || chance.is_nan() || chance <= 0.0
         {
@@ -128,7 +136,32 @@ impl Design {
                     "write e.g. context = [{ sites = [3, 300], weight = 1 }], targets = 64",
                 ));
         }
+        let room = match self.most_sites {
+            0 => usize::MAX,
+            sites => sites.saturating_sub(most),
+        };
+        if self.fewest_targets > self.targets.min(room) {
+            return Err(Error::input("the design has an empty range of targets")
+                .fact("fewest_targets", self.fewest_targets)
+                .fact("targets", self.targets)
+                .fact("most_sites", self.most_sites)
+                .fact("largest context", most)
+                .try_this("leave room for `fewest_targets` beside the largest context"));
+        }
         Ok(())
+    }
+
+    /// Draws how many targets a context of `context` sites is asked. Nothing is drawn where the
+    /// number is always the same.
+    pub fn asked(&self, context: usize, rng: &mut Stream) -> usize {
+        if self.fewest_targets == 0 || self.pool > 0 {
+            return self.target_count();
+        }
+        let most = match self.most_sites {
+            0 => self.targets,
+            sites => self.targets.min(sites.saturating_sub(context)),
+        };
+        self.fewest_targets + rng.below(most.saturating_sub(self.fewest_targets) + 1)
     }
 
     /// Draws a context size.
@@ -152,7 +185,7 @@ impl Design {
         (rng.log_uniform(range[0] as f64, range[1] as f64 + 1.0) as usize).clamp(range[0], range[1])
     }
 
-    /// How many targets every task asks.
+    /// How many targets a task asks, at most.
     pub fn target_count(&self) -> usize {
         match (self.pool, self.grid) {
             (0, _) => self.targets,
@@ -163,12 +196,18 @@ impl Design {
 
     /// Lays out `context` sites and this design's targets.
     pub fn layout(&self, context: usize, rng: &mut Stream) -> Layout {
-        let mut layout = self.unit_layout(context, rng);
+        let targets = self.asked(context, rng);
+        self.layout_of(context, targets, rng)
+    }
+
+    /// Lays out `context` sites and `targets` targets, of which a design with a pool knows better.
+    pub fn layout_of(&self, context: usize, targets: usize, rng: &mut Stream) -> Layout {
+        let mut layout = self.unit_layout(context, targets, rng);
         layout.xy.iter_mut().flatten().for_each(|v| *v *= self.half_side);
         layout
     }
 
-    fn unit_layout(&self, context: usize, rng: &mut Stream) -> Layout {
+    fn unit_layout(&self, context: usize, targets: usize, rng: &mut Stream) -> Layout {
         let aspect = if self.line { 0.0 } else { self.aspect.draw(rng).min(1.0) };
         let half = if !self.line && rng.unit() < 0.5 { [aspect, 1.0] } else { [1.0, aspect] };
         if self.pool > 0 {
@@ -183,11 +222,11 @@ impl Design {
             }
             return Layout { xy, context, first_target: 0 };
         }
-        let count = |share: f64| (share * self.targets as f64).round() as usize;
+        let count = |share: f64| (share * targets as f64).round() as usize;
         let near = count(self.near);
         // Rounded together: two halves of one target are one target.
         let anywhere = count(self.near + self.anywhere).saturating_sub(near);
-        let alike = self.targets.saturating_sub(near + anywhere);
+        let alike = targets.saturating_sub(near + anywhere);
         let pool = self.pool(context + alike, half, rng);
 
         // Which of the pool are asked: at random, or a whole neighbourhood.
@@ -202,7 +241,8 @@ impl Design {
         }
         let mut xy: Vec<[f64; 2]> = order.iter().map(|&i| pool[i]).collect();
         for _ in 0..near {
-            let [x, y] = xy[rng.below(context)];
+            // Without a context, near nothing in particular.
+            let [x, y] = xy.get(rng.below(context.max(1))).copied().unwrap_or_default();
             let (r, turn) = (rng.log_uniform(0.002, 0.2), rng.uniform(0.0, std::f64::consts::TAU));
             let dy = if self.line { 0.0 } else { r * turn.sin() };
             xy.push([x + r * turn.cos(), y + dy]);

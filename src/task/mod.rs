@@ -124,6 +124,11 @@ impl Batch {
     }
 }
 
+/// The same sites with nothing seen at them.
+fn hidden(seen: Observations) -> Result<Observations> {
+    Ok(Observations { y: seen.y.zeros_like()?, mask: seen.mask.zeros_like()?, ..seen })
+}
+
 /// A kernel seen from another frame: coordinates and values rescaled.
 #[derive(Debug)]
 struct Reframed {
@@ -168,6 +173,12 @@ impl Tasks {
         prior::hyper::check_share("equal", trials.equal)?;
         let settings: Settings = settings::parse_table("[task]", &table("task")?)?;
         let likelihood = likelihood::find(&settings.likelihood)?;
+        let fewest = design.context.iter().map(|s| s.sites[0]).min().unwrap_or(0);
+        if settings.frame == Frame::Context && fewest < 2 {
+            return Err(Error::input("a context of fewer than two sites has no frame")
+                .fact("fewest sites", fewest)
+                .try_this("start `sites` under [design] at 2, or set `frame = \"raw\"`"));
+        }
         let prior = prior::build(&table("prior")?)?;
         Ok(Tasks { prior, design, trials, settings, likelihood })
     }
@@ -190,6 +201,18 @@ impl Tasks {
     /// Draws surveys that share sites and correlation, up to `count` of them.
     pub fn draws(&self, context: usize, count: usize, rng: &mut Stream) -> Result<Vec<Draw>> {
         let layout = self.design.layout(context, rng);
+        self.draws_at(&layout, count, rng)
+    }
+
+    /// As [`Tasks::draws`], with the number of targets given.
+    fn draws_of(
+        &self,
+        context: usize,
+        targets: usize,
+        count: usize,
+        rng: &mut Stream,
+    ) -> Result<Vec<Draw>> {
+        let layout = self.design.layout_of(context, targets, rng);
         self.draws_at(&layout, count, rng)
     }
 
@@ -239,14 +262,16 @@ impl Tasks {
     pub fn batch(&self, seed: u64, index: u64, rows: usize, context: usize) -> Result<Batch> {
         let mut rng = Stream::new(seed, "task", index);
         let mut draws = Vec::with_capacity(rows);
+        let targets = self.design.asked(context, &mut rng);
         while draws.len() < rows {
             let count = self.settings.share.max(1).min(rows - draws.len());
-            draws.extend(self.draws(context, count, &mut rng)?);
+            draws.extend(self.draws_of(context, targets, count, &mut rng)?);
         }
         self.pack(draws)
     }
 
-    /// Packs surveys of equal sizes into tensors, each in its own frame.
+    /// Packs surveys of equal sizes into tensors, each in its own frame. An empty context becomes
+    /// one hidden site, for no tensor is empty.
     pub fn pack(&self, draws: Vec<Draw>) -> Result<Batch> {
         let (rows, context, first) = (draws.len(), draws[0].context, draws[0].first_target);
         let targets = draws[0].xy.len() - first;
@@ -274,14 +299,13 @@ impl Tasks {
             noisy.extend(draw.noisy[first..].iter().map(value));
             trials.extend(draw.trials.iter().flatten().map(|n| *n as f32));
             rules.push(Rule {
-                kernel: Arc::new(Reframed {
-                    kernel: draw.rule.kernel,
-                    centre,
-                    unit,
-                    scale: 1.0 / (sd * sd),
+                kernel: draw.rule.kernel.map(|kernel| {
+                    let scale = 1.0 / (sd * sd);
+                    Arc::new(Reframed { kernel, centre, unit, scale }) as Arc<dyn Kernel>
                 }),
                 nugget: draw.rule.nugget / (sd * sd),
                 mean: (draw.rule.mean - mean) / sd,
+                class: draw.rule.class,
             });
             frames.push((centre, unit, mean, sd));
         }
@@ -301,7 +325,7 @@ impl Tasks {
         };
         Ok(Batch {
             task: Task {
-                context: part(0, context)?,
+                context: if context == 0 { hidden(part(0, 1)?)? } else { part(0, context)? },
                 target: part(first, targets)?,
                 surface: Tensor::from_vec(latent, (rows, targets, 1), cpu)?,
                 noisy: Tensor::from_vec(noisy, (rows, targets, 1), cpu)?,

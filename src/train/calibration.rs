@@ -199,7 +199,7 @@ fn score(tasks: &Tasks, process: &dyn Process, batch: &Batch) -> Result<Vec<Row>
                 surface: host(&one.task.surface)?,
                 noisy: host(&one.task.noisy)?,
                 seen: if tasks.design().pool > 0 { sites } else { 0 },
-                resolution: resolution(&one.rules[0]),
+                resolution: resolution(&one.rules[0])?,
                 outcome_sd: batch.frames[row].3,
             };
             let asked = one.task.target.sites.host()?.swap_remove(0);
@@ -230,8 +230,8 @@ fn seen(one: &Batch, likelihood: &dyn Likelihood) -> Result<Seen> {
 /// The predictive of the Gaussian process that ruled the task.
 fn exact(one: &Batch, likelihood: &'static dyn Likelihood) -> Result<Predictive> {
     let rule = &one.rules[0];
-    let nugget = rule.nugget.max(resolution(rule).powi(2));
-    let gp = ExactGp::new(Box::new(rule.kernel.clone()), nugget, rule.mean, likelihood)?;
+    let nugget = rule.nugget.max(resolution(rule)?.powi(2));
+    let gp = ExactGp::new(Box::new(rule.known_kernel()?), nugget, rule.mean, likelihood)?;
     gp.condition(&one.task.context)?.at(&one.task.target.sites)
 }
 
@@ -260,8 +260,8 @@ impl Truth {
 }
 
 /// [`RESOLUTION`] of one task, link scale in model units.
-fn resolution(rule: &Rule) -> f64 {
-    RESOLUTION * rule.kernel.sill().sqrt()
+fn resolution(rule: &Rule) -> Result<f64> {
+    Ok(RESOLUTION * rule.known_kernel()?.sill().sqrt())
 }
 
 impl Met {

@@ -6,7 +6,12 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use isopleth::{
     Observations, Sites, Stream,
-    fused::{gelu, layer_norm, linear},
+    fused::{
+        conv,
+        conv::Window,
+        depthwise, gelu, layer_norm, linear,
+        set_conv::{Lattice, from_lattice, to_lattice},
+    },
     likelihood,
     model::{
         MODELS, Problem,
@@ -569,6 +574,118 @@ fn a_model_learns_what_its_twin_learns() -> isopleth::Result<()> {
         for (path, truth) in truth {
             let apart = relative(&fast[&path], &truth);
             assert!(apart < 1e-4, "{}: `{path}` is off by {apart:e}", entry.name);
+        }
+    }
+    Ok(())
+}
+
+/// Convolutions that keep, halve and double a raster, on a line and in the plane.
+#[test]
+fn convolutions_equal_candle_s() -> Result<()> {
+    type Case = (&'static str, [usize; 3], [usize; 2], Layer);
+    fn with(x: &[Tensor], window: Window, relu: bool) -> Result<Tensor> {
+        conv(&x[0], &x[1], &x[2], window, relu)
+    }
+    const LINE: [usize; 2] = [1, 5];
+    const PLANE: [usize; 2] = [3, 3];
+    let cases: [Case; 6] = [
+        ("a line", [1, 9, 3], LINE, |x| with(x, Window::new(LINE), true)),
+        ("a line, halved", [1, 8, 3], LINE, |x| {
+            with(x, Window { stride: [1, 2], ..Window::new(LINE) }, true)
+        }),
+        ("a line, doubled", [1, 6, 2], LINE, |x| {
+            with(x, Window { repeat: [1, 2], ..Window::new(LINE) }, false)
+        }),
+        ("a plane", [5, 7, 3], PLANE, |x| with(x, Window::new(PLANE), true)),
+        ("a plane, halved", [6, 4, 2], PLANE, |x| {
+            with(x, Window { stride: [2; 2], ..Window::new(PLANE) }, false)
+        }),
+        ("a plane, doubled", [3, 4, 2], PLANE, |x| {
+            with(x, Window { repeat: [2; 2], ..Window::new(PLANE) }, true)
+        }),
+    ];
+    let mut rng = Stream::new(6, "convolutions", 0);
+    for (name, [rows, columns, inputs], [tall, wide], layer) in cases {
+        for outputs in [1, 4, 17] {
+            let x = normal(&mut rng, &[2, rows, columns, inputs], 1.0);
+            let weight = normal(&mut rng, &[tall * wide * inputs, outputs], 0.5);
+            let bias = normal(&mut rng, &[outputs], 1.0);
+            let inputs = [x, weight, bias];
+            let weigh = normal(&mut rng, layer(&inputs)?.dims(), 1.0);
+            check(&format!("{name}, {outputs} outputs"), layer, &inputs, &weigh)?;
+        }
+    }
+    Ok(())
+}
+
+/// Set convolutions that leave out what weighs nothing equal those that sum over all cells: sites
+/// inside, on the edge, far outside; lengths below a cell and as long as the lattice.
+#[test]
+fn set_convolutions_equal_the_sum_over_all_cells() -> Result<()> {
+    const LINE: Lattice = Lattice { per_unit: 4, cells: [1, 13], first: [0, -6] };
+    const PLANE: Lattice = Lattice { per_unit: 2, cells: [5, 7], first: [-2, -4] };
+    type Case = (&'static str, [usize; 2], [Layer; 2]);
+    let mut rng = Stream::new(7, "set convolutions", 0);
+    for log_length in [-2.5, -0.7, 1.0] {
+        let log_length = Tensor::new(&[log_length], &CPU)?;
+        for channels in [1, 3, 9] {
+            // Sites are data, and fixed: gradients are of values and length.
+            let cases: [Case; 2] = [
+                (
+                    "a line",
+                    LINE.cells,
+                    [
+                        |x| to_lattice(&line(x)?, &x[0], &x[1], LINE),
+                        |x| from_lattice(&line(x)?, &x[0], &x[1], LINE),
+                    ],
+                ),
+                (
+                    "a plane",
+                    PLANE.cells,
+                    [
+                        |x| to_lattice(&plane(x)?, &x[0], &x[1], PLANE),
+                        |x| from_lattice(&plane(x)?, &x[0], &x[1], PLANE),
+                    ],
+                ),
+            ];
+            for (name, [rows, columns], [there, back]) in cases {
+                // All of one sign: the gradient of ln ℓ is one sum, which must not cancel.
+                let values = normal(&mut rng, &[2, 4, channels], 1.0).abs()?;
+                let field = normal(&mut rng, &[2, rows, columns, channels], 1.0).abs()?;
+                let name = format!("{name}, {channels} channels, ln ℓ = {log_length}");
+                let inputs = [values.clone(), log_length.clone()];
+                check(&format!("to {name}"), there, &inputs, &field)?;
+                let inputs = [field, log_length.clone()];
+                check(&format!("from {name}"), back, &inputs, &values)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn line(x: &[Tensor]) -> Result<Tensor> {
+    let s = [[[0.1], [-1.5], [0.75], [1.7]], [[0.0], [40.0], [-1.6], [0.33]]];
+    Tensor::new(&s, &CPU)?.to_dtype(x[0].dtype())
+}
+
+fn plane(x: &[Tensor]) -> Result<Tensor> {
+    let s = [
+        [[0.1, 0.2], [-1.5, 1.0], [0.75, -0.9], [1.7, 0.5]],
+        [[0.0, 0.0], [40.0, 0.1], [-1.6, 0.6], [0.33, -0.4]],
+    ];
+    Tensor::new(&s, &CPU)?.to_dtype(x[0].dtype())
+}
+
+#[test]
+fn depthwise_convolutions_equal_candle_s() -> Result<()> {
+    let mut rng = Stream::new(8, "depthwise", 0);
+    for (rows, columns, side) in [(1, 7, 3), (5, 4, 3), (6, 7, 5)] {
+        for channels in [1, 3, 16] {
+            let x = normal(&mut rng, &[2, rows, columns, channels], 1.0);
+            let weight = normal(&mut rng, &[side, side, channels], 0.5);
+            let weigh = normal(&mut rng, x.dims(), 1.0);
+            let name = format!("{rows} × {columns}, side {side}, {channels} channels");
+            check(&name, |x| depthwise(&x[0], &x[1]), &[x, weight], &weigh)?;
         }
     }
     Ok(())

@@ -34,19 +34,39 @@ fn fresh(seed: u64) -> Params {
     Params::new(seed, &CPU, DType::F32)
 }
 
-/// Each model with each likelihood, under a name for messages; and the model that has a distance
-/// bias with each term alone, and on the globe.
+/// Each model with each likelihood, under a name for messages; the model that has a distance bias
+/// with each term alone, and on the globe; and the Gaussian one with each of its parts.
 fn each(mut law: impl FnMut(&str, &Entry, &'static dyn Likelihood) -> Result<()>) -> Result<()> {
     for entry in MODELS {
         for likelihood in LIKELIHOODS {
-            law(&format!("{} {}", entry.name, likelihood.name()), entry, *likelihood)?;
+            let name = format!("{} {}", entry.name, likelihood.name());
+            law(&name, entry, *likelihood).map_err(|e| e.fact("model", &name))?;
         }
     }
     for (i, (name, entry)) in BIASED.iter().enumerate() {
         law(name, entry, LIKELIHOODS[i % LIKELIHOODS.len()])?;
     }
+    for (i, (name, entry)) in BACKENDS.iter().enumerate() {
+        law(name, entry, LIKELIHOODS[i % LIKELIHOODS.len()])?;
+    }
     Ok(())
 }
+
+/// The Gaussian model with the parts that its tiny settings leave out.
+static BACKENDS: LazyLock<Vec<(String, Entry)>> = LazyLock::new(|| {
+    let base = MODELS.iter().find(|e| e.name == "gnp").unwrap();
+    let with = |backend: &str, covariance: &str| {
+        let tiny = format!(
+            "width = 8\ndepth = 2\nrank = 3\nbackend = '{backend}'\ncovariance = '{covariance}'\nheads = 2"
+        );
+        let name = format!("gnp, {backend}, {covariance}");
+        (name, Entry { about: "", tiny: tiny.leak(), ..*base })
+    };
+    let raster = "\nconvcnp = { points_per_unit = 4, width = 4, kernel = 3, network = 'unet', levels = 2, margin = 0.5 }";
+    let (name, entry) = with("convcnp", "linear");
+    let entry = Entry { tiny: format!("{}{raster}", entry.tiny).leak(), ..entry };
+    vec![with("cnp", "linear"), with("attention", "linear"), (name, entry)]
+});
 
 /// The biased model at the size it calls tiny, with one term, or great circles.
 static BIASED: LazyLock<Vec<(String, Entry)>> = LazyLock::new(|| {
@@ -79,7 +99,7 @@ fn host(x: &Tensor) -> Vec<f64> {
     x.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
 }
 
-/// Largest difference in any parameter of the predictive.
+/// Largest difference in any parameter of the predictive, of its size where that is above 1.
 fn gap(a: &Predictive, b: &Predictive) -> f64 {
     let parts = |p: &Predictive| {
         let tensors = [&p.log_weight, &p.mean, &p.surface_sd, &p.observation_sd];
@@ -88,7 +108,7 @@ fn gap(a: &Predictive, b: &Predictive) -> f64 {
     let (a, b) = (parts(a), parts(b));
     assert_eq!(a.len(), b.len());
     assert!(a.iter().chain(&b).all(|v| v.is_finite()), "not finite");
-    a.iter().zip(&b).fold(0.0, |most, (a, b)| most.max((a - b).abs()))
+    a.iter().zip(&b).fold(0.0, |most, (a, b)| most.max((a - b).abs() / b.abs().max(1.0)))
 }
 
 /// Targets `start … start + len` of a predictive.
@@ -100,6 +120,7 @@ fn part(p: &Predictive, start: usize, len: usize) -> Result<Predictive> {
         mean: cut(&p.mean)?,
         surface_sd: cut(&p.surface_sd)?,
         observation_sd: cut(&p.observation_sd)?,
+        law: None,
     })
 }
 
@@ -263,6 +284,7 @@ fn a_row_does_not_see_its_neighbours() -> Result<()> {
                 mean: cut(&whole.mean)?,
                 surface_sd: cut(&whole.surface_sd)?,
                 observation_sd: cut(&whole.observation_sd)?,
+                law: None,
             };
             let moved = gap(&alone, &there);
             assert!(moved < ROUNDING, "{name}: row {row} alone differs by {moved:e}");
@@ -667,6 +689,36 @@ fn unknown_settings_are_refused() -> Result<()> {
     let Err(error) = model::build(&misspelt, problem, &mut fresh(1)) else { panic!("{known:?}") };
     assert_eq!(error.help().unwrap(), "did you mean `tnp-kr`?");
     Ok(())
+}
+
+/// A joint density knows as little of hidden sites as that of each target alone does; and of one
+/// target alone it is the same, where nothing is drawn to find it.
+#[test]
+fn joint_densities_agree_with_those_of_single_targets() -> Result<()> {
+    each(|name, entry, likelihood| {
+        if !["gnp", "tnp-a", "tnp-nd"].contains(&entry.name) {
+            return Ok(());
+        }
+        let (model, task) = (tiny(entry, likelihood, &mut fresh(1)), batch(likelihood, 12)?.task);
+        let behind = padded(&task.context, 5, [0.3, 7.0, 9.0])?;
+        for of in [Of::Surface, Of::Observation] {
+            let joint = |context: &Observations, n: usize| -> Result<Vec<f64>> {
+                let (sites, values) =
+                    (task.target.sites.narrow(0, n)?, task.surface.narrow(1, 0, n)?);
+                let density = model.condition(context)?.joint(&sites, of, &values)?;
+                Ok(host(&density.expect("a joint model")))
+            };
+            let alone = ask(&model, &task.context, &task.target.sites.narrow(0, 1)?)?;
+            let alone = host(&alone.log_prob(of, &task.surface.narrow(1, 0, 1)?)?);
+            for (a, b) in alone.iter().zip(joint(&task.context, 1)?) {
+                assert!((a - b).abs() < 1e-4 * (1.0 + a.abs()), "{name}: {a} alone, {b} jointly");
+            }
+            for (a, b) in joint(&task.context, 10)?.iter().zip(joint(&behind, 10)?) {
+                assert!((a - b).abs() < 1e-4 * (1.0 + a.abs()), "{name}: {a}, with padding {b}");
+            }
+        }
+        Ok(())
+    })
 }
 
 /// A model that draws jointly says so, and any other refuses: areal means from marginals are wrong.

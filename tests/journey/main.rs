@@ -3,6 +3,7 @@
 use std::process::{Command, Stdio};
 
 mod bench;
+mod benchmark;
 mod calibrate;
 mod inspect;
 #[cfg(feature = "gdal")]
