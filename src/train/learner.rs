@@ -187,20 +187,22 @@ impl Learner {
     fn share(&self, residents: &[Arc<Resident>], batch: &Batch, orders: &Orders) -> Result<Step> {
         let rows = batch.rules.len();
         let cards = residents.len();
+        // Not all of `self`: what NCCL holds stays on this thread.
+        let (networks, devices) = (&self.networks, &self.devices);
         let part = |card: usize| -> Result<BTreeMap<&'static str, f64>> {
             let (start, end) = (card * rows / cards, (card + 1) * rows / cards);
             let resident = &residents[card];
             if start == end {
                 // A batch of fewer rows than cards: nothing to add, and no loss.
-                let nothing = Tensor::zeros((), DType::F32, &self.devices[card])?;
+                let nothing = Tensor::zeros((), DType::F32, &devices[card])?;
                 resident.gather(None, &nothing)?;
                 return Ok(BTreeMap::new());
             }
-            let task = batch.rows(start, end - start)?.task.to_device(&self.devices[card])?;
+            let task = batch.rows(start, end - start)?.task.to_device(&devices[card])?;
             let share = (end - start) as f64 / rows as f64;
             let mut rng =
                 Stream::new(orders.chance.0, "objective", (orders.chance.1 << 8) + card as u64);
-            let process = &*self.networks[card].process;
+            let process = &*networks[card].process;
             // An objective of its own may take gradients on its way: those must not be collected.
             let (loss, measured) = match process.objective(&task, orders.reward, &mut rng)? {
                 Some(own) => (own.loss, own.measured),
@@ -213,7 +215,7 @@ impl Learner {
             let grads = loss.backward()?;
             let missing = resident.gather(Some(&grads), &loss.detach())?;
             if let Some(first) = missing.first() {
-                let path = self.networks[card].params.vars().keys().nth(*first);
+                let path = networks[card].params.vars().keys().nth(*first);
                 let path = path.map_or("?", String::as_str);
                 return Err(Error::input(format!("parameter `{path}` received no gradient"))
                     .try_this("this is a bug in the model: please report it"));
