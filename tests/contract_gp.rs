@@ -6,6 +6,8 @@ mod autoregressive;
 mod exact_gp;
 #[path = "contract/kernels.rs"]
 mod kernels;
+#[path = "contract/nearest_gp.rs"]
+mod nearest_gp;
 #[path = "contract/scores.rs"]
 mod scores;
 #[cfg(feature = "gdal")]

@@ -33,8 +33,10 @@ impl DeviceArgs {
     /// Those of [`device::find`], and [`Error::Input`] for what a card cannot do.
     pub(super) fn open(&self, model: Option<&str>, reading: Reading) -> Result<Cards> {
         let cards = |devices, fallback| Cards { devices, asked: self.device.clone(), fallback };
-        if device::Asked::parse(&self.device)? != device::Asked::Cpu && model == Some("gp") {
-            let why = "an exact Gaussian process computes on the processor";
+        if device::Asked::parse(&self.device)? != device::Asked::Cpu
+            && model.is_some_and(|name| ["gp", "vecchia"].contains(&name))
+        {
+            let why = "a Gaussian process computes on the processor";
             note(format!("note        --device {}: {why}", self.device));
             return Ok(cards(vec![Device::Cpu], Some(why.into())));
         }
