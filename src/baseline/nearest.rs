@@ -13,7 +13,8 @@
 //! noisy neighbours say less of the surface than the whole neighbourhood would.
 //!
 //! **Prediction.** Each target is kriged from its `near` nearest observations, however the others are
-//! asked for; the mean of the surface is estimated from all sites. Fitting chooses `near` by what
+//! asked for; the mean of the surface is estimated from all sites. The farthest quarter of the
+//! neighbours fades out, so that a map has no steps where one replaces another. Fitting chooses `near` by what
 //! twice as many would add, which is how a large nugget is paid for.
 //!
 //! **Counts.** Laplace's approximation replaces the counts by Gaussian pseudo-values
@@ -52,7 +53,7 @@ const MOST_NEAR: usize = 160;
 /// Densities that the first search looks at, at most; and sites, where they are counts, whose mode
 /// is another at every step.
 const SOME: usize = 5_000;
-const SOME_COUNTS: usize = 2_000;
+const SOME_COUNTS: usize = 1_000;
 /// Places of one piece of work. Sums over pieces run in their order, whatever the threads.
 const CHUNK: usize = 64 * LANES;
 
@@ -107,6 +108,8 @@ struct Asked<'a> {
     place: &'a [f64],
     neighbours: &'a [u32],
     itself: Option<u32>,
+    /// Distances between which neighbours fade out, where there are others beyond.
+    fade: Option<[f64; 2]>,
 }
 
 /// What neighbours with kriging weights w say of a place: `value = Σ w z` of their deviations,
@@ -358,7 +361,7 @@ impl NearestGp {
     ///
     /// The penalties are those of [`ExactGp::fit`](super::ExactGp::fit). A first search looks at an
     /// evenly spread part: 5,000 of the densities, each given its neighbours among all sites, or
-    /// 2,000 of the counts. A second begins there and looks at all sites.
+    /// 1,000 of the counts. A second begins there and looks at all sites.
     ///
     /// # Shapes
     /// `context` has one row.
@@ -393,10 +396,10 @@ impl NearestGp {
         } else if likelihood.counts() {
             let some = Ordered::new(&ordered.thinned(few));
             let first = search.smoothnesses(&some, few, &starts);
-            search.polish(&ordered, first, 0.3)
+            search.polish(&ordered, first, 1.0, 0.3)
         } else {
             let first = search.smoothnesses(&ordered, few, &starts);
-            search.polish(&ordered, first, 0.1)
+            search.polish(&ordered, first, ordered.len() as f64 / few as f64, 0.1)
         };
         let best = found.into_iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
         match best {
@@ -584,17 +587,25 @@ impl NearestGp {
     ) -> Vec<Said> {
         let mut out = Vec::with_capacity(places.len());
         for block in places.chunks(LANES) {
-            let lists: Vec<Vec<u32>> = block
+            let lists: Vec<(Vec<u32>, Option<[f64; 2]>)> = block
                 .iter()
                 .map(|place| {
                     ordered.tree.nearest(place, near, ordered.len(), &mut room.found);
-                    room.found.iter().map(|(_, i)| *i).collect()
+                    let from = |i: usize| room.found[i].0.sqrt();
+                    let cut = near > 3 && room.found.len() == near && near < ordered.len();
+                    let fade = cut.then(|| [from(near - 1 - near / 4), from(near - 1)]);
+                    (room.found.iter().map(|(_, i)| *i).collect(), fade)
                 })
                 .collect();
             let asked: Vec<Asked> = block
                 .iter()
                 .zip(&lists)
-                .map(|(place, neighbours)| Asked { place, neighbours, itself: None })
+                .map(|(place, (neighbours, fade))| Asked {
+                    place,
+                    neighbours,
+                    itself: None,
+                    fade: *fade,
+                })
                 .collect();
             out.extend(&self.ask(ordered, told, &asked, room)[..block.len()]);
         }
@@ -610,6 +621,7 @@ impl NearestGp {
         room: &mut Room,
     ) -> [Said; LANES] {
         let n = asked.iter().map(|a| a.neighbours.len()).max().unwrap_or(0);
+        let sill = self.kernel.sill();
         room.lower.resize(row_of(n + 1), Lane::default());
         room.value.resize(n, Lane::default());
         room.one.resize(n, Lane::default());
@@ -625,7 +637,7 @@ impl NearestGp {
                 value[i].0[lane] = 0.0;
                 one[i].0[lane] = 0.0;
             }
-            let Some(Asked { place, itself, .. }) = asked.get(lane) else {
+            let Some(Asked { place, itself, fade, .. }) = asked.get(lane) else {
                 lower[row_of(n) + n].0[lane] = 1.0;
                 continue;
             };
@@ -654,7 +666,13 @@ impl NearestGp {
                     for (at, c) in column[..k - j].iter().enumerate() {
                         lower[row_of(j + at) + j].0[lane] = *c;
                     }
-                    lower[row_of(j) + j].0[lane] += self.nugget + told.noise[i];
+                    let noise = self.nugget + told.noise[i];
+                    let more = fade.map_or(0.0, |fade| {
+                        let apart =
+                            ordered.site(i).iter().zip(*place).map(|(a, b)| (a - b).powi(2));
+                        faded(apart.sum::<f64>().sqrt(), fade) * (noise + 0.01 * sill)
+                    });
+                    lower[row_of(j) + j].0[lane] += noise + more;
                     let own = if *itself == Some(i as u32) { self.nugget } else { 0.0 };
                     lower[row_of(n) + j].0[lane] = column[k - j] + own;
                     value[j].0[lane] = told.value[i];
@@ -672,8 +690,19 @@ impl NearestGp {
 impl Ordered {
     fn asked<'a>(&'a self, lists: &'a Lists, i: u32) -> Asked<'a> {
         let i = i as usize;
-        Asked { place: self.site(i), neighbours: lists.of(i), itself: None }
+        Asked { place: self.site(i), neighbours: lists.of(i), itself: None, fade: None }
     }
+}
+
+/// Noise added to a neighbour at distance `d`, relative: none up to the first distance, without bound
+/// at the second. Where one neighbour replaces another, neither then has a say, and a map has no
+/// steps.
+fn faded(d: f64, [from, to]: [f64; 2]) -> f64 {
+    if d <= from || to <= from {
+        return 0.0;
+    }
+    let part = (d - from) / (to - from);
+    (part / (1.0 - part).max(1e-6)).powi(2)
 }
 
 /// What absorbing a row gives.
@@ -726,7 +755,8 @@ impl Search {
         move |p: &[f64]| {
             // A corner where the arithmetic fails is no candidate; the search walks away.
             let absorbed = self.process(smoothness, p).and_then(|gp| {
-                gp.settle(ordered, &lists.0, lists.1.as_ref(), terms, &mut latent, 1e-5)
+                // Newton's last step is squared in what is left, and that again in the density.
+                gp.settle(ordered, &lists.0, lists.1.as_ref(), terms, &mut latent, 1e-3)
             });
             match absorbed.map(|a| self.penalty(p) - a.log_marginal) {
                 Ok(cost) if cost.is_finite() => cost,
@@ -754,16 +784,18 @@ impl Search {
             // Rougher kernels have explored: begin at the best answer so far.
             let best = found.iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
             let starts = best.map_or(starts.to_vec(), |best| vec![best.at.clone()]);
-            let ends = starts.iter().map(|start| minimise(&mut cost, start, 0.6, 1e-4 * part, 200));
+            let ends = starts.iter().map(|start| minimise(&mut cost, start, 0.6, 1e-3 * part, 200));
             let end = ends.min_by(|a, b| a.1.total_cmp(&b.1));
             found.extend(end.map(|(at, cost)| Ended { smoothness, at, cost }));
         }
         found
     }
 
-    /// The same on all sites, for those that a part of the sites did not rule out. `step` is of the
-    /// size of what the part left open.
-    fn polish(&self, ordered: &Ordered, first: Vec<Ended>, step: f64) -> Vec<Ended> {
+    /// The same on all sites, for those that a part of the sites did not rule out by 20
+    /// nats, of which it told one in `part`. `step` is of the size of what it left open.
+    fn polish(&self, ordered: &Ordered, mut first: Vec<Ended>, part: f64, step: f64) -> Vec<Ended> {
+        let best = first.iter().map(|ended| ended.cost).fold(f64::INFINITY, f64::min);
+        first.retain(|ended| ended.cost < best + 20.0 * part);
         let lists = self.lists(ordered);
         let terms: Vec<u32> = (0..ordered.len() as u32).collect();
         let run = |ended: &Ended, limit: usize| {
