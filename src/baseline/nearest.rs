@@ -642,18 +642,20 @@ impl NearestGp {
                 continue;
             };
             let sites = here.iter().map(|i| ordered.site(*i as usize));
-            if ordered.dim == 2 || (k == 0 && place.len() == 2) {
+            // A line is a plane's first axis.
+            let flat = place.len() <= 2;
+            if flat {
                 x.clear();
                 y.clear();
                 for site in sites.chain([*place]) {
                     x.push(site[0]);
-                    y.push(site[1]);
+                    y.push(site.get(1).copied().unwrap_or(0.0));
                 }
             }
             column.resize(k + 1, 0.0);
             for j in 0..=k {
                 let column = &mut column[..=k - j];
-                if place.len() == 2 {
+                if flat {
                     self.kernel.column([x[j], y[j]], &x[j..], &y[j..], column);
                 } else {
                     let of = |i: usize| here.get(i).map_or(*place, |i| ordered.site(*i as usize));

@@ -216,20 +216,20 @@ fn fitting_finds_the_process_that_made_many_values() -> Result<()> {
     Ok(())
 }
 
-/// 1,500 counts: more than the first search looks at.
+/// 1,200 counts: more than the first search looks at.
 #[test]
 fn fitting_finds_the_process_that_made_many_counts() -> Result<()> {
-    let (places, surface) = line(1500, 20.0);
+    let (places, surface) = line(1200, 20.0);
     let mut rng = Stream::new(4, "villages", 0);
     let latent: Vec<f64> = surface.iter().map(|v| v - 1.0 + 0.5f64.sqrt() * rng.normal()).collect();
-    let tested = vec![40.0; 1500];
+    let tested = vec![40.0; 1200];
     let context = seen(&places, &counted(&latent, &tested), Some(&tested));
     let fitted = NearestGp::fit(&context, binomial())?;
     assert!((0.35..0.65).contains(&fitted.nugget), "{fitted:?}");
     assert!((1.1..2.6).contains(&fitted.kernel.sill()), "{fitted:?}");
     let [mean, sd, _] = ask(&fitted, &context, &places)?;
-    let inside = (0..1500).filter(|i| (surface[*i] - 1.0 - mean[*i]).abs() < 1.96 * sd[*i]);
-    let held = inside.count() as f64 / 1500.0;
+    let inside = (0..1200).filter(|i| (surface[*i] - 1.0 - mean[*i]).abs() < 1.96 * sd[*i]);
+    let held = inside.count() as f64 / 1200.0;
     assert!((0.91..0.985).contains(&held), "{held} of the surface inside 95 % intervals");
     Ok(())
 }
