@@ -806,12 +806,12 @@ impl Search {
             let (at, cost) = minimise(&mut cost, &ended.at, step, 0.05, limit);
             Ended { smoothness: ended.smoothness, at, cost }
         };
-        // One look at each, then the best two for as long as it takes.
-        let mut looked: Vec<Ended> = first.iter().map(|ended| run(ended, 12)).collect();
+        // One look at each, then the best for as long as it takes; and for values, where a look is
+        // cheap, the second best too.
+        let (look, kept, limit) = if self.likelihood.counts() { (8, 1, 40) } else { (12, 2, 80) };
+        let mut looked: Vec<Ended> = first.iter().map(|ended| run(ended, look)).collect();
         looked.sort_by(|a, b| a.cost.total_cmp(&b.cost));
-        let close = looked.first().map_or(0.0, |best| best.cost + 0.01 * ordered.len() as f64);
-        looked.retain(|ended| ended.cost <= close);
-        looked.iter().take(2).map(|ended| run(ended, 80)).collect()
+        looked.iter().take(kept).map(|ended| run(ended, limit)).collect()
     }
 }
 
