@@ -115,7 +115,7 @@ struct Stage {
 /// Joins each product with the activation and the addition that follow, unless something else reads
 /// what stands between.
 fn stages(layers: &[Layer]) -> Vec<Stage> {
-    let read = |at: usize| layers.iter().any(|l| *l == Layer::PlusRead(at));
+    let read = |at: usize| layers.contains(&Layer::PlusRead(at));
     let (mut stages, mut begins, mut params) = (Vec::<Stage>::new(), vec![], 0);
     for (i, layer) in layers.iter().enumerate() {
         let open = if read(i) { None } else { stages.last_mut() };

@@ -371,7 +371,7 @@ pub(crate) fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
 
 /// Refuses heads that do not divide the width.
 pub(crate) fn check_heads(width: usize, heads: usize) -> Result<()> {
-    if width % heads == 0 {
+    if width.is_multiple_of(heads) {
         return Ok(());
     }
     Err(Error::input("attention heads do not divide the width of the tokens")

@@ -274,7 +274,7 @@ mod tests {
                     assert!(
                         launch.blocks * each >= targets && (launch.blocks - 1) * each < targets
                     );
-                    assert!(launch.threads <= THREADS && launch.threads % WARP == 0);
+                    assert!(launch.threads <= THREADS && launch.threads.is_multiple_of(WARP));
                     // No part of the keys is empty.
                     assert!((1..=problem.context.div_ceil(KEYS)).contains(&launch.splits));
                     let back = problem.backward(targets);
