@@ -30,7 +30,7 @@ fn settings(name: &str) -> String {
         "convcnp" => format!("kind = 'convcnp'\nnetwork = 'plain'\nreach = 2.0\n{HEAD}"),
         "convcnp-xl" => format!("kind = 'convcnp'\nnetwork = 'unet'\nreach = 2.0\n{HEAD}"),
         "tnp-d" => {
-            format!("kind = 'tnp-d'\nhead = {{ components = 1, nugget = false, scale = 'exp' }}")
+            "kind = 'tnp-d'\nhead = { components = 1, nugget = false, scale = 'exp' }".into()
         }
         "cnp" => format!("kind = 'cnp'\nactivation = 'relu'\n{HEAD}"),
         name => format!("kind = '{name}'\n{HEAD}"),

@@ -59,7 +59,10 @@ fn a_seed_is_a_draw() -> Result<()> {
         assert_ne!(a[0], a[1], "{name}: surfaces drawn together are one surface");
         let rule = |seed| format!("{:?}", prior.rule(&mut Stream::new(seed, "law", 0)));
         assert_eq!(rule(7), rule(7), "{name}: one seed, two rules");
-        assert_ne!(rule(7), rule(8), "{name}: two seeds, one rule");
+        // A rule without a kernel says of the surface no more than its noise.
+        if prior.rule(&mut Stream::new(7, "law", 0)).kernel.is_some() {
+            assert_ne!(rule(7), rule(8), "{name}: two seeds, one rule");
+        }
     }
     Ok(())
 }
@@ -124,7 +127,8 @@ fn moments_match_the_rule() -> Result<()> {
             if rule.nugget > 0.0 {
                 // Independent of the surface and from site to site.
                 let noise = |i: usize| (surface.noisy[i] - surface.latent[i]) / rule.nugget.sqrt();
-                apart.add(noise(0) * z[0], 1.0);
+                // The surface as it is: without a kernel nobody knows its variance beforehand.
+                apart.add(noise(0) * z[0], if rule.kernel.is_some() { 1.0 } else { z[0] * z[0] });
                 apart.add(noise(0) * noise(1), 1.0);
             }
         }

@@ -47,7 +47,9 @@ fn taken<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, [f64; 2])> {
 
 fn places(n: usize, seed: u64) -> Sites {
     let mut rng = Stream::new(seed, "places", 0);
-    let xy: Vec<[f64; 2]> = (0..n).map(|_| [rng.normals(1)[0], rng.normals(1)[0]]).collect();
+    // A map's frame makes the context's box [−1, 1].
+    let mut along = || rng.uniform(-1.0, 1.0);
+    let xy: Vec<[f64; 2]> = (0..n).map(|_| [along(), along()]).collect();
     Sites::plane(&xy, &Device::Cpu).unwrap()
 }
 

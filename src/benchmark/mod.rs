@@ -266,7 +266,8 @@ fn cells(options: &Options, definition: &Definition, names: &[String]) -> Result
                 steps: settings.steps,
                 out: folder.join(format!("{base}-{seed}.safetensors")),
             };
-            if cell.out.exists() && !options.resume {
+            let begun = [&cell.out, &cell.out.with_extension("state.safetensors")];
+            if begun.iter().any(|file| file.exists()) && !options.resume {
                 return Err(Error::input("the folder holds trained cells already")
                     .fact("cell", cell.out.display())
                     .try_this("--resume goes on with them; or name another folder with --out"));

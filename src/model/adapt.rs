@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Result},
     likelihood::Likelihood,
     predictive::Predictive,
-    process::{Objective, Posterior, Reward},
+    process::{Memory, Objective, Posterior, Reward},
     sites::{Observations, Task},
 };
 
@@ -192,6 +192,19 @@ impl Network {
             biases.push(bias.reshape((1, 1, pair[1]))?);
         }
         Ok(Network { weights, biases })
+    }
+
+    /// Features that the layers read and give, all together.
+    fn features(&self) -> usize {
+        self.weights.iter().map(|w| w.dims()[1] + w.dims()[2]).sum()
+    }
+
+    /// What adapting to `sites` takes, with weights of its own for a task or without.
+    pub fn memory(&self, sites: usize, own: bool) -> Memory {
+        let weights: usize = self.weights.iter().chain(&self.biases).map(Tensor::elem_count).sum();
+        let held = if own { 4 * weights } else { 256 };
+        let each = 4 * 2 * self.features();
+        Memory { conditioning: sites * each + 4 * held, held, target: each + 64 }
     }
 
     /// `[batch, site, in]` → `[batch, site, out]`, and what went into each layer.

@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Entry, Problem,
+    anp_block::{AnpBlock, Scale},
     decoder::Decoder,
     head::Head,
     latent,
     layer::Activation,
-    multihead::{MultiHead, Scale},
     params::Params,
     paths::{Cross, CrossPlan, Latent, Paths},
     pool::{By, Plan, Pool},
@@ -155,7 +155,7 @@ fn build(
     let block = match config.self_attention {
         true => {
             let scope = &mut scope.at(second);
-            Some(MultiHead::new(&mut scope.at("itself"), width, heads, scale, activation)?)
+            Some(AnpBlock::new(&mut scope.at("itself"), width, heads, scale, activation)?)
         }
         false => None,
     };

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     predictive::Predictive,
-    process::{Objective, Posterior, Process, Reward},
+    process::{Memory, Objective, Posterior, Process, Reward},
     rng::Stream,
     sites::{Observations, Sites, Task},
 };
@@ -126,6 +126,10 @@ impl Cavia {
 impl Process for Cavia {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         Ok(Box::new(self.adapted(context)?))
+    }
+
+    fn memory(&self, sites: usize) -> Memory {
+        self.network.memory(sites, false)
     }
 
     fn objective(&self, task: &Task, reward: Reward, _: &mut Stream) -> Result<Option<Objective>> {

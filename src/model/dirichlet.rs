@@ -141,9 +141,9 @@ mod tests {
         let grad = grad.get(&alpha).unwrap().to_vec2::<f64>().unwrap();
         for (row, a) in alpha.to_vec2::<f64>().unwrap().iter().enumerate() {
             let a0: f64 = a.iter().sum();
-            for (l, seen) in grad[row].iter().enumerate() {
+            for (l, found) in grad[row].iter().enumerate() {
                 let exact = (f64::from(u8::from(l == 0)) - a[0] / a0) / a0;
-                assert!((seen - exact).abs() < 0.01, "{seen} of {exact}");
+                assert!((found - exact).abs() < 0.01, "{} of {exact}", found);
             }
         }
     }

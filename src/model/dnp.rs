@@ -99,8 +99,7 @@ impl Config {
                 .try_this("width, latent, embed, samples and ask must be ≥ 1"));
         }
         let bounds = self.least >= 0.0 && self.least < self.most && self.most.is_finite();
-        let weighed = self.temperature > 0.0 && self.penalty >= 0.0;
-        if !(bounds && weighed) {
+        if !(bounds && self.temperature > 0.0 && self.penalty >= 0.0) {
             return Err(Error::input("bounds under [model] that no network meets")
                 .fact("least and most", format!("{} and {}", self.least, self.most))
                 .fact("temperature", self.temperature)

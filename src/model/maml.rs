@@ -17,7 +17,7 @@ use super::{
 use crate::{
     error::Result,
     predictive::Predictive,
-    process::{Objective, Posterior, Process, Reward},
+    process::{Memory, Objective, Posterior, Process, Reward},
     rng::Stream,
     sites::{Observations, Sites, Task},
 };
@@ -117,6 +117,10 @@ impl Maml {
 impl Process for Maml {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         Ok(Box::new(self.adapted(context)?))
+    }
+
+    fn memory(&self, sites: usize) -> Memory {
+        self.network.memory(sites, true)
     }
 
     fn objective(&self, task: &Task, reward: Reward, _: &mut Stream) -> Result<Option<Objective>> {

@@ -12,6 +12,7 @@ use crate::{
 
 pub mod adapt;
 pub mod anp;
+pub mod anp_block;
 pub mod autoregressive;
 pub mod cavia;
 pub mod cnp;
@@ -29,7 +30,6 @@ pub mod latent;
 pub mod layer;
 pub mod lbanp;
 pub mod maml;
-pub mod multihead;
 pub mod nmdp;
 pub mod np;
 pub mod params;

@@ -7,11 +7,11 @@
 use candle_core::{D, DType, Tensor};
 
 use super::{
+    anp_block::{AnpBlock, Cache, Scale},
     decoder::Decoder,
     head::Head,
     latent::{self, Bound, Normal},
     layer::{Activation, Chain, Mlp},
-    multihead::{Cache, MultiHead, Scale},
     params::{Init, Scope},
     pool::{self, Pool, at_least_one, features},
 };
@@ -29,8 +29,8 @@ use crate::{
 pub struct Cross {
     place: Mlp,
     value: Mlp,
-    itself: Option<MultiHead>,
-    attend: MultiHead,
+    itself: Option<AnpBlock>,
+    attend: AnpBlock,
     activation: Activation,
 }
 
@@ -72,7 +72,7 @@ impl Cross {
         let (place, value) =
             (mlp("place", plan.dim, plan.places)?, mlp("value", plan.inputs, values)?);
         let mut block =
-            |name: &str| MultiHead::new(&mut scope.at(name), width, heads, scale, activation);
+            |name: &str| AnpBlock::new(&mut scope.at(name), width, heads, scale, activation);
         let itself = if plan.itself { Some(block("itself")?) } else { None };
         Ok(Cross { place, value, itself, attend: block("attend")?, activation })
     }

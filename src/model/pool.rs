@@ -7,8 +7,8 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    anp_block::AnpBlock,
     layer::{Activation, Chain, Mlp},
-    multihead::MultiHead,
     params::{Init, Scope},
 };
 use crate::{error::Result, likelihood::Likelihood, sites::Observations};
@@ -48,7 +48,7 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct Pool {
     before: Mlp,
-    attend: Option<MultiHead>,
+    attend: Option<AnpBlock>,
     after: Option<Mlp>,
     by: By,
     count: bool,
@@ -66,7 +66,7 @@ pub(crate) fn widths(inputs: usize, width: usize, layers: usize, outputs: usize)
 impl Pool {
     /// From a plan; `attend` makes the block of self-attention, which stands in for the last two
     /// layers before pooling.
-    pub fn new(scope: &mut Scope, plan: &Plan, attend: Option<MultiHead>) -> Result<Self> {
+    pub fn new(scope: &mut Scope, plan: &Plan, attend: Option<AnpBlock>) -> Result<Self> {
         let Plan { inputs, width, outputs, activation, .. } = *plan;
         let layers = if attend.is_some() { plan.before.saturating_sub(2) } else { plan.before };
         let mut mlp = |name: &str, widths: &[usize]| {

@@ -22,15 +22,17 @@ constexpr int TOGETHER = 32;
 // A score may pass the top by so many powers of two before sums are scaled down.
 constexpr float SLACK = 8.0f;
 
-// Numbers that are multiplied: PER of them in a 32-bit word, each the sum of PARTS.
+// Numbers that are multiplied: PER of them in a 32-bit word, each the sum of PARTS; those of a query the
+// sum of ROW_PARTS. What is rounded off a query bends all its scores the same way, and so does not average
+// out over keys: it is kept as a second part.
 struct Bf16 {
-    static constexpr int PER = 2, PARTS = 1, PASSES = 1;
+    static constexpr int PER = 2, PARTS = 1, PASSES = 1, ROW_PARTS = 2, ROW_PASSES = 2;
 };
 struct Tf32 {
-    static constexpr int PER = 1, PARTS = 1, PASSES = 1;
+    static constexpr int PER = 1, PARTS = 1, PASSES = 1, ROW_PARTS = 2, ROW_PASSES = 2;
 };
 struct Exact {
-    static constexpr int PER = 1, PARTS = 2, PASSES = 3;
+    static constexpr int PER = 1, PARTS = 2, PASSES = 3, ROW_PARTS = 2, ROW_PASSES = 3;
 };
 
 // The parts of one word that holds x, or x and y.
@@ -39,6 +41,14 @@ DEVICE void word(Tf32, float x, float, uint32_t (&parts)[1]) { parts[0] = tf32(x
 DEVICE void word(Exact, float x, float, uint32_t (&parts)[2]) {
     parts[0] = tf32(x);
     parts[1] = tf32(x - __uint_as_float(parts[0]));
+}
+
+// The same of a query's numbers.
+template <class N> DEVICE void row_word(N, float x, float y, uint32_t (&parts)[2]) { word(Exact(), x, y, parts); }
+DEVICE void row_word(Bf16, float x, float y, uint32_t (&parts)[2]) {
+    parts[0] = bf16_pair(x, y);
+    const float low = __uint_as_float(parts[0] << 16), high = __uint_as_float(parts[0] & 0xffff0000u);
+    parts[1] = bf16_pair(x - low, y - high);
 }
 
 // The same of weights, which are finite: in fewer instructions.
@@ -61,8 +71,8 @@ DEVICE void mma(Exact, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     mma_tf32(c, a, b0, b1);
 }
 
-// Which parts a pass multiplies: small by large twice, then large by large.
-DEVICE constexpr int part_of_a(int pass, int passes) { return passes == 3 && pass == 0; }
+// Which parts a pass multiplies: small by large first (and large by small), then large by large.
+DEVICE constexpr int part_of_a(int pass, int passes) { return passes > 1 && pass == 0; }
 DEVICE constexpr int part_of_b(int pass, int passes) { return passes == 3 && pass == 1; }
 
 // One in every place of a column.
@@ -129,7 +139,7 @@ template <class Im> DEVICE void fetch(Im *to, const Im *from, int me) {
 // Lane l holds, of each 16 × 8 accumulator, columns 2 (l % 4) and the next, of rows l / 4 and l / 4 + 8.
 template <class N, int D, int W, int TILES> struct Rows {
     static constexpr int STEPS = D / (8 * N::PER), BLOCKS = TOGETHER / 8, WIDE = W / 8;
-    uint32_t row[TILES][STEPS][N::PARTS][4];
+    uint32_t row[TILES][STEPS][N::ROW_PARTS][4];
     float sum[TILES][WIDE][4];
 
     // The numbers of value(row, column), rows from 0 to 16 · TILES − 1.
@@ -143,10 +153,10 @@ template <class N, int D, int W, int TILES> struct Rows {
                 for (int i = 0; i < 4; ++i) {
                     const int at = 16 * m + group + 8 * (i & 1);
                     const int x = (8 * s + 4 * (i >> 1) + quad) * N::PER;
-                    uint32_t parts[N::PARTS];
-                    word(N(), value(at, x), N::PER == 2 ? value(at, x + 1) : 0.0f, parts);
+                    uint32_t parts[N::ROW_PARTS];
+                    row_word(N(), value(at, x), N::PER == 2 ? value(at, x + 1) : 0.0f, parts);
                     UNROLL
-                    for (int part = 0; part < N::PARTS; ++part) row[m][s][part][i] = parts[part];
+                    for (int part = 0; part < N::ROW_PARTS; ++part) row[m][s][part][i] = parts[part];
                 }
             }
             UNROLL
@@ -182,8 +192,8 @@ template <class N, int D, int W, int TILES> struct Rows {
                 }
             }
             UNROLL
-            for (int pass = 0; pass < N::PASSES; ++pass) {
-                const int of_a = part_of_a(pass, N::PASSES), of_b = part_of_b(pass, N::PASSES);
+            for (int pass = 0; pass < N::ROW_PASSES; ++pass) {
+                const int of_a = part_of_a(pass, N::ROW_PASSES), of_b = part_of_b(pass, N::ROW_PASSES);
                 UNROLL
                 for (int s = 0; s < STEPS; ++s) {
                     const uint32_t(&two)[4] = b[of_b][s / 2];

@@ -303,7 +303,7 @@ mod tests {
         }
         for i in 0..10_000 {
             let x = (i as f32 * 0.37).sin() * 3.0;
-            let half = super::super::bf16::widen(super::super::bf16::round(x));
+            let half = crate::fused::bf16::widen(crate::fused::bf16::round(x));
             assert_eq!(Products::Bf16.rounded(x), half, "{x}");
         }
         assert!(Products::Bf16.rounded(f32::NAN).is_nan());

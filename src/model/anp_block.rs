@@ -29,7 +29,7 @@ pub enum Scale {
 
 /// A block of attention from some sites to others.
 #[derive(Debug)]
-pub struct MultiHead {
+pub struct AnpBlock {
     query: Dense,
     key: Dense,
     value: Dense,
@@ -49,7 +49,7 @@ pub enum Cache {
     Reader(Box<Reader>),
 }
 
-impl MultiHead {
+impl AnpBlock {
     /// All of `width` features: queries, keys, values and answer.
     ///
     /// # Errors
@@ -69,7 +69,7 @@ impl MultiHead {
         }
         let mut dense = |name: &str| Dense::linear(&mut scope.at(name), width, width, &Init::LeCun);
         let [query, key, value] = [dense("query")?, dense("key")?, dense("value")?];
-        Ok(MultiHead {
+        Ok(AnpBlock {
             query,
             key,
             value,
