@@ -3,6 +3,9 @@
 //! Source: Golub & Van Loan (2013), section 4.2, row by row; places of equal size side by side are
 //! the "interleaved batch" of Dongarra et al. (2017), doi:10.1016/j.procs.2017.05.138.
 
+// Loops over lanes are written as the registers run.
+#![allow(clippy::needless_range_loop)]
+
 use crate::fused::simd;
 
 /// Places side by side: the lanes of the widest registers.
