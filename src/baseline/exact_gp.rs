@@ -74,6 +74,25 @@ struct Conditioned<'a> {
     rows: Vec<Fitted>,
 }
 
+/// Refuses levels that make no Gaussian process, and counts that the `kind` of one cannot read.
+pub(super) fn check_levels(
+    kind: &str,
+    nugget: f64,
+    mean: f64,
+    likelihood: &dyn Likelihood,
+) -> Result<()> {
+    if !(nugget >= 0.0 && nugget.is_finite() && mean.is_finite()) {
+        return Err(Error::input("a Gaussian process needs a finite mean and a nugget ≥ 0")
+            .fact("mean", mean)
+            .fact("nugget", nugget));
+    }
+    if likelihood.counts() && likelihood.link() != Link::Logit {
+        return Err(Error::input(format!("the {kind} process reads binomial counts only"))
+            .fact("likelihood", likelihood.name()));
+    }
+    Ok(())
+}
+
 impl ExactGp {
     /// A Gaussian process with known mean.
     ///
@@ -88,15 +107,7 @@ impl ExactGp {
         mean: f64,
         likelihood: &'static dyn Likelihood,
     ) -> Result<Self> {
-        if !(nugget >= 0.0 && nugget.is_finite() && mean.is_finite()) {
-            return Err(Error::input("a Gaussian process needs a finite mean and a nugget ≥ 0")
-                .fact("mean", mean)
-                .fact("nugget", nugget));
-        }
-        if likelihood.counts() && likelihood.link() != Link::Logit {
-            return Err(Error::input("the exact Gaussian process reads binomial counts only")
-                .fact("likelihood", likelihood.name()));
-        }
+        check_levels("exact Gaussian", nugget, mean, likelihood)?;
         Ok(ExactGp { kernel, nugget, mean, mean_variance: 0.0, log_marginal: None, likelihood })
     }
 

@@ -30,7 +30,7 @@ use rayon::prelude::*;
 
 use super::{
     elimination::{LANES, Lane, eliminate, row_of},
-    exact_gp::{Row, binomial_log_pmf, rows},
+    exact_gp::{Row, binomial_log_pmf, check_levels, rows},
     neighbours::{Found, Tree, spread},
     nelder_mead::minimise,
 };
@@ -323,15 +323,7 @@ impl NearestGp {
         mean: f64,
         likelihood: &'static dyn Likelihood,
     ) -> Result<Self> {
-        if !(nugget >= 0.0 && nugget.is_finite() && mean.is_finite()) {
-            return Err(Error::input("a Gaussian process needs a finite mean and a nugget ≥ 0")
-                .fact("mean", mean)
-                .fact("nugget", nugget));
-        }
-        if likelihood.counts() && likelihood.link() != Link::Logit {
-            return Err(Error::input("the nearest-neighbour process reads binomial counts only")
-                .fact("likelihood", likelihood.name()));
-        }
+        check_levels("nearest-neighbour", nugget, mean, likelihood)?;
         Ok(NearestGp {
             kernel,
             nugget,

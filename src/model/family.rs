@@ -9,7 +9,7 @@ use std::sync::Arc;
 use candle_core::{D, DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::head::softplus;
+use super::head::{logistic, softplus};
 use crate::{
     error::{Error, Result},
     fused::special::{digamma, log_gamma, trigamma},
@@ -134,7 +134,7 @@ pub struct BetaBinomial {
 impl BetaBinomial {
     /// From the logit of the mean and the raw precision, `[batch, target]` each.
     fn of(logit: &Tensor, precision: &Tensor) -> Result<Self> {
-        let mean = (((logit * 0.5)?.tanh()? + 1.0)? * 0.5)?; // logistic
+        let mean = logistic(logit)?;
         let precision = (softplus(precision)? + LEAST)?;
         let a = ((&mean * &precision)? + LEAST)?;
         let b = (((mean.neg()? + 1.0)? * &precision)? + LEAST)?;
