@@ -1,4 +1,4 @@
-//! Laws of kernels, scores and exact Gaussian processes, over everything registered.
+//! Laws of kernels, likelihoods, scores and exact Gaussian processes, over everything registered.
 
 #[path = "contract/autoregressive.rs"]
 mod autoregressive;
@@ -6,6 +6,8 @@ mod autoregressive;
 mod exact_gp;
 #[path = "contract/kernels.rs"]
 mod kernels;
+#[path = "contract/likelihoods.rs"]
+mod likelihoods;
 #[path = "contract/scores.rs"]
 mod scores;
 #[cfg(feature = "gdal")]

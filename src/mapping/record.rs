@@ -77,7 +77,7 @@ pub struct SurveyNote {
     pub dropped: Vec<Dropped>,
     /// What was guessed.
     pub notes: Vec<String>,
-    /// People positive and tested over all sites, for counts.
+    /// People positive and tested, or cases and their exposure, over all sites; for counts.
     pub people: Option<[f64; 2]>,
 }
 
@@ -93,7 +93,10 @@ impl From<&Survey> for SurveyNote {
                 Outcome::Counts { positive, tested } => {
                     Some([positive.iter().sum(), tested.iter().sum()])
                 }
-                Outcome::Values(_) => None,
+                Outcome::Cases { cases, exposure, .. } => {
+                    Some([cases.iter().sum(), exposure.iter().sum()])
+                }
+                Outcome::Values(_) | Outcome::Positive(_) => None,
             },
         }
     }

@@ -202,6 +202,7 @@ impl Conditioned<'_> {
             mean: experts.mean,
             surface_sd: experts.surface_sd,
             observation_sd: experts.observation_sd,
+            lift: None,
             law: None,
         })
     }
