@@ -112,13 +112,14 @@ impl Counts {
 
     /// Continuous ranked probability score of what was counted, counts.
     pub fn crps(&self, counted: f64) -> f64 {
-        // Sum of (F(k) − step)² over from ≤ k < to, F being linear from a to b.
+        // Sum of (F(k) − step)² over from ≤ k < to, F being linear from a to b: its integral, less half
+        // of what the ends differ by.
         let sum = |from: f64, to: f64, a: f64, b: f64| -> f64 {
             let past = if from >= counted { 1.0 } else { 0.0 };
             let (a, b) = (a - past, b - past);
             match to - from {
                 one if one <= 1.0 => one * a * a,
-                many => many * (a * a + a * b + b * b) / 3.0,
+                many => many * (a * a + a * b + b * b) / 3.0 - 0.5 * (b * b - a * a),
             }
         };
         let mut total = (self.at[0] - counted).max(0.0);

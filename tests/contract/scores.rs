@@ -89,7 +89,7 @@ fn the_true_law_wins_on_average() {
             if let Better::Near(level) = score.better {
                 let seen = score.over(&right);
                 // 6000 truths: a standard error of 0.6 points. Counts cover more, never less.
-                let above = if link == Link::Logit { 0.15 } else { 0.02 };
+                let above = if link == Link::Identity { 0.02 } else { 0.15 };
                 let fair = seen > level - 0.02 && seen < level + above;
                 assert!(fair, "{}, {link:?}: {seen} of {level}", score.name);
             }
@@ -237,7 +237,7 @@ fn rates_have_known_scores() {
         let seen = (score("log-score").each)(&met);
         assert!((seen - log_score).abs() < 1e-7, "log score of {cases}/{exposure}: {seen}");
         let seen = (score("crps").each)(&met);
-        assert!((seen / crps - 1.0).abs() < 1e-4, "CRPS of {cases}/{exposure}: {seen} of {crps}");
+        assert!((seen / crps - 1.0).abs() < 2e-4, "CRPS of {cases}/{exposure}: {seen} of {crps}");
         assert!((met.mean() - mean).abs() < 1e-9 * mean, "mean of {exposure}: {}", met.mean());
         for (level, count) in [0.025, 0.25, 0.5, 0.975].iter().zip(counts) {
             let seen = met.quantile(*level) * exposure;
