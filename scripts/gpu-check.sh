@@ -15,12 +15,15 @@
 # for the peers, where they are there).
 #
 # Environment, all optional: OUT (out), SECONDS_ALLOWED for all of it (560: a command there may take ten
-# minutes), ISOPLETH and CONTRACT, programs to use in place of the bundle's, PEERS=no.
+# minutes), ISOPLETH and CONTRACT (one or several, with colons), programs to use in place of the bundle's,
+# PEERS=no.
 # Exit code: 0 if the tests passed and everything but peers answered.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bundle="${BUNDLE:-out/gpu}"
+# Test targets with laws for a card.
+laws=(contract_models contract_training)
 
 # The executable of a test target, from what cargo says in JSON.
 built() { python3 -c '
@@ -34,14 +37,18 @@ for line in sys.stdin:
 print(found)' "$1"; }
 
 pack() {
-    local tests size
+    local said law tests size
     scripts/build-cuda.sh build --no-default-features --bin isopleth
-    tests="$(scripts/build-cuda.sh test --no-default-features --no-run --test contract_models \
-        --message-format=json | built contract_models)"
-    [ -x "$tests" ] || { echo "error: cargo named no executable of contract_models" >&2; exit 1; }
+    said="$(scripts/build-cuda.sh test --no-default-features --no-run "${laws[@]/#/--test=}" \
+        --message-format=json)"
+    rm -rf "$bundle"
     mkdir -p "$bundle"
     gzip -c "${CARGO_TARGET_DIR:-target/cuda}/release/isopleth" > "$bundle/isopleth.gz"
-    gzip -c "$tests" > "$bundle/contract.gz"
+    for law in "${laws[@]}"; do
+        tests="$(built "$law" <<< "$said")"
+        [ -x "$tests" ] || { echo "error: cargo named no executable of $law" >&2; exit 1; }
+        gzip -c "$tests" > "$bundle/$law.gz"
+    done
     size="$(du -sk "$bundle" | cut -f1)"
     [ "$size" -le $((60 * 1024)) ] || { echo "error: the bundle takes $size KiB; 60 MiB is the most" >&2; exit 1; }
     echo "$bundle: $size KiB"
@@ -63,7 +70,12 @@ unpacked() {
     echo "$programs/$1"
 }
 isopleth="${ISOPLETH:-$(unpacked isopleth)}"
-contract="${CONTRACT:-$(unpacked contract)}"
+if [ -n "${CONTRACT:-}" ]; then
+    IFS=: read -ra contract <<< "$CONTRACT"
+else
+    contract=()
+    for law in "${laws[@]}"; do contract+=("$(unpacked "$law")"); done
+fi
 
 # cuBLAS and cuRAND, where the loader does not find them by itself.
 for folder in $(python3 -c 'import nvidia, os
@@ -75,5 +87,5 @@ for root in nvidia.__path__:
     fi
 done
 
-python3 scripts/gpu-check.py --isopleth "$isopleth" --contract "$contract" --device "${DEVICE:-cuda}" \
+python3 scripts/gpu-check.py --isopleth "$isopleth" --contract "${contract[@]}" --device "${DEVICE:-cuda}" \
     --out "${OUT:-out}" --seconds "${SECONDS_ALLOWED:-560}"

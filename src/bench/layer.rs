@@ -12,7 +12,6 @@ use super::{
 use crate::{
     attention::{Bias, CHUNK, Keys, Metric, Reader, Start, Tally, Term, full, scan},
     error::Result,
-    fused::applies,
     mapping::plan,
     model::{
         layer::{Activation, Mlp, Norm},
@@ -137,8 +136,8 @@ fn softmax(
     Ok(Box::new(move || {
         let (q, bias) = (q.clone(), bias.clone());
         let asked = move |sites: &Tensor| q.narrow(1, 0, sites.dims()[1]);
-        // As a model does: readers for f32 on the CPU, and what any device can do elsewhere.
-        if attention != Attention::Full && applies(&k) {
+        // As a model does: the same reader on the processor and on cards.
+        if attention != Attention::Full && Reader::takes(&k) {
             let reader = Reader::new(&k, &v, &context.s, &mask, bias.as_ref(), reading)?;
             let tally = tally.clone();
             return Ok(Box::new(move |sites| {

@@ -17,7 +17,8 @@ use crate::{
     task::Batch,
     train::{
         Parts,
-        optimiser::{Optimiser, Rule},
+        learner::{self, Learner, Orders},
+        optimiser::Rule,
     },
 };
 
@@ -49,6 +50,10 @@ pub struct Pace {
     pub steps_per_s: f64,
     /// Mean loss of the last step, nats per target.
     pub loss: f64,
+    /// Kernels and products of this crate that a step launched on a card ([`fused::launched`]); those of
+    /// candle are not among them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub launches: Option<u64>,
     /// The most memory that the process had held when these had run, MiB.
     pub peak_rss_mib: Option<f64>,
 }
@@ -56,7 +61,9 @@ pub struct Pace {
 /// What a training step took.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Steps {
-    /// As `isopleth train` does it: fused operations, one part of the batch per thread.
+    /// As `isopleth train` does it: on the processor fused operations, one part of the batch per thread;
+    /// on a card weights, gradients and moments stay there. It is waited for after every step, where a
+    /// training asks it every 32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fused: Option<Pace>,
     /// Stock operations and the whole score matrix, one part of the batch per thread.
@@ -72,10 +79,11 @@ pub struct Steps {
 
 /// One way of computing a step, with weights of its own.
 struct Way {
-    network: Network,
-    optimiser: Optimiser,
-    parts: Parts,
+    learner: Learner,
+    subject: Subject,
     plain: bool,
+    steps: u64,
+    launched: u64,
     walls: Vec<f64>,
     cpu: f64,
     loss: f64,
@@ -84,12 +92,14 @@ struct Way {
 
 impl Way {
     fn new(network: Network, plan: &Plan, parts: usize, plain: bool) -> Result<Self> {
-        let parts = if plan.device.is_cpu() { parts } else { 1 };
+        let subject = network.subject("train-step");
+        let network = learner::Network { params: network.params, process: network.process };
         Ok(Way {
-            optimiser: Optimiser::new(Rule::Adamw, 1e-4, network.params.vars()),
-            parts: Parts::with_threads(parts, plan.threads.div_ceil(parts))?,
-            network,
+            learner: learner(network, plan, parts)?,
+            subject,
             plain,
+            steps: 0,
+            launched: 0,
             walls: Vec::new(),
             cpu: 0.0,
             loss: f64::NAN,
@@ -97,22 +107,28 @@ impl Way {
         })
     }
 
-    /// One step; the loss. The rate and the clip are those of arXiv:2506.09163.
-    fn step(&mut self, plan: &Plan, batch: &Batch) -> Result<f64> {
-        let process = &*self.network.process;
-        let step = fused::plain(self.plain, || {
-            self.parts.step(process, batch, Reward::Surface, &plan.device, (0, 0))
-        })?;
-        self.optimiser.update(self.network.params.vars(), &step.grads, 1e-4, 0.5)?;
-        plan.device.synchronize()?;
-        Ok(step.loss)
+    /// One step.
+    fn step(&mut self, plan: &Plan, batch: &Batch) -> Result<()> {
+        let orders = orders(self.steps);
+        fused::plain(self.plain, || self.learner.step(batch, &orders))?;
+        self.steps += 1;
+        Ok(plan.device.synchronize()?)
     }
 
     fn measure(&mut self, plan: &Plan, batch: &Batch) -> Result<()> {
         let (start, cpu) = (Instant::now(), machine::cpu_seconds());
-        self.loss = self.step(plan, batch)?;
+        let launched = fused::launched();
+        self.step(plan, batch)?;
         self.walls.push(start.elapsed().as_secs_f64());
         self.cpu += machine::cpu_seconds().zip(cpu).map_or(f64::NAN, |(b, a)| b - a);
+        self.launched = fused::launched() - launched;
+        self.read()
+    }
+
+    /// The loss of the step just taken: on a card it has to be asked for.
+    fn read(&mut self) -> Result<()> {
+        let said = self.learner.reading()?;
+        self.loss = said.loss / said.steps as f64;
         Ok(())
     }
 
@@ -126,9 +142,23 @@ impl Way {
             cpu_ms: cpu.is_finite().then_some(cpu),
             steps_per_s: 1.0 / walls[0],
             loss: self.loss,
+            launches: self.learner.device().is_cuda().then_some(self.launched),
             peak_rss_mib: self.peak,
         }
     }
+}
+
+/// Who takes the steps of a training on the plan's device.
+fn learner(network: learner::Network, plan: &Plan, parts: usize) -> Result<Learner> {
+    let parts = Parts::with_threads(parts, plan.threads.div_ceil(parts))?;
+    let devices = std::slice::from_ref(&plan.device);
+    Learner::new(vec![network], devices, (Rule::Adamw, 1e-4), parts, false)
+}
+
+/// What every step is told. The rate and the clip are those of arXiv:2506.09163.
+fn orders(step: u64) -> Orders {
+    let chance = (0, step);
+    Orders { reward: Reward::Surface, rate: 1e-4, clip: 0.5, average: 0.999, chance }
 }
 
 /// Times training steps of the network that `build` makes, the two ways in turn.
@@ -147,7 +177,8 @@ pub fn run(
         return Err(no_bf16().fact("command", "train-step"));
     }
     let batch = batch(plan, step)?;
-    let parts = plan.threads.min(step.batch);
+    // A card takes a batch whole.
+    let parts = if plan.device.is_cpu() { plan.threads.min(step.batch) } else { 1 };
     let mut ways = Vec::new();
     if step.fused {
         ways.push(Way::new(build(attention)?, plan, parts, false)?);
@@ -164,6 +195,7 @@ pub fn run(
         // as it needs more than those before.
         for way in &mut ways {
             way.step(plan, &batch)?;
+            way.read()?;
             way.peak = machine::peak_rss_mib();
         }
         for _ in 0..plan.repeat.max(1) {
@@ -193,8 +225,8 @@ pub fn run(
         contexts: step.contexts,
         targets: step.targets,
         layout: Layout::Uniform,
-        work: way.network.shape.step(step.batch, step.contexts, step.targets),
-        ..way.network.subject("train-step")
+        work: way.subject.shape.step(step.batch, step.contexts, step.targets),
+        ..way.subject.clone()
     };
     let mut report = Report::new(plan, subject, timed, ceiling, pace.peak_rss_mib);
     report.step = Some(steps);
@@ -222,10 +254,11 @@ fn batch(plan: &Plan, step: &Step) -> Result<Batch> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     use super::*;
     use crate::{
+        model::params::Params,
         process::{Posterior, Process},
         sites::Observations,
     };
@@ -243,10 +276,10 @@ mod tests {
         let step = Step { batch: 4, contexts: 3, targets: 2, fused: true, plain: true };
         let batch = batch(&plan(), &step)?;
         for (count, wanted) in [(1, true), (1, false), (2, true), (2, false)] {
-            let parts = Parts::with_threads(count, 1)?;
-            let said = fused::plain(wanted, || {
-                parts.step(&Witness, &batch, Reward::Surface, &Device::Cpu, (0, 0)).map(|_| ())
-            });
+            let params = Params::new(1, &Device::Cpu, DType::F32);
+            let network = learner::Network { params, process: Box::new(Witness) };
+            let mut learner = learner(network, &plan(), count)?;
+            let said = fused::plain(wanted, || learner.step(&batch, &orders(0)));
             assert_eq!(said.unwrap_err().to_string(), wanted.to_string(), "{count} parts");
         }
         Ok(())

@@ -466,7 +466,8 @@ fn table(report: &Report) -> Result<()> {
             let cpu = pace.cpu_ms.map_or(String::new(), |ms| format!(", {} of cpu", round(ms)));
             let (best, median) = (round(pace.best_ms), round(pace.median_ms));
             let speed = round(pace.steps_per_s);
-            line(name, format!("{best} ms (median {median}{cpu}), {speed} steps/s"))?;
+            let launches = pace.launches.map_or(String::new(), |n| format!(", {n} launches"));
+            line(name, format!("{best} ms (median {median}{cpu}), {speed} steps/s{launches}"))?;
         }
         if let Some(ratio) = steps.ratio {
             line("plain over fused", format!("{ratio:.2}"))?;

@@ -4,9 +4,9 @@ use candle_core::Device;
 
 use super::note;
 use crate::{
-    attention::Reading,
+    attention::{Precision, Reading},
     device,
-    error::{Error, Result},
+    error::Result,
     mapping::{plan::Bytes, record::DeviceNote},
 };
 
@@ -24,32 +24,42 @@ pub(super) struct Cards {
     asked: String,
     /// Why it is not what was asked for.
     fallback: Option<String>,
+    /// What a card does otherwise than asked.
+    otherwise: Option<String>,
 }
 
 impl DeviceArgs {
     /// Opens what was asked for. "cuda" without a card is the processor, and says so at once.
     ///
     /// # Errors
-    /// Those of [`device::find`], and [`Error::Input`] for what a card cannot do.
+    /// Those of [`device::find`].
     pub(super) fn open(&self, model: Option<&str>, reading: Reading) -> Result<Cards> {
-        let cards = |devices, fallback| Cards { devices, asked: self.device.clone(), fallback };
+        let cards = |devices, fallback, otherwise| {
+            let asked = self.device.clone();
+            Cards { devices, asked, fallback, otherwise }
+        };
         if device::Asked::parse(&self.device)? != device::Asked::Cpu && model == Some("gp") {
             let why = "an exact Gaussian process computes on the processor";
             note(format!("note        --device {}: {why}", self.device));
-            return Ok(cards(vec![Device::Cpu], Some(why.into())));
+            return Ok(cards(vec![Device::Cpu], Some(why.into()), None));
         }
         let found = device::find(&self.device)?;
         let Some(reason) = found.without else {
-            if !found.devices.iter().all(Device::is_cpu) && reading.lose > 0.0 {
-                return Err(Error::input("a card leaves out no site for being faint")
-                    .fact("--device", &self.device)
-                    .try_this("leave --lose out, or use --device cpu"));
-            }
-            return Ok(cards(found.devices, None));
+            let on_cards = found.devices.iter().any(Device::is_cuda);
+            return Ok(cards(found.devices, None, otherwise(reading).filter(|_| on_cards)));
         };
         note(format!("note        {reason}: the processor computes instead"));
-        Ok(cards(found.devices, Some(reason.to_string())))
+        Ok(cards(found.devices, Some(reason.to_string()), None))
     }
+}
+
+/// What cards do otherwise than asked: their kernel that leaves sites out is in f32 alone.
+fn otherwise(reading: Reading) -> Option<String> {
+    let rounded = reading.lose > 0.0 && reading.precision != Precision::F32;
+    rounded.then(|| {
+        let precision = reading.precision.name();
+        format!("--precision {precision}: where --lose leaves sites out, a card computes in f32")
+    })
 }
 
 impl Cards {
@@ -74,6 +84,30 @@ impl Cards {
         });
         let fallback =
             self.fallback.as_ref().map(|why| format!("--device {}: {why}; used cpu", self.asked));
-        fallback.into_iter().chain(cut).collect()
+        fallback.into_iter().chain(self.otherwise.clone()).chain(cut).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fewer_bits_beside_lost_sites_are_told_of() {
+        for (lose, precision, told) in [
+            (0.0, Precision::F32, false),
+            (1e-3, Precision::F32, false),
+            (0.0, Precision::Bf16, false),
+            (1e-3, Precision::Bf16, true),
+            (1e-3, Precision::Tf32, true),
+        ] {
+            let said = otherwise(Reading { lose, precision });
+            assert_eq!(said.is_some(), told, "{lose}, {precision:?}");
+            assert!(said.is_none_or(|said| said.contains(precision.name())));
+        }
+        let otherwise = otherwise(Reading { lose: 1e-3, precision: Precision::Bf16 });
+        let asked = "cuda".to_string();
+        let cards = Cards { devices: vec![Device::Cpu], asked, fallback: None, otherwise };
+        assert!(cards.warnings(None)[0].contains("a card computes in f32"));
     }
 }

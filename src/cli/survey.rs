@@ -34,7 +34,7 @@ pub struct ColumnArgs {
     /// Column of the number tested
     #[arg(long, value_name = "COLUMN")]
     pub tested: Option<String>,
-    /// Column of 0 or 1, one person a row, in place of --positive and --tested
+    /// Column of 0 or 1, one person a row, instead of numbers positive and tested
     #[arg(long, value_name = "COLUMN", group = "outcome")]
     pub binary: Option<String>,
     /// Column of cases in a population or over person-time, for rates; with one of the next two

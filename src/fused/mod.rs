@@ -3,7 +3,7 @@
 //! Stock candle composes these from many passes, and some of its layers cut the gradient without
 //! a word. Each function here picks the fused operation for f32 tensors on the CPU and the
 //! composed one elsewhere (f64, other devices); tests hold the two to each other. All `unsafe`
-//! of the crate lives in this folder, save a launch on a GPU (attention/cuda/enabled.rs) and a
+//! of the crate lives in this folder, save launches on a GPU (attention/cuda) and a
 //! setting of its memory (device/enabled.rs).
 
 use std::cell::Cell;

@@ -48,10 +48,13 @@ const LENGTHS: [usize; 4] = [1, 33, 2049, 5000];
 const CLIP: f64 = 1.5;
 const STEPS: u64 = 4;
 
+/// Numbers for each parameter.
+type Each = Vec<Vec<f32>>;
+
 /// Weights and gradients of a training: for each step, and each part of the batch.
-fn drawn(parts: usize) -> (Vec<Vec<f32>>, Vec<Vec<Vec<Vec<f32>>>>) {
+fn drawn(parts: usize) -> (Each, Vec<Vec<Each>>) {
     let mut rng = Stream::new(5, "update", 0);
-    let mut some = |scale: f64| -> Vec<Vec<f32>> {
+    let mut some = |scale: f64| -> Each {
         LENGTHS
             .iter()
             .map(|n| rng.normals(*n).iter().map(|x| (x * scale) as f32).collect())
@@ -70,12 +73,7 @@ fn losses(refused: Option<u64>) -> Vec<f32> {
 }
 
 /// What the kernels leave: weights, moments and average of each parameter, and the news.
-fn on_card(
-    program: &Path,
-    rule: Rule,
-    parts: usize,
-    refused: Option<u64>,
-) -> (Vec<Vec<f32>>, Vec<f64>) {
+fn on_card(program: &Path, rule: Rule, parts: usize, refused: Option<u64>) -> (Each, Vec<f64>) {
     let (weights, steps) = drawn(parts);
     let mut bytes = Vec::new();
     let yogi = i32::from(rule == Rule::Yogi);
@@ -116,7 +114,7 @@ fn rate(step: u64) -> f64 {
 }
 
 /// The same on the CPU; the norm of the last gradient beside it.
-fn on_host(rule: Rule, parts: usize, steps: u64) -> (Vec<Vec<f32>>, f64) {
+fn on_host(rule: Rule, parts: usize, steps: u64) -> (Each, f64) {
     let (weights, given) = drawn(parts);
     let vars: BTreeMap<String, Var> = weights
         .iter()

@@ -346,15 +346,18 @@ fn learned(products: Products, seed: u64) -> Result<f64> {
 /// learn is what chance leaves. The scores of a trained recipe are the check on a card.
 #[test]
 fn rounded_products_learn_as_well() -> Result<()> {
-    let seeds = [1, 2, 3];
+    let seeds = [1, 2, 3, 4, 5, 6];
     let of = |products| seeds.iter().map(|s| learned(products, *s)).collect::<Result<Vec<f64>>>();
     let (exact, tf32, bf16) = (of(Products::F32)?, of(Products::Tf32)?, of(Products::Bf16)?);
-    for (name, rounded) in [("tf32", &tf32), ("bf16", &bf16)] {
-        assert_ne!(&exact, rounded, "{name} rounds nothing");
-        let worst = exact.iter().fold(0.0f64, |m, x| m.max(*x));
-        for (a, b) in exact.iter().zip(rounded) {
-            assert!(*b < 2.0 * worst && *b < 0.05, "{name} leaves {b} where f32 leaves {a}");
-        }
-    }
+    println!("left to learn: f32 {exact:?}, tf32 {tf32:?}, bf16 {bf16:?}");
+    assert!(exact != tf32 && exact != bf16, "nothing is rounded");
+    // Seen over these seeds: 2.3e-4 in f32, between 0.6 and 4.9, so that means differ by chance; 2.2e-4 in
+    // tf32. Factors of bf16 are off by up to 2^-9, which no learning takes back: 5.3e-4. The curve varies
+    // by 0.5.
+    let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+    let (exact, tf32, bf16) = (mean(&exact), mean(&tf32), mean(&bf16));
+    assert!(exact < 5e-4, "f32 leaves {exact}");
+    assert!(tf32 < 1.5 * exact, "tf32 leaves {tf32} where f32 leaves {exact}");
+    assert!(bf16 < exact + 1e-3, "bf16 leaves {bf16} where f32 leaves {exact}");
     Ok(())
 }

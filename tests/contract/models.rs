@@ -765,10 +765,11 @@ fn joint_draws_are_offered_or_refused() -> Result<()> {
     })
 }
 
-/// What is trained on one device is asked on another.
+/// What is trained on one device is asked on another. Laws for a card have `on_a_gpu` in their names:
+/// scripts/gpu-check.py asks for those.
 #[cfg(feature = "cuda")]
 #[test]
-fn a_gpu_answers_as_the_cpu_does() -> Result<()> {
+fn answers_on_a_gpu_are_those_of_the_cpu() -> Result<()> {
     let Some(device) = super::cuda::on_a_gpu::gpu() else { return Ok(()) };
     each(|name, entry, likelihood| {
         let task = batch(likelihood, 50)?.task;

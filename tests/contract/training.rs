@@ -127,4 +127,68 @@ fn every_likelihood_is_learned() -> Result<()> {
         assert!(model > rule + 0.02, "{name}: {model} nats a village, {rule} by the rule");
     }
     Ok(())
+
+#[cfg(feature = "cuda")]
+mod on_a_gpu {
+    use super::*;
+
+    /// The GPU, if there is one; a must where `ISOPLETH_GPU` is set.
+    fn gpu() -> Option<Device> {
+        match isopleth::device::open("cuda") {
+            Ok(device) => Some(device),
+            Err(e) if std::env::var_os("ISOPLETH_GPU").is_some() => panic!("{e}: {:?}", e.facts()),
+            Err(_) => {
+                eprintln!("skipped: there is no GPU here");
+                None
+            }
+        }
+    }
+
+    /// One that uses every kernel of a step: attention with a bias, normalisation, GELU.
+    fn attentive(train: &str) -> Recipe {
+        let tnp = "kind = \"tnp-kr\", width = 16, blocks = 2, heads = 2, key_width = 8, \
+             value_width = 8, embed = [16], feed_forward = 16, head_widths = [16]";
+        let text = recipe(train).text().replace("kind = \"cnp\", width = 8, depth = 2", tnp);
+        assert!(text.contains("tnp-kr"));
+        Recipe::parse(&text).unwrap()
+    }
+
+    /// Losses and norms of the last gradient, as they were reported, and the state.
+    fn trained(recipe: &Recipe, device: &Device) -> (Vec<[f64; 2]>, Vec<u8>) {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("m.safetensors");
+        let options = Options { devices: vec![device.clone()], ..options(&out, 1) };
+        let mut told = Vec::new();
+        train::run(recipe, &options, |p| told.push([p.loss, p.norm])).unwrap();
+        (told, state(&out))
+    }
+
+    #[test]
+    fn a_training_goes_as_on_the_cpu_and_the_same_way_twice() {
+        let Some(device) = gpu() else { return };
+        for train in ["", "optimiser = \"yogi\"\nloss = \"surface\""] {
+            for recipe in [recipe(train), attentive(train)] {
+                let (here, _) = trained(&recipe, &Device::Cpu);
+                let (there, state) = trained(&recipe, &device);
+                assert_eq!(here.len(), there.len());
+                for (a, b) in here.iter().flatten().zip(there.iter().flatten()) {
+                    assert!((a - b).abs() < 1e-3 * a.abs().max(1.0), "{here:?} and {there:?}");
+                }
+                assert_eq!(trained(&recipe, &device).1, state, "another run, other weights");
+            }
+        }
+    }
+
+    /// Few steps hardly tell: that each goes its own way and ends near the others.
+    #[test]
+    fn rounded_products_train_too() {
+        let Some(device) = gpu() else { return };
+        let exact = trained(&attentive(""), &device).0;
+        for precision in ["tf32", "bf16"] {
+            let found = trained(&attentive(&format!("precision = \"{precision}\"")), &device).0;
+            for (a, b) in exact.iter().zip(&found) {
+                assert!((a[0] - b[0]).abs() < 0.1 * a[0].abs().max(1.0), "{exact:?} and {found:?}");
+            }
+        }
+    }
 }

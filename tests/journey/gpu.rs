@@ -60,11 +60,39 @@ fn every_step_of_the_check_answers() {
     assert_eq!(report["failed"], Value::Array(Vec::new()), "{report:#}");
     let steps = report["steps"].as_array().unwrap();
     let step = |name: &str| &steps.iter().find(|s| s["name"] == name).unwrap()["report"];
-    assert_eq!(step("contract tests")["passed"], 3);
+    assert_eq!(step("contract tests, contract")["passed"], 3);
     assert_eq!(step("accuracy f32")["passed"], true);
     assert!(step("scan 100K × 1,048,576")["wall_s"].is_f64());
     assert!(step("training")["steps_per_s"].is_f64());
     assert_eq!(step("table to table, 100K × 1,048,576")["device"]["asked"], "cpu");
+}
+
+/// A law for a card is carried there and asked: its path says `on_a_gpu`, its program is in the bundle.
+#[test]
+fn every_law_for_a_card_is_carried_to_it() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &Path| fs::read_to_string(path).unwrap();
+    let packed = read(&root.join("scripts/gpu-check.sh"));
+    let packed = packed.split_once("\nlaws=(").unwrap().1.split_once(')').unwrap().0;
+    let packed: Vec<&str> = packed.split(' ').collect();
+    let mut with_laws = 0;
+    for entry in fs::read_dir(root.join("tests")).unwrap() {
+        let path = entry.unwrap().path();
+        let target = path.file_stem().unwrap().to_str().unwrap().to_string();
+        if path.extension().is_none_or(|e| e != "rs") {
+            continue;
+        }
+        let parts = read(&path);
+        let parts =
+            parts.lines().filter_map(|l| l.strip_prefix("#[path = \"")?.strip_suffix("\"]"));
+        let parts = parts.map(|part| read(&root.join("tests").join(part)));
+        let laws =
+            parts.filter(|text| text.contains("mod on_a_gpu") || text.contains("fn on_a_gpu"));
+        let laws = laws.count();
+        with_laws += laws;
+        assert!(laws == 0 || packed.contains(&target.as_str()), "{target} is not packed");
+    }
+    assert!(with_laws > 2, "{with_laws}");
 }
 
 /// Out of time, a failed law, and a device that is not there: all on the record, which stays whole.
@@ -78,7 +106,7 @@ fn a_check_that_fails_says_where() {
     let report = json(&folder.path().join("gpu-check.json"));
     assert_eq!(report["finished"], true);
     let failed = report["failed"].as_array().unwrap();
-    for name in ["contract tests", "accuracy f32", "training step", "training"] {
+    for name in ["contract tests, contract", "accuracy f32", "training step", "training"] {
         assert!(failed.contains(&name.into()), "{name}: {report:#}");
     }
     let steps = report["steps"].as_array().unwrap();

@@ -5,6 +5,8 @@ use std::process::{Command, Stdio};
 mod bench;
 mod benchmark;
 mod calibrate;
+#[cfg(feature = "gdal")]
+mod family;
 #[cfg(target_os = "linux")]
 mod gpu;
 mod inspect;

@@ -64,7 +64,8 @@ fn list_speaks_json() {
         .iter()
         .map(|e| e["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names, ["binomial", "gaussian"]);
+    let all: Vec<&str> = isopleth::likelihood::LIKELIHOODS.iter().map(|l| l.name()).collect();
+    assert_eq!(names, all);
     for (registry, entries) in json.as_object().unwrap() {
         for entry in entries.as_array().unwrap() {
             assert!(!entry["about"].as_str().unwrap().is_empty(), "{registry}: {entry}");

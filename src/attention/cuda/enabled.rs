@@ -9,7 +9,8 @@ use candle_core::{
     cuda_backend::{
         CudaDType, WrapErr,
         cudarc::driver::{
-            CudaSlice, CudaView, DeviceRepr, LaunchConfig, PushKernelArg, sys::CUdevice_attribute,
+            CudaFunction, CudaSlice, CudaView, DeviceRepr, LaunchConfig, PushKernelArg,
+            sys::CUdevice_attribute,
         },
     },
     op::BackpropOp,
@@ -236,7 +237,7 @@ pub fn forward(
 
     let stream = device.cuda_stream();
     let width = problem.width().unwrap_or_default();
-    let kernel = SCAN.get(&device, &format!("scan_{}_{width}", problem.kind()))?;
+    let kernel = scan_kernel(&device, &format!("scan_{}_{width}", problem.kind()))?;
     let mut run = stream.launch_builder(&kernel);
     run.arg(&sizes).arg(&q).arg(&kv).arg(&params);
     run.arg(&points).arg(&key_points).arg(&mask).arg(&mut out).arg(&mut marks);
@@ -286,7 +287,7 @@ pub(super) fn near(
 
     let stream = device.cuda_stream();
     let width = problem.width().unwrap_or_default();
-    let kernel = SCAN.get(&device, &format!("near_{}_{width}", problem.kind()))?;
+    let kernel = scan_kernel(&device, &format!("near_{}_{width}", problem.kind()))?;
     let mut run = stream.launch_builder(&kernel);
     run.arg(&sizes).arg(&q).arg(&kv).arg(&params).arg(&points).arg(&key_points).arg(&mask);
     run.arg(&from).arg(&tile).arg(&gap2).arg(&order).arg(&reach2).arg(&envelope);
@@ -298,6 +299,12 @@ pub(super) fn near(
     Ok(tensor(out, &device, (batch, targets, heads * w)))
 }
 
+/// A kernel of `scan.cu`, about to be launched once.
+fn scan_kernel(device: &CudaDevice, name: &str) -> Result<CudaFunction> {
+    fused::cuda::count();
+    SCAN.get(device, name)
+}
+
 /// Answers and marks of all parts of the keys, made those of the whole: so many numbers each.
 pub(super) fn combined(
     device: &CudaDevice,
@@ -307,7 +314,7 @@ pub(super) fn combined(
 ) -> Result<[CudaSlice<f32>; 2]> {
     let (mut out, mut marks) = (room::<f32>(device, answers)?, room::<f32>(device, marked)?);
     let stream = device.cuda_stream();
-    let kernel = SCAN.get(device, "scan_combine")?;
+    let kernel = scan_kernel(device, "scan_combine")?;
     let mut run = stream.launch_builder(&kernel);
     run.arg(sizes).arg(parts).arg(part_marks).arg(&mut out).arg(&mut marks);
     // SAFETY: the arguments of `scan_combine`; it writes to the last two only.
@@ -339,7 +346,7 @@ pub fn gradients(
 
     let stream = device.cuda_stream();
     let mut means = room::<f32>(&device, queries)?;
-    let kernel = SCAN.get(&device, "gradient_means")?;
+    let kernel = scan_kernel(&device, "gradient_means")?;
     let mut run = stream.launch_builder(&kernel);
     run.arg(&sizes).arg(&out).arg(&grad).arg(&mut means);
     // SAFETY: the arguments of `gradient_means` in `scan.cu`; it writes to the last one only.
@@ -349,7 +356,7 @@ pub fn gradients(
     let (kind, width) = (problem.kind(), problem.width().unwrap_or_default());
     let mut dq = room::<f32>(&device, q.len())?;
     let by_query = problem.backward(targets);
-    let kernel = SCAN.get(&device, &format!("gradient_queries_{kind}_{width}"))?;
+    let kernel = scan_kernel(&device, &format!("gradient_queries_{kind}_{width}"))?;
     let mut run = stream.launch_builder(&kernel);
     run.arg(&sizes).arg(&q).arg(&kv).arg(&params).arg(&points).arg(&key_points).arg(&mask);
     run.arg(&grad).arg(&marks).arg(&means).arg(&mut dq);
@@ -361,7 +368,7 @@ pub fn gradients(
     let by_key = problem.backward(context);
     let mut sums = room::<f64>(&device, batch * heads * by_key.blocks * terms.len() * 3)?;
     let shared = size_of::<f64>() * 3 * terms.len() * by_key.threads;
-    let kernel = SCAN.get(&device, &format!("gradient_keys_{kind}_{width}"))?;
+    let kernel = scan_kernel(&device, &format!("gradient_keys_{kind}_{width}"))?;
     let mut run = stream.launch_builder(&kernel);
     run.arg(&sizes).arg(&q).arg(&kv).arg(&params).arg(&points).arg(&key_points).arg(&mask);
     run.arg(&grad).arg(&marks).arg(&means).arg(&mut dkv).arg(&mut sums);
@@ -371,7 +378,7 @@ pub fn gradients(
 
     let mut dparams = device.alloc_zeros::<f32>(params.len())?;
     if !terms.is_empty() {
-        let kernel = SCAN.get(&device, "gradient_bias")?;
+        let kernel = scan_kernel(&device, "gradient_bias")?;
         let blocks = by_key.blocks as i32;
         let mut run = stream.launch_builder(&kernel);
         run.arg(&sizes).arg(&params).arg(&grad).arg(&marks).arg(&means);

@@ -104,13 +104,14 @@ impl Drop for Choice {
 
 static LAUNCHED: AtomicU64 = AtomicU64::new(0);
 
-/// Kernels and products that this module has launched so far; candle's own are not among them.
+/// Kernels and products of this crate that training has launched so far: layers, scan attention and its
+/// gradient, the optimiser. Candle's own are not among them.
 pub fn launched() -> u64 {
     LAUNCHED.load(Ordering::Relaxed)
 }
 
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-fn count() {
+pub(crate) fn count() {
     LAUNCHED.fetch_add(1, Ordering::Relaxed);
 }
 
