@@ -290,8 +290,10 @@ impl ExactGp {
         let log_likelihood = |f: &[f64]| -> f64 { (0..n).map(|i| law(i, f[i])[0]).sum() };
         let mut f = start.to_vec();
         let mut weight = vec![0.0; n];
-        // The start need not have the form K · weight, so the first step is taken whatever it costs.
-        let mut objective = f64::NEG_INFINITY;
+        // What no step may fall below: a full one from far off a Poisson law's mode overflows. A start
+        // that was told need not have the form K · weight; where it leads nowhere, 0 is the start.
+        let mut objective = log_likelihood(&vec![0.0; n]);
+        let mut told = start.iter().any(|f| *f != 0.0);
         let mut settled = false;
         for _ in 0..100 {
             let laws: Vec<[f64; 3]> = (0..n).map(|i| law(i, f[i])).collect();
@@ -317,14 +319,22 @@ impl ExactGp {
                 let latent = times(&tried);
                 let value = log_likelihood(&latent)
                     - 0.5 * tried.iter().zip(&latent).map(|(a, f)| a * f).sum::<f64>();
-                let slack = 1e-9 * (1.0 + value.abs());
-                if value > objective - slack || step < 1e-6 {
-                    settled = value - objective < slack;
+                let slack = 1e-9 * (1.0 + objective.abs());
+                if value > objective - slack {
+                    settled = !told && value - objective < slack;
                     (weight, f, objective) = (tried, latent, value);
                     break;
                 }
                 step *= 0.5;
+                if step < 1e-6 {
+                    match told {
+                        true => f = vec![0.0; n],
+                        false => settled = true,
+                    }
+                    break;
+                }
             }
+            told = false;
             if !objective.is_finite() {
                 return Err(Error::input("the counts have no finite likelihood"));
             }

@@ -456,6 +456,8 @@ fn one_village_of_any_count_has_its_mode() -> Result<()> {
     for (name, k, n, size) in [
         ("poisson", 9.0, 120.0, f64::INFINITY),
         ("poisson", 0.0, 0.4, f64::INFINITY),
+        // Newton's first step from the mean would overflow.
+        ("poisson", 90_000.0, 30.0, f64::INFINITY),
         ("negative-binomial", 9.0, 120.0, 1.7),
         ("bernoulli", 1.0, 1.0, f64::INFINITY),
     ] {
