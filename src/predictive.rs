@@ -108,6 +108,9 @@ pub trait Law: std::fmt::Debug + Send + Sync {
     fn log_prob(&self, seen: &Observations) -> Result<Tensor>;
 }
 
+/// ½ ln 2π.
+const HALF_LOG_TAU: f64 = 0.918_938_533_204_672_7;
+
 impl Predictive {
     /// One Gaussian per target: `mean`, `surface_sd`, `observation_sd` `[batch, target, 1]`.
     pub fn gaussian(
@@ -122,12 +125,20 @@ impl Predictive {
 
     /// Log density of `value` `[batch, target, 1]` on the link scale; returns `[batch, target]`.
     pub fn log_prob(&self, of: Of, value: &Tensor) -> Result<Tensor> {
+        Ok((self.terms(of, value)?.log_sum_exp(D::Minus1)? - HALF_LOG_TAU)?)
+    }
+
+    /// What each component adds to the density of `value`, log: `[batch, target, component]`.
+    pub fn log_parts(&self, of: Of, value: &Tensor) -> Result<Tensor> {
+        Ok((self.terms(of, value)? - HALF_LOG_TAU)?)
+    }
+
+    /// [`Predictive::log_parts`] without the constant that all share.
+    fn terms(&self, of: Of, value: &Tensor) -> Result<Tensor> {
         let sd = self.sd(of);
         let value = value.to_dtype(self.mean.dtype())?;
         let z = self.mean_of(of)?.broadcast_sub(&value)?.div(sd)?;
-        let terms = ((&self.log_weight - sd.log()?)? - (z.sqr()? * 0.5)?)?;
-        let half_log_tau = 0.5 * (2.0 * std::f64::consts::PI).ln();
-        Ok((terms.log_sum_exp(D::Minus1)? - half_log_tau)?)
+        Ok(((&self.log_weight - sd.log()?)? - (z.sqr()? * 0.5)?)?)
     }
 
     /// Component means of the surface or of a new observation.

@@ -54,7 +54,7 @@ impl Reward {
     ///
     /// # Errors
     /// [`Error::Input`] for outcomes, which are counted and no truths.
-    pub fn truths(self, task: &Task) -> Result<Vec<(Of, &Tensor)>> {
+    fn truths(self, task: &Task) -> Result<Vec<(Of, &Tensor)>> {
         let (surface, noisy) = ((Of::Surface, &task.surface), (Of::Observation, &task.noisy));
         match self {
             Reward::Both => Ok(vec![surface, noisy]),
@@ -81,12 +81,24 @@ impl Reward {
             };
             return law.log_prob(&task.target);
         }
+        self.sum(task, |of, truth| predictive.log_prob(of, truth))
+    }
+
+    /// The sum of `each` over what is foretold and its truth `[batch, target, 1]`, link scale.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for outcomes, which are counted and no truths; or what `each` returns.
+    pub fn sum(
+        self,
+        task: &Task,
+        mut each: impl FnMut(Of, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let mut total: Option<Tensor> = None;
         for (of, truth) in self.truths(task)? {
-            let density = predictive.log_prob(of, truth)?;
+            let one = each(of, truth)?;
             total = Some(match total {
-                Some(before) => (before + density)?,
-                None => density,
+                Some(before) => (before + one)?,
+                None => one,
             });
         }
         Ok(total.expect("something is always foretold"))

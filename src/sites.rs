@@ -42,34 +42,28 @@ impl Sites {
         self.len() == 0
     }
 
+    /// The same change made to coordinates, times and covariates.
+    pub fn map(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Sites {
+            s: change(&self.s)?,
+            t: self.t.as_ref().map(&change).transpose()?,
+            x: self.x.as_ref().map(&change).transpose()?,
+        })
+    }
+
     /// Sites `start … start + len` of every row.
     pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
-        let part = |x: &Tensor| x.narrow(1, start, len);
-        Ok(Sites {
-            s: part(&self.s)?,
-            t: self.t.as_ref().map(part).transpose()?,
-            x: self.x.as_ref().map(part).transpose()?,
-        })
+        self.map(|x| Ok(x.narrow(1, start, len)?))
     }
 
     /// The same sites on another device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        let moved = |x: &Tensor| x.to_device(device);
-        Ok(Sites {
-            s: moved(&self.s)?,
-            t: self.t.as_ref().map(moved).transpose()?,
-            x: self.x.as_ref().map(moved).transpose()?,
-        })
+        self.map(|x| Ok(x.to_device(device)?))
     }
 
     /// Rows `start … start + len` of the batch.
     pub fn rows(&self, start: usize, len: usize) -> Result<Self> {
-        let part = |x: &Tensor| x.narrow(0, start, len)?.contiguous();
-        Ok(Sites {
-            s: part(&self.s)?,
-            t: self.t.as_ref().map(part).transpose()?,
-            x: self.x.as_ref().map(part).transpose()?,
-        })
+        self.map(|x| Ok(x.narrow(0, start, len)?.contiguous()?))
     }
 
     /// Coordinates on the host in f64: `[batch][site][dimension]`.

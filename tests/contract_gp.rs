@@ -8,6 +8,8 @@ mod exact_gp;
 mod kernels;
 #[path = "contract/likelihoods.rs"]
 mod likelihoods;
+#[path = "contract/nearest_gp.rs"]
+mod nearest_gp;
 #[path = "contract/scores.rs"]
 mod scores;
 #[cfg(feature = "gdal")]

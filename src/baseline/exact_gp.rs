@@ -29,6 +29,9 @@ const CHUNK: usize = 512;
 /// always conditioned on every site.
 pub const FIT_SITES: usize = 400;
 
+/// Sites that [`ExactGp`] is conditioned on, at most: three square matrices of them are 10 GB.
+pub const MOST_SITES: usize = 20_000;
+
 /// A Gaussian process with known covariance.
 ///
 /// The link-scale value of an observation is `mean + surface + nugget`; for counts the nugget is
@@ -50,11 +53,11 @@ pub struct ExactGp {
 }
 
 /// One row of a context on the host, padding removed.
-struct Row {
-    sites: Vec<Vec<f64>>,
-    y: Vec<f64>,
+pub(super) struct Row {
+    pub sites: Vec<Vec<f64>>,
+    pub y: Vec<f64>,
     /// Number tested, or exposure; empty for values.
-    trials: Vec<f64>,
+    pub trials: Vec<f64>,
 }
 
 /// What a row's posterior needs: `mean = m + cᵀ weight`, `variance = c₀ − ‖L⁻¹ (scale · c)‖²` for
@@ -74,6 +77,26 @@ struct Conditioned<'a> {
     rows: Vec<Fitted>,
 }
 
+/// Refuses levels that make no Gaussian process, and counts that the `kind` of one cannot read.
+pub(super) fn check_levels(
+    kind: &str,
+    nugget: f64,
+    mean: f64,
+    likelihood: &dyn Likelihood,
+) -> Result<()> {
+    if !(nugget >= 0.0 && nugget.is_finite() && mean.is_finite()) {
+        return Err(Error::input("a Gaussian process needs a finite mean and a nugget ≥ 0")
+            .fact("mean", mean)
+            .fact("nugget", nugget));
+    }
+    if likelihood.counts() && likelihood.log_probability(0.0, 1.0, 0.0, 1.0).is_none() {
+        return Err(Error::input(format!("the {kind} process does not read these counts"))
+            .fact("likelihood", likelihood.name())
+            .try_this("read them as binomial: the nugget takes up what sets villages apart"));
+    }
+    Ok(())
+}
+
 impl ExactGp {
     /// A Gaussian process with known mean.
     ///
@@ -88,16 +111,7 @@ impl ExactGp {
         mean: f64,
         likelihood: &'static dyn Likelihood,
     ) -> Result<Self> {
-        if !(nugget >= 0.0 && nugget.is_finite() && mean.is_finite()) {
-            return Err(Error::input("a Gaussian process needs a finite mean and a nugget ≥ 0")
-                .fact("mean", mean)
-                .fact("nugget", nugget));
-        }
-        if likelihood.counts() && likelihood.log_probability(0.0, 1.0, 0.0, 1.0).is_none() {
-            return Err(Error::input("the exact Gaussian process does not read these counts")
-                .fact("likelihood", likelihood.name())
-                .try_this("read them as binomial: the nugget takes up what sets villages apart"));
-        }
+        check_levels("exact Gaussian", nugget, mean, likelihood)?;
         Ok(ExactGp {
             kernel,
             nugget,
@@ -223,6 +237,12 @@ impl ExactGp {
 
     fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
         let rows = rows(context, self.likelihood)?;
+        if let Some(row) = rows.iter().find(|row| row.sites.len() > MOST_SITES) {
+            return Err(Error::input("too many sites for an exact Gaussian process")
+                .fact("sites", row.sites.len())
+                .fact("most", MOST_SITES)
+                .try_this("use --model vecchia, which reads each site's neighbours only"));
+        }
         rows.par_iter().map(|row| self.absorb(row, &vec![0.0; row.sites.len()])).collect()
     }
 
@@ -345,7 +365,7 @@ impl ExactGp {
 }
 
 /// Rows of a context on the host, padding removed.
-fn rows(context: &Observations, likelihood: &dyn Likelihood) -> Result<Vec<Row>> {
+pub(super) fn rows(context: &Observations, likelihood: &dyn Likelihood) -> Result<Vec<Row>> {
     let sites = context.sites.host()?;
     let host = |x: &Tensor| -> Result<Vec<Vec<f64>>> { Ok(x.to_dtype(DType::F64)?.to_vec2()?) };
     if context.y.dims().last() != Some(&1) {
@@ -409,7 +429,7 @@ impl Row {
     }
 
     /// Rough mean and variance of what was seen, link scale; the variance is never zero.
-    fn centre(&self, likelihood: &dyn Likelihood) -> (f64, f64) {
+    pub fn centre(&self, likelihood: &dyn Likelihood) -> (f64, f64) {
         if !likelihood.counts() {
             let (mean, sd) = crate::sites::mean_sd(&self.y);
             return (mean, sd * sd);

@@ -1,7 +1,11 @@
 //! Classical processes: the yardstick of every model, and what a user can ask for instead.
 
+mod elimination;
 pub mod exact_gp;
+pub mod nearest;
+mod neighbours;
 mod nelder_mead;
 pub mod rules;
 
 pub use exact_gp::ExactGp;
+pub use nearest::NearestGp;

@@ -38,8 +38,10 @@ impl DeviceArgs {
             let asked = self.device.clone();
             Cards { devices, asked, fallback, otherwise }
         };
-        if device::Asked::parse(&self.device)? != device::Asked::Cpu && model == Some("gp") {
-            let why = "an exact Gaussian process computes on the processor";
+        if device::Asked::parse(&self.device)? != device::Asked::Cpu
+            && model.is_some_and(|name| ["gp", "vecchia"].contains(&name))
+        {
+            let why = "a Gaussian process computes on the processor";
             note(format!("note        --device {}: {why}", self.device));
             return Ok(cards(vec![Device::Cpu], Some(why.into()), None));
         }

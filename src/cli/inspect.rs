@@ -36,9 +36,10 @@ struct Section {
 /// # Errors
 /// As [`Checkpoint::resolve`].
 pub fn run(args: &Args) -> Result<()> {
-    if args.model == "gp" {
-        return Err(Error::input("`gp` has no card: it is fitted to each survey anew")
-            .try_this("the record of a map made with --model gp holds what was fitted"));
+    if let Some(name) = ["gp", "vecchia"].iter().find(|name| args.model == **name) {
+        let error = Error::input(format!("`{name}` has no card: it is fitted to each survey anew"));
+        let help = format!("the record of a map made with --model {name} holds what was fitted");
+        return Err(error.try_this(help));
     }
     let checkpoint = Checkpoint::resolve(&args.model)?;
     let card = &checkpoint.card;

@@ -94,9 +94,11 @@ fn models() -> Vec<Entry> {
         about: format!("{use_}: {about}"),
     };
     let gp = "Gaussian process fitted to the survey by maximum likelihood, the yardstick";
+    let nearest = "the same from nearest neighbours (Vecchia), for thousands of sites and more";
     let trained = shipped().into_iter().map(|(name, about)| entry(name, "trained", about));
     let kinds = MODELS.iter().map(|kind| entry(kind.name(), "to train", kind.about()));
-    trained.chain([entry("gp", "exact", gp)]).chain(kinds).collect()
+    let fitted = [entry("gp", "exact", gp), entry("vecchia", "linear", nearest)];
+    trained.chain(fitted).chain(kinds).collect()
 }
 
 /// Prints one registry, or all of them.

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     attention::{Reading, Tally},
-    baseline::ExactGp,
+    baseline::{ExactGp, NearestGp},
     checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
@@ -60,8 +60,8 @@ pub struct Args {
     /// Polygons to map inside of: GeoPackage, GeoJSON, Shapefile
     #[arg(long, value_name = "AREA")]
     clip: Option<PathBuf>,
-    /// Model by name or file; `gp` fits an exact Gaussian process. `prevalence` for counts and
-    /// `continuous` for values when left out
+    /// Model by name or file; `gp` fits an exact Gaussian process, `vecchia` one of nearest
+    /// neighbours for many sites. `prevalence` for counts and `continuous` for values when left out
     #[arg(long, value_name = "NAME|FILE")]
     model: Option<String>,
     /// Also map the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
@@ -303,7 +303,8 @@ impl Model {
         (!(least..=most).contains(&sites)).then(|| {
             format!(
                 "the model was trained on {least} to {most} sites and the survey has {sites}: \
-                 compare with --model gp"
+                 compare with --model {}",
+                if sites > 5_000 { "vecchia" } else { "gp" }
             )
         })
     }
@@ -333,22 +334,8 @@ pub(super) fn open_model(
     let likelihood = survey.outcome.likelihood();
     let name = name.unwrap_or(default_model(&survey.outcome));
     let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
-    if name == "gp" {
-        if reading != Reading::default() {
-            return Err(Error::input("an exact Gaussian process reads every site in full")
-                .try_this("leave --lose and --precision out, or use a trained model"));
-        }
-        let gp = ExactGp::fit(context, wanted)?;
-        let card = json!({
-            "name": "gp",
-            "predicts": "exact Gaussian process, fitted to this survey by maximum likelihood",
-            "likelihood": likelihood,
-            "kernel": format!("{:?}", gp.kernel),
-            "nugget": gp.nugget,
-            "log_marginal": gp.log_marginal,
-        });
-        let name = "gp".to_string();
-        return Ok(Model { name, process: Box::new(gp), card, trained_sites: None });
+    if let Some(classical) = classical(name, context, wanted, reading)? {
+        return Ok(classical);
     }
     let checkpoint = Checkpoint::resolve(name)?;
     agree(name, checkpoint.likelihood()?, survey)?;
@@ -368,6 +355,43 @@ pub(super) fn open_model(
             .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
         trained_sites: least.zip(most).map(|(a, b)| [a, b]),
     })
+}
+
+/// A classical process fitted to the context, where `name` is one.
+fn classical(
+    name: &str,
+    context: &Observations,
+    likelihood: &'static dyn Likelihood,
+    reading: Reading,
+) -> Result<Option<Model>> {
+    if !["gp", "vecchia"].contains(&name) {
+        return Ok(None);
+    }
+    if reading != Reading::default() {
+        return Err(Error::input("a Gaussian process is read in full and in double precision")
+            .try_this("leave --lose and --precision out, or use a trained model"));
+    }
+    let mut card = json!({ "name": name, "predicts": "", "likelihood": likelihood.name() });
+    let process: Box<dyn Process + Send + Sync> = if name == "gp" {
+        let gp = ExactGp::fit(context, likelihood)?;
+        card["predicts"] =
+            json!("exact Gaussian process, fitted to this survey by maximum likelihood");
+        card["kernel"] = json!(format!("{:?}", gp.kernel));
+        card["nugget"] = json!(gp.nugget);
+        card["log_marginal"] = json!(gp.log_marginal);
+        Box::new(gp)
+    } else {
+        let gp = NearestGp::fit(context, likelihood)?;
+        card["predicts"] = json!(
+            "nearest-neighbour Gaussian process, fitted to this survey by maximum likelihood"
+        );
+        card["kernel"] = json!(format!("{:?}", gp.kernel));
+        card["nugget"] = json!(gp.nugget);
+        card["log_marginal"] = json!(gp.log_marginal);
+        card["neighbours"] = json!({ "fitting": gp.previous, "predicting": gp.near });
+        Box::new(gp)
+    };
+    Ok(Some(Model { name: name.to_string(), process, card, trained_sites: None }))
 }
 
 /// What the user should know before believing the map.

@@ -47,8 +47,8 @@ pub struct Args {
     /// count_…, what a survey of so many would count there
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Model by name or file; `gp` fits an exact Gaussian process. `prevalence` for counts and
-    /// `continuous` for values when left out
+    /// Model by name or file; `gp` fits an exact Gaussian process, `vecchia` one of nearest
+    /// neighbours for many sites. `prevalence` for counts and `continuous` for values when left out
     #[arg(long, value_name = "NAME|FILE")]
     model: Option<String>,
     #[command(flatten)]

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     baseline::{
-        ExactGp,
+        ExactGp, NearestGp,
         rules::{RULES, Seen},
     },
     checkpoint::Checkpoint,
@@ -32,8 +32,9 @@ use crate::{
     sites::{Observations, Sites},
 };
 
-/// The model name of the exact Gaussian process.
+/// The model names of the exact Gaussian process and of that of nearest neighbours.
 const GP: &str = "gp";
+const VECCHIA: &str = "vecchia";
 
 /// Hold sites out fold by fold, predict them from the others, and score the predictions
 #[derive(clap::Args)]
@@ -46,7 +47,7 @@ pub struct Args {
     #[arg(long, value_name = "N|FILE:COLUMN")]
     folds: String,
     /// Model by name or file: `prevalence` for counts and `continuous` for values when left out; `gp`
-    /// fits an exact Gaussian process to every fold's context
+    /// fits an exact Gaussian process to every fold's context, `vecchia` one of nearest neighbours
     #[arg(long, value_name = "NAME|FILE")]
     model: Option<String>,
     /// Seed of the random folds
@@ -103,6 +104,9 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
     if model == GP {
         return Ok(exact_gp(likelihood::find(wanted)?));
     }
+    if model == VECCHIA {
+        return Ok(nearest_gp(likelihood::find(wanted)?));
+    }
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
     let process = checkpoint.process(&Device::Cpu)?;
@@ -113,6 +117,13 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
 pub fn exact_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
     Box::new(move |context, targets| {
         ExactGp::fit(context, likelihood)?.condition(context)?.at(targets)
+    })
+}
+
+/// Fits a nearest-neighbour Gaussian process to each context, then conditions it on that context.
+pub fn nearest_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
+    Box::new(move |context, targets| {
+        NearestGp::fit(context, likelihood)?.condition(context)?.at(targets)
     })
 }
 

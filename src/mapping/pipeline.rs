@@ -22,7 +22,7 @@ use std::{
     thread,
 };
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use rayon::ThreadPool;
 
 use super::{Plan, near::Near, part::Part, plan};
@@ -199,12 +199,7 @@ pub fn in_parts<T: Send>(
 /// A few sites of many, on a card: what they share with others stays behind. The processor's stay.
 fn moved(sites: &Sites, device: Option<&Device>) -> Result<Sites> {
     let Some(device) = device.filter(|device| !device.is_cpu()) else { return Ok(sites.clone()) };
-    let alone = |x: &Tensor| x.force_contiguous()?.to_device(device);
-    Ok(Sites {
-        s: alone(&sites.s)?,
-        t: sites.t.as_ref().map(alone).transpose()?,
-        x: sites.x.as_ref().map(alone).transpose()?,
-    })
+    sites.map(|x| Ok(x.force_contiguous()?.to_device(device)?))
 }
 
 /// Runs a stage; what goes wrong is news.

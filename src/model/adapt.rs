@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    head::{Head, softplus},
+    head::{Head, logistic, softplus},
     params::{Init, Scope},
 };
 use crate::{
@@ -62,6 +62,17 @@ impl Inner {
         Ok(())
     }
 
+    /// `start` after every step on the lesson of a context: as it is where there is none.
+    pub fn descend<S>(
+        &self,
+        lesson: Option<Lesson>,
+        start: S,
+        step: impl Fn(S, &Lesson) -> Result<S>,
+    ) -> Result<S> {
+        let Some(lesson) = lesson else { return Ok(start) };
+        (0..self.steps).try_fold(start, |state, _| step(state, &lesson))
+    }
+
     /// A gradient as the outer one is to see it.
     pub fn seen(&self, gradient: Tensor) -> Tensor {
         if self.first_order { gradient.detach() } else { gradient }
@@ -90,7 +101,7 @@ impl Inner {
         // d/dσ² = (1 − (μ − y)²/σ²) / 2σ²; dσ² = 2 surface d surface.
         let along_variance = ((&along_mean * &error)?.neg()? + 1.0)?.mul(&precision)?;
         let mut parts = vec![along_mean.mul(weight)?];
-        let rises = |i: usize| sigmoid(&raw.narrow(2, i, 1)?);
+        let rises = |i: usize| logistic(&raw.narrow(2, i, 1)?);
         let d = ((&along_variance * &surface)?.mul(&rises(1)?)? * (1.0 - head.floor))?;
         parts.push(d.mul(weight)?);
         if let Some(nugget) = &nugget {
@@ -112,16 +123,10 @@ pub fn outer(
         return Ok(None);
     }
     let predictive = posterior.at(&task.target.sites)?;
-    let mut squared: Option<Tensor> = None;
-    for (_, truth) in reward.truths(task)? {
-        let one =
-            (&predictive.mean - truth.to_dtype(predictive.mean.dtype())?)?.sqr()?.mean_all()?;
-        squared = Some(match squared {
-            Some(before) => (before + one)?,
-            None => one,
-        });
-    }
-    let squared = squared.expect("something is always foretold");
+    let squared = reward.sum(task, |_, truth| {
+        let truth = truth.to_dtype(predictive.mean.dtype())?;
+        Ok((&predictive.mean - truth)?.sqr()?.mean_all()?)
+    })?;
     let held = Predictive { mean: predictive.mean.detach(), ..predictive };
     let density = reward.density(&held, task)?.mean_all()?;
     let measured = vec![(
@@ -129,11 +134,6 @@ pub fn outer(
         f64::from(squared.detach().to_dtype(DType::F32)?.to_scalar::<f32>()?),
     )];
     Ok(Some(Objective { loss: (squared - density)?, measured, surrogate: true }))
-}
-
-/// 1 / (1 + e⁻ˣ), without overflow.
-fn sigmoid(x: &Tensor) -> Result<Tensor> {
-    Ok((((x * 0.5)?.tanh()? + 1.0)? * 0.5)?)
 }
 
 /// What a context offers to adapt to: sites, values, weights. The value of a count is its

@@ -77,16 +77,11 @@ impl Conditioned<'_> {
     /// Row `row` of the context, `rows` times.
     fn context(&self, row: usize, rows: usize) -> Result<Observations> {
         let one = self.context.rows(row, 1)?;
-        let part = |x: &Option<Tensor>| x.as_ref().map(|x| Self::repeat(x, rows)).transpose();
         Ok(Observations {
-            sites: Sites {
-                s: Self::repeat(&one.sites.s, rows)?,
-                t: part(&one.sites.t)?,
-                x: part(&one.sites.x)?,
-            },
+            sites: one.sites.map(|x| Self::repeat(x, rows))?,
             y: Self::repeat(&one.y, rows)?,
             mask: Self::repeat(&one.mask, rows)?,
-            trials: part(&one.trials)?,
+            trials: one.trials.as_ref().map(|n| Self::repeat(n, rows)).transpose()?,
         })
     }
 
@@ -122,9 +117,8 @@ impl Posterior for Conditioned<'_> {
         let order = order(m);
         let index: Vec<u32> = order.iter().map(|i| *i as u32).collect();
         let index = Tensor::from_vec(index, m, targets.s.device())?;
-        let told = |x: &Tensor| x.index_select(&index, 1);
-        let part = |x: &Option<Tensor>| x.as_ref().map(told).transpose();
-        let sites = Sites { s: told(&targets.s)?, t: part(&targets.t)?, x: part(&targets.x)? };
+        let told = |x: &Tensor| -> Result<Tensor> { Ok(x.index_select(&index, 1)?) };
+        let sites = targets.map(told)?;
         let values = told(&values.to_dtype(self.context.y.dtype())?)?;
         let mut totals = Vec::with_capacity(batch);
         for row in 0..batch {
@@ -140,26 +134,18 @@ impl Posterior for Conditioned<'_> {
                     .collect();
                 let mask = Tensor::from_vec(seen, (rows, known), values.device())?;
                 let before = one.narrow(0, known)?;
-                let again =
-                    |x: &Option<Tensor>| x.as_ref().map(|x| Self::repeat(x, rows)).transpose();
                 let before = Observations {
-                    sites: Sites {
-                        s: Self::repeat(&before.s, rows)?,
-                        t: again(&before.t)?,
-                        x: again(&before.x)?,
-                    },
+                    sites: before.map(|x| Self::repeat(x, rows))?,
                     y: Self::repeat(&value.narrow(1, 0, known)?, rows)?,
                     mask: mask.to_dtype(values.dtype())?,
                     trials: None,
                 };
                 let context = self.context(row, rows)?.and(&before)?;
                 // Each row is asked about the next target alone.
-                let next = |x: &Tensor| x.narrow(1, start, rows)?.transpose(0, 1)?.contiguous();
-                let ask = Sites {
-                    s: next(&one.s)?,
-                    t: one.t.as_ref().map(next).transpose()?,
-                    x: one.x.as_ref().map(next).transpose()?,
+                let next = |x: &Tensor| -> Result<Tensor> {
+                    Ok(x.narrow(1, start, rows)?.transpose(0, 1)?.contiguous()?)
                 };
+                let ask = one.map(next)?;
                 let predictive = self.model.process.condition(&context)?.at(&ask)?;
                 let density = predictive.log_prob(of, &next(&value)?)?.sum_all()?;
                 total = Some(match total {
@@ -187,14 +173,8 @@ impl Posterior for Conditioned<'_> {
         let link = likelihood.link();
         let trials = self.trials()?;
         let mut context = self.context(0, n)?;
-        let again = |x: &Tensor| Self::repeat(x, n);
         for i in order(m).into_iter().take(self.model.coarse) {
-            let one = targets.narrow(i, 1)?;
-            let ask = Sites {
-                s: again(&one.s)?,
-                t: one.t.as_ref().map(again).transpose()?,
-                x: one.x.as_ref().map(again).transpose()?,
-            };
+            let ask = targets.narrow(i, 1)?.map(|x| Self::repeat(x, n))?;
             let predictive = self.model.process.condition(&context)?.at(&ask)?;
             let mut values = Vec::with_capacity(n);
             for row in 0..n {
@@ -221,11 +201,7 @@ impl Posterior for Conditioned<'_> {
             };
             context = context.and(&Observations::new(ask, y, trials)?)?;
         }
-        let whole = Sites {
-            s: again(&targets.s)?,
-            t: targets.t.as_ref().map(again).transpose()?,
-            x: targets.x.as_ref().map(again).transpose()?,
-        };
+        let whole = targets.map(|x| Self::repeat(x, n))?;
         let predictive = self.model.process.condition(&context)?.at(&whole)?;
         let values = (predictive.log_weight.exp()? * &predictive.mean)?.sum_keepdim(2)?;
         Ok(Draws { link, values })

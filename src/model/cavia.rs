@@ -107,18 +107,17 @@ impl Cavia {
 
     fn adapted(&self, context: &Observations) -> Result<Adapted<'_>> {
         let batch = context.y.dims()[0];
-        let mut found =
-            Tensor::zeros((batch, 1, self.context), context.y.dtype(), context.y.device())?;
+        let (dtype, device) = (context.y.dtype(), context.y.device());
+        let start = Tensor::zeros((batch, 1, self.context), dtype, device)?;
         let lesson = Lesson::of(context, self.problem.likelihood)?;
-        for _ in 0..lesson.as_ref().map_or(0, |_| self.inner.steps) {
-            let Lesson { s, y, weight } = lesson.as_ref().expect("counted");
-            let (raw, inputs) = self.outputs(s, &found)?;
-            let slope = self.inner.slope(&self.head, &raw, y, weight)?;
+        let found = self.inner.descend(lesson, start, |found, lesson| {
+            let (raw, inputs) = self.outputs(&lesson.s, &found)?;
+            let slope = self.inner.slope(&self.head, &raw, &lesson.y, &lesson.weight)?;
             let gradients = self.network.backward(&inputs, &slope)?;
             let along =
                 gradients.input.narrow(2, self.problem.dim, self.context)?.sum_keepdim(1)?;
-            found = (found - (self.inner.seen(along) * self.inner.rate)?)?;
-        }
+            Ok((found - (self.inner.seen(along) * self.inner.rate)?)?)
+        })?;
         Ok(Adapted { model: self, found })
     }
 }

@@ -63,6 +63,11 @@ pub fn softplus(x: &Tensor) -> Result<Tensor> {
     Ok((x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?)
 }
 
+/// `1 / (1 + e⁻ˣ)`, without overflow.
+pub fn logistic(x: &Tensor) -> Result<Tensor> {
+    Ok((((x * 0.5)?.tanh()? + 1.0)? * 0.5)?)
+}
+
 impl Head {
     /// # Errors
     /// [`Error::Input`] for no components or a floor outside [0, 1).

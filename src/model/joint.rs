@@ -116,15 +116,7 @@ impl Joint {
     /// What training minimises: the mean over tasks of the negative joint log density of what is
     /// foretold, per target.
     pub fn loss(&self, task: &Task, reward: Reward) -> Result<Tensor> {
-        let mut total: Option<Tensor> = None;
-        for (of, truth) in reward.truths(task)? {
-            let density = self.log_density(of, truth)?;
-            total = Some(match total {
-                Some(before) => (before + density)?,
-                None => density,
-            });
-        }
-        let total = total.expect("something is always foretold").mean_all()?;
+        let total = reward.sum(task, |of, truth| self.log_density(of, truth))?.mean_all()?;
         Ok((total.neg()? / self.mean.dim(1)?.max(1) as f64)?)
     }
 

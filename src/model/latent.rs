@@ -8,6 +8,7 @@
 use candle_core::{D, DType, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::head::logistic;
 use crate::{
     error::{Error, Result},
     predictive::Predictive,
@@ -75,7 +76,7 @@ impl Normal {
     pub fn from_raw(raw: &Tensor) -> Result<Self> {
         let width = raw.dim(2)? / 2;
         // The sigmoid by way of tanh: no overflow, in either direction.
-        let sigmoid = (((raw.narrow(2, width, width)? * 0.5)?.tanh()? + 1.0)? * 0.5)?;
+        let sigmoid = logistic(&raw.narrow(2, width, width)?)?;
         Ok(Normal { mean: raw.narrow(2, 0, width)?.contiguous()?, sd: ((sigmoid * 0.9)? + 0.1)? })
     }
 

@@ -92,24 +92,22 @@ struct Adapted<'a> {
 
 impl Maml {
     fn adapted(&self, context: &Observations) -> Result<Adapted<'_>> {
-        let mut network = self.network.clone();
         let lesson = Lesson::of(context, self.problem.likelihood)?;
-        for _ in 0..lesson.as_ref().map_or(0, |_| self.inner.steps) {
-            let Lesson { s, y, weight } = lesson.as_ref().expect("counted");
-            let (raw, inputs) = network.forward(s)?;
-            let slope = self.inner.slope(&self.head, &raw, y, weight)?;
+        let network = self.inner.descend(lesson, self.network.clone(), |network, lesson| {
+            let (raw, inputs) = network.forward(&lesson.s)?;
+            let slope = self.inner.slope(&self.head, &raw, &lesson.y, &lesson.weight)?;
             let gradients = network.backward(&inputs, &slope)?;
-            let step = |x: &Tensor, gradient: Tensor| -> Result<Tensor> {
-                Ok(x.broadcast_sub(&(self.inner.seen(gradient) * self.inner.rate)?)?)
-            };
             let each = |xs: &[Tensor], gradients: Vec<Tensor>| -> Result<Vec<Tensor>> {
-                xs.iter().zip(gradients).map(|(x, g)| step(x, g)).collect()
+                let step = |(x, gradient): (&Tensor, Tensor)| {
+                    Ok(x.broadcast_sub(&(self.inner.seen(gradient) * self.inner.rate)?)?)
+                };
+                xs.iter().zip(gradients).map(step).collect()
             };
-            network = Network {
+            Ok(Network {
                 weights: each(&network.weights, gradients.weights)?,
                 biases: each(&network.biases, gradients.biases)?,
-            };
-        }
+            })
+        })?;
         Ok(Adapted { model: self, network })
     }
 }

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    predictive::{Of, Predictive},
+    predictive::Predictive,
     process::{Memory, Objective, Posterior, Process, Reward},
     rng::Stream,
     sites::{Observations, Sites, Task},
@@ -131,13 +131,6 @@ fn build(
     Ok(Box::new(Nmdp { network, concentrate, config, problem }))
 }
 
-/// Experts at targets: mean, surface sd and observation sd, `[batch, target, expert]`.
-struct Experts {
-    mean: Tensor,
-    surface_sd: Tensor,
-    observation_sd: Tensor,
-}
-
 struct Conditioned<'a> {
     model: &'a Nmdp,
     caches: Caches,
@@ -174,8 +167,8 @@ impl Nmdp {
         Ok(Conditioned { model: self, caches, log_share, alpha })
     }
 
-    /// The experts' outputs, apart.
-    fn experts(&self, caches: &Caches, targets: &Sites) -> Result<Experts> {
+    /// The experts at targets, one component each, with no shares yet: log weights 0.
+    fn experts(&self, caches: &Caches, targets: &Sites) -> Result<Predictive> {
         let raw = self.network.decode(caches, targets)?;
         let (batch, len, _) = raw.dims3()?;
         let (experts, head) = (self.config.experts, &self.config.backbone.head);
@@ -183,27 +176,12 @@ impl Nmdp {
         let each = raw.reshape((batch, len * experts, head.outputs()))?;
         let each = head.predictive(self.problem.likelihood.link(), &each)?;
         let back = |x: &Tensor| x.reshape((batch, len, experts));
-        Ok(Experts {
+        Ok(Predictive {
+            log_weight: back(&each.log_weight)?,
             mean: back(&each.mean)?,
             surface_sd: back(&each.surface_sd)?,
             observation_sd: back(&each.observation_sd)?,
-        })
-    }
-}
-
-impl Conditioned<'_> {
-    /// The predictive under one set of log shares `[batch, expert]`.
-    fn mixed(&self, experts: Experts, log_share: &Tensor) -> Result<Predictive> {
-        let log_weight =
-            log_share.unsqueeze(1)?.broadcast_as(experts.mean.shape())?.contiguous()?;
-        Ok(Predictive {
-            link: self.model.problem.likelihood.link(),
-            log_weight,
-            mean: experts.mean,
-            surface_sd: experts.surface_sd,
-            observation_sd: experts.observation_sd,
-            lift: None,
-            law: None,
+            ..each
         })
     }
 }
@@ -227,31 +205,13 @@ impl Process for Nmdp {
         let Some(prior) = &posterior.alpha else { return Ok(None) };
         let experts = self.experts(&posterior.caches, &task.target.sites)?;
         let (batch, targets, _) = experts.mean.dims3()?;
-        let blank = experts.mean.zeros_like()?.narrow(2, 0, 1)?;
-        // Log density of each truth under each expert alone, [batch, target, expert].
-        let alone = reward
-            .truths(task)?
-            .into_iter()
-            .map(|(of, truth)| {
-                let sd = experts.sd(of);
-                let z = experts.mean.broadcast_sub(&truth.to_dtype(blank.dtype())?)?.div(sd)?;
-                let half_log_tau = 0.5 * (2.0 * std::f64::consts::PI).ln();
-                Ok(((sd.log()?.neg()? - (z.sqr()? * 0.5)?)? - half_log_tau)?)
-            })
-            .collect::<Result<Vec<Tensor>>>()?;
         // Log likelihood of all targets of a task under log shares [draw, batch, expert]: [draw, batch].
         let likelihood = |log_shares: &Tensor| -> Result<Tensor> {
             let shares = log_shares.unsqueeze(2)?; // [draw, batch, 1, expert]
-            let mut total: Option<Tensor> = None;
-            for alone in &alone {
-                let one = shares.broadcast_add(&alone.unsqueeze(0)?)?.log_sum_exp(D::Minus1)?;
-                let one = one.sum(2)?;
-                total = Some(match total {
-                    Some(before) => (before + one)?,
-                    None => one,
-                });
-            }
-            Ok(total.expect("something is always foretold"))
+            reward.sum(task, |of, truth| {
+                let alone = experts.log_parts(of, truth)?.unsqueeze(0)?;
+                Ok(shares.broadcast_add(&alone)?.log_sum_exp(D::Minus1)?.sum(2)?)
+            })
         };
         let per_target = |x: Tensor| -> Result<Tensor> { Ok((x.mean_all()? / targets as f64)?) };
         let host = |x: &Tensor| -> Result<f64> {
@@ -292,15 +252,6 @@ impl Process for Nmdp {
     }
 }
 
-impl Experts {
-    fn sd(&self, of: Of) -> &Tensor {
-        match of {
-            Of::Surface => &self.surface_sd,
-            Of::Observation => &self.observation_sd,
-        }
-    }
-}
-
 impl Posterior for Conditioned<'_> {
     /// The concentrations, or the shares where they have no law.
     fn embedding(&self) -> Result<Option<Tensor>> {
@@ -312,6 +263,8 @@ impl Posterior for Conditioned<'_> {
 
     /// The mixture with every expert's expected share: exact, with nothing drawn.
     fn at(&self, targets: &Sites) -> Result<Predictive> {
-        self.mixed(self.model.experts(&self.caches, targets)?, &self.log_share)
+        let experts = self.model.experts(&self.caches, targets)?;
+        let log_weight = self.log_share.unsqueeze(1)?.broadcast_as(experts.mean.shape())?;
+        Ok(Predictive { log_weight: log_weight.contiguous()?, ..experts })
     }
 }

@@ -406,8 +406,7 @@ impl Process for Tnp {
                 // Any order is as good; one that the design of the tasks has would be learnt.
                 let order = rng.permutation(sites.len());
                 let shuffled = Sites::new(reorder(&sites.s, &order)?);
-                let mut total: Option<Tensor> = None;
-                for (of, truth) in reward.truths(task)? {
+                let total = reward.sum(task, |of, truth| {
                     let truth = reorder(truth, &order)?;
                     let told = match self.config.told_noise {
                         0.0 => truth.clone(),
@@ -418,13 +417,8 @@ impl Process for Tnp {
                         }
                     };
                     let chain = self.chained(&shuffled, &keys, of, &told)?;
-                    let density = chain.log_prob(of, &truth)?.mean_all()?;
-                    total = Some(match total {
-                        Some(before) => (before + density)?,
-                        None => density,
-                    });
-                }
-                let total = total.expect("something is always foretold");
+                    Ok(chain.log_prob(of, &truth)?.mean_all()?)
+                })?;
                 let alone = || self.predictive(&self.asked(sites, &keys)?);
                 (total.neg()?, (self.config.alone > 0.0).then(alone).transpose()?)
             }

@@ -55,4 +55,5 @@ fn what_has_no_card_is_refused() {
     assert_error(&refused(&["inspect", "no/such.safetensors"]), "could not read", &[], "path");
     assert_error(&refused(&["inspect", "zzz"]), "no model named `zzz`", &[], "list models");
     assert_error(&refused(&["inspect", "gp"]), "`gp` has no card", &[], "--model gp");
+    assert_error(&refused(&["inspect", "vecchia"]), "no card", &[], "--model vecchia");
 }

@@ -125,6 +125,35 @@ fn the_bundled_survey_is_mapped_by_the_exact_gaussian_process() {
 }
 
 #[test]
+fn the_bundled_survey_is_mapped_by_the_nearest_neighbour_process() {
+    the_bundled_survey_is_mapped_by("vecchia");
+}
+
+/// 138 sites kriged from 40 or all of them: nobody may see which.
+#[test]
+fn both_gaussian_processes_map_the_same_country() {
+    let folder = TempDir::new().unwrap();
+    let maps = ["gp", "vecchia"].map(|model| {
+        let out = folder.path().join(model);
+        let how = ["--resolution", "20km", "--clip", "data/country.gpkg", "--no-pictures"];
+        map(&out, &[&how[..], &["--model", model, "--products", "mean,sd"]].concat());
+        let record: serde_json::Value =
+            serde_json::from_slice(&fs::read(out.join("run.json")).unwrap()).unwrap();
+        assert_eq!(record["model"]["name"], model);
+        for told in ["kernel", "nugget", "log_marginal"] {
+            assert!(!record["model"][told].is_null(), "{model} does not tell its {told}");
+        }
+        ["mean.tif", "sd.tif"].map(|name| pixels(&out.join(name)))
+    });
+    for (what, (a, b)) in ["mean", "sd"].iter().zip(maps[0].iter().zip(&maps[1])) {
+        assert_eq!(a.len(), b.len());
+        let pairs = a.iter().zip(b).filter(|(a, _)| !a.is_nan());
+        let apart = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(apart < 0.01, "{what} of prevalence is {apart} apart");
+    }
+}
+
+#[test]
 fn the_bundled_survey_is_mapped_by_every_bundled_model_of_counts() {
     for (name, _) in isopleth::checkpoint::shipped() {
         let model = isopleth::checkpoint::Checkpoint::resolve(name).unwrap();

@@ -47,3 +47,15 @@ fn folds_that_cannot_be_are_refused() {
         assert!(error.contains(what), "{folds}: {error}");
     }
 }
+
+#[test]
+fn both_gaussian_processes_score_alike() {
+    let gp = validate("5");
+    let how = ["--surveys", "data/survey.csv", "--model", "vecchia", "--folds", "5", "--json"];
+    let vecchia: Value = serde_json::from_str(&ok(&[&["validate"], &how[..]].concat())).unwrap();
+    assert_eq!(vecchia["model"], "vecchia");
+    for (score, close) in [("log_score", 0.02), ("crps", 0.002), ("rmse", 0.003)] {
+        let (a, b) = (gp[score].as_f64().unwrap(), vecchia[score].as_f64().unwrap());
+        assert!((a - b).abs() < close, "{score}: {a} exact, {b} from neighbours");
+    }
+}
