@@ -4,6 +4,8 @@
 mod autoregressive;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
+#[path = "contract/integrated_gp.rs"]
+mod integrated_gp;
 #[path = "contract/kernels.rs"]
 mod kernels;
 #[path = "contract/likelihoods.rs"]

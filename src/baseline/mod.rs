@@ -2,10 +2,12 @@
 
 mod elimination;
 pub mod exact_gp;
+pub mod integrated;
 pub mod nearest;
 mod neighbours;
 mod nelder_mead;
 pub mod rules;
 
 pub use exact_gp::ExactGp;
+pub use integrated::IntegratedGp;
 pub use nearest::NearestGp;
