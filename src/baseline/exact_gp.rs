@@ -129,7 +129,7 @@ impl ExactGp {
     /// [`Error::Input`] if it is not above 0, or a likelihood that has one is left without.
     pub fn dispersed(self, dispersion: f64) -> Result<Self> {
         let named = self.likelihood.dispersion();
-        if !(dispersion > 0.0) || named.is_some() != dispersion.is_finite() {
+        if dispersion.is_nan() || dispersion <= 0.0 || named.is_some() != dispersion.is_finite() {
             return Err(Error::input("this dispersion is none of the likelihood's")
                 .fact("likelihood", self.likelihood.name())
                 .fact(named.unwrap_or("dispersion"), dispersion));

@@ -74,7 +74,8 @@ pub struct Args {
         default_value = "mean,sd,quantile:0.025,quantile:0.975,interval:0.95"
     )]
     products: Vec<String>,
-    /// What maps are of: the surface, or what a survey at a new site would find
+    /// What maps are of: the surface, or an observation: a new village's own level, or one more value.
+    /// What a survey of so many would count: `isopleth predict --new-survey N`
     #[arg(long, default_value = "surface", value_parser = ["surface", "observation"])]
     of: String,
     /// Directory for the GeoTIFFs, pictures and the run record
@@ -500,11 +501,11 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
     let seen = survey.outcome.observed();
     let low = seen.iter().copied().fold(f64::INFINITY, f64::min);
     let high = seen.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let whose = if outcome.of == Of::Surface { "" } else { " at new sites" };
     line(
         &outcome.name,
         format!(
-            "{}{whose}, on average {}; observed {}",
+            "{}: {}, on average {}; observed {}",
+            outcome.whose(),
             range(s.lowest, s.highest),
             round(s.average),
             range(low, high)

@@ -207,6 +207,7 @@ pub fn run(args: &Args) -> Result<()> {
             round(frame.km(mapping::REACH))
         ));
     }
+    let kinds = kinds(&survey.outcome, args.new_survey);
     let record = Predictions {
         isopleth: env!("CARGO_PKG_VERSION").into(),
         command: std::env::args().collect(),
@@ -222,6 +223,7 @@ pub fn run(args: &Args) -> Result<()> {
         frame,
         file: args.out.file_name().unwrap_or_default().to_string_lossy().into(),
         columns: names,
+        of: kinds.iter().map(|(name, what)| (format!("{name}_"), what.clone())).collect(),
         device: Some(cards.record()),
         warnings,
         peak_memory_mib: plan::usage().map(|usage| usage.peak.mebibytes()),
@@ -238,19 +240,30 @@ pub fn run(args: &Args) -> Result<()> {
         }
     };
     line("written", format!("{}: {} rows, {unit}", args.out.display(), targets.len()))?;
-    line("columns", "surface_…: the surface; observation_…: a new village, or one more value")?;
-    if let Some(n) = args.new_survey {
-        let among = match &survey.outcome {
-            Outcome::Cases { .. } => "cases in a population or person-time of",
-            _ => "positives among the tested:",
-        };
-        line("", format!("count_…: a new survey, {among} {n}"))?;
+    for (i, (kind, what)) in kinds.iter().enumerate() {
+        line(if i == 0 { "columns" } else { "" }, format!("{kind}_…: {what}"))?;
     }
     line("", format!("{}: what was asked and used", Predictions::beside(&args.out).display()))?;
     if let Some(peak) = record.peak_memory_mib {
         line("memory", format!("{peak:.0} MiB at most"))?;
     }
     line("time", format!("{:.1} s", record.seconds))
+}
+
+/// What the columns are of, by how their names begin.
+fn kinds(outcome: &Outcome, new_survey: Option<f64>) -> Vec<(&'static str, String)> {
+    let counts = matches!(outcome, Outcome::Counts { .. } | Outcome::Cases { .. });
+    let village = if counts { "a new village" } else { "one more value" };
+    let [surface, observation] = KINDS.map(|(kind, _)| kind);
+    let mut kinds = vec![(surface, "the surface".to_string()), (observation, village.to_string())];
+    if let Some(n) = new_survey {
+        let among = match outcome {
+            Outcome::Cases { .. } => "cases in a population or person-time of",
+            _ => "positives among the tested:",
+        };
+        kinds.push(("count", format!("a new survey, {among} {n}")));
+    }
+    kinds
 }
 
 /// What can be checked before anything is read.

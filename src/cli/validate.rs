@@ -36,6 +36,9 @@ use crate::{
 const GP: &str = "gp";
 const VECCHIA: &str = "vecchia";
 
+/// What is scored.
+const SCORED: &str = "new observations, each of its site's own number tested or exposure";
+
 /// Hold sites out fold by fold, predict them from the others, and score the predictions
 #[derive(clap::Args)]
 pub struct Args {
@@ -291,6 +294,7 @@ pub fn report(model: &str, folds: &[Fold]) -> Value {
     };
     let mut object = timed(&all, folds.iter().map(|f| f.seconds).sum());
     object["model"] = json!(model);
+    object["of"] = json!(SCORED);
     object["folds"] = folds
         .iter()
         .map(|fold| {
@@ -328,7 +332,7 @@ fn table(model: &str, folds: &[Fold]) -> Result<()> {
             short(s.rmse)
         ))?;
     }
-    say("scored: new observations, each of its site's own number tested or exposure")?;
+    say(format!("scored: {SCORED}"))?;
     say("log score: nats per site, higher is better; crps, rmse: outcome units, lower is better")
 }
 

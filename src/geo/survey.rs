@@ -962,14 +962,14 @@ impl Raw {
             Raw::Cases { names, numbers: [cases, exposure], .. } => {
                 for i in 0..cases.len() {
                     let (k, n) = (cases[i], exposure[i]);
-                    if !k.is_nan() && !(k >= 0.0 && k.is_finite() && k.fract() == 0.0) {
+                    if k < 0.0 || k.is_infinite() || (k.is_finite() && k.fract() != 0.0) {
                         return Err(reading
                             .refuse_cell("cases are a whole number", i, &names[0], k)
                             .try_this(
                                 "correct the cell; map a rate that is worked out with --log-value",
                             ));
                     }
-                    if !n.is_nan() && !(n >= 0.0 && n.is_finite()) {
+                    if n < 0.0 || n.is_infinite() {
                         let what = "a population or person-time is not above 0";
                         return Err(reading
                             .refuse_cell(what, i, &names[1], n)

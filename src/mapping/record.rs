@@ -1,7 +1,10 @@
 //! The run record: what was asked, what was used, what came out. Written last, so that a directory
 //! with a record is whole.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -196,6 +199,9 @@ pub struct Predictions {
     pub file: String,
     /// Its columns, in order.
     pub columns: Vec<String>,
+    /// What its columns are of, by how their names begin: surface, observation, count.
+    #[serde(default)]
+    pub of: BTreeMap<String, String>,
     /// Where the model computed.
     #[serde(default)]
     pub device: Option<DeviceNote>,

@@ -152,8 +152,7 @@ fn the_unit_of_exposure_does_not_matter() {
             assert!((a - b).abs() < 1e-4 * (1.0 + a.abs()), "{a} and {b}");
         }
     }
-    let [seen, expected] =
-        [&a.task.context.y, a.task.context.trials.as_ref().unwrap()].map(|x| host(x));
+    let [seen, expected] = [&a.task.context.y, a.task.context.trials.as_ref().unwrap()].map(host);
     let (seen, expected): (f64, f64) = (seen[..20].iter().sum(), expected[..20].iter().sum());
     assert!((seen + 0.5 - expected).abs() < 1e-3, "{seen} seen, {expected} expected");
 }

@@ -206,7 +206,8 @@ fn counts_score_as_scipy_says() {
 #[test]
 fn rates_have_known_scores() {
     let village: [(f64, f64, f64); 1] = [(1.0, -6.0, 0.3)];
-    let golden: [(&[(f64, f64, f64)], f64, u64, [f64; 3], [f64; 4], f64); 3] = [
+    type Golden<'a> = (&'a [(f64, f64, f64)], f64, u64, [f64; 3], [f64; 4], f64);
+    let golden: [Golden; 3] = [
         (
             &MIXTURE,
             3.0,

@@ -302,6 +302,8 @@ fn long_tables_are_streamed() {
         (&40_000.into(), &39_960.into())
     );
     assert_eq!(record["columns"].as_array().unwrap().len(), table.names().len());
+    assert_eq!(record["of"]["surface_"], "the surface");
+    assert_eq!(record["of"]["observation_"], "a new village");
 }
 
 /// What targets carry along is never held whole.
