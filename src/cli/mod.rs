@@ -42,7 +42,7 @@ First steps:
 enum Command {
     Map(Box<map::Args>),
     Predict(Box<predict::Args>),
-    Validate(validate::Args),
+    Validate(Box<validate::Args>),
     Sample(sample::Args),
     Train(train::Args),
     Calibrate(calibrate::Args),
