@@ -322,6 +322,8 @@ fn products_are_the_known_raster_masked_as_asked_for_any_tile() {
         let data = Dataset::open(path).unwrap();
         assert_eq!(data.metadata_item("PRODUCT", "").unwrap(), spec.to_string());
         assert_eq!(data.metadata_item("OF", "").unwrap(), "surface");
+        let description = data.rasterband(1).unwrap().description().unwrap();
+        assert!(description.ends_with(", surface"), "{description}");
         assert_eq!(data.rasterband(1).unwrap().unit(), "1");
     }
     for size in [7, 16] {
@@ -376,6 +378,7 @@ fn survey(outcome: survey::Outcome) -> Survey {
         x,
         outcome,
         dropped: Vec::new(),
+        displacement: None,
         notes: Vec::new(),
     }
 }

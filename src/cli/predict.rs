@@ -144,7 +144,7 @@ pub fn run(args: &Args) -> Result<()> {
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let (model, others) =
-        open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     let processes = model.with(&others);
     tell_survey(&survey)?;
     let placed = targets.x.iter().filter(|x| !x.is_nan()).count();

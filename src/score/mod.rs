@@ -19,7 +19,7 @@ pub mod interval;
 pub mod log_score;
 pub mod rmse;
 
-pub use counts::Counts;
+pub use counts::{Counts, log_count};
 pub use forecast::{Forecast, Truth};
 
 /// Which way a score improves.
