@@ -10,7 +10,14 @@ use std::{
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{cards::DeviceArgs, output::Output, reading::ReadingArgs, say, survey::SurveyArgs};
+use super::{
+    cards::DeviceArgs,
+    output::Output,
+    reading::ReadingArgs,
+    say,
+    survey::SurveyArgs,
+    trust::{self, StrictArgs},
+};
 use crate::{
     attention::{Reading, Tally},
     baseline::{ExactGp, NearestGp},
@@ -89,6 +96,8 @@ pub struct Args {
     #[arg(long)]
     no_pictures: bool,
     #[command(flatten)]
+    strict: StrictArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -121,6 +130,9 @@ pub fn run(args: &Args) -> Result<()> {
     let (model, others) =
         open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
     let processes = model.with(&others);
+    let called = args.model.as_deref().unwrap_or(trust::default(&survey));
+    let verdict = trust::examine(called, &survey, &frame)?;
+    args.strict.settle(called, &survey, &verdict)?;
     tell_input(&survey, &grid, &frame, &model)?;
 
     let mut plan = Plan { of: outcome.of, ..Plan::on(cards.devices.clone()) };
@@ -190,10 +202,12 @@ pub fn run(args: &Args) -> Result<()> {
         products: made,
         warnings: [
             cards.warnings(summary.cut_to),
-            warnings(&model, &survey, &grid, &frame, inside, &summary),
+            trust::warnings(&verdict),
+            warnings(&survey, &grid, &frame, inside, &summary),
         ]
         .concat(),
         summary,
+        trust: Some(json!(verdict)),
         reading,
         left_out,
         device: Some(cards.record()),
@@ -279,8 +293,6 @@ pub(super) struct Model {
     pub process: Box<dyn Process + Send + Sync>,
     /// For the run record.
     pub card: Value,
-    /// Context sizes it was trained on, where it was trained.
-    pub trained_sites: Option<[usize; 2]>,
 }
 
 impl Model {
@@ -289,17 +301,6 @@ impl Model {
         std::iter::once(self).chain(others).map(|model| &*model.process).collect()
     }
 
-    /// A warning if a survey is larger or smaller than any that the model was trained on.
-    pub fn unlike_training(&self, sites: usize) -> Option<String> {
-        let [least, most] = self.trained_sites?;
-        (!(least..=most).contains(&sites)).then(|| {
-            format!(
-                "the model was trained on {least} to {most} sites and the survey has {sites}: \
-                 compare with --model {}",
-                if sites > 5_000 { "vecchia" } else { "gp" }
-            )
-        })
-    }
 }
 
 /// The same model on every device, as [`open_model`]: the first, and the others.
@@ -351,15 +352,11 @@ pub(super) fn open_model(
             .fact("model", name)
             .try_this("`isopleth list models` shows the models for maps"));
     }
-    let sizes = tasks.design().context.clone();
-    let least = sizes.iter().map(|s| s.sites[0]).min();
-    let most = sizes.iter().map(|s| s.sites[1]).max();
     Ok(Model {
         name: checkpoint.card.name.clone(),
         process: checkpoint.process_reading(device, reading)?,
         card: serde_json::to_value(&checkpoint.card)
             .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
-        trained_sites: least.zip(most).map(|(a, b)| [a, b]),
     })
 }
 
@@ -397,12 +394,11 @@ fn classical(
         card["neighbours"] = json!({ "fitting": gp.previous, "predicting": gp.near });
         Box::new(gp)
     };
-    Ok(Some(Model { name: name.to_string(), process, card, trained_sites: None }))
+    Ok(Some(Model { name: name.to_string(), process, card }))
 }
 
 /// What the user should know before believing the map.
 fn warnings(
-    model: &Model,
     survey: &Survey,
     grid: &Grid,
     frame: &Frame,
@@ -411,7 +407,6 @@ fn warnings(
 ) -> Vec<String> {
     let sites = survey.x.len();
     let mut warnings = grid.notes.clone();
-    warnings.extend(model.unlike_training(sites));
     // On an equal-area plane the scale at angle c from the centre is off by up to 1/cos(c/2) − 1.
     let angle = 0.5 * frame.extent_km() / 6371.0;
     let off = 1.0 / (0.5 * angle.min(3.0)).cos() - 1.0;
@@ -587,7 +582,8 @@ fn picture(
     };
     (picture.palette, picture.range) = match spec.entry.scale {
         Scale::Level => (Palette::Level, None),
-        Scale::Spread => (Palette::Spread, None),
+        Scale::Spread | Scale::Distance => (Palette::Spread, None),
+        Scale::Share => (Palette::Spread, Some([0.0, 1.0])),
         Scale::Probability => (Palette::Diverging, Some([0.0, 1.0])),
     };
     let path = file.with_extension("png");

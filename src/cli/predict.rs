@@ -6,7 +6,7 @@ use std::{
 };
 
 use candle_core::Device;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     cards::DeviceArgs,
@@ -14,6 +14,7 @@ use super::{
     reading::ReadingArgs,
     sample::refuse_existing,
     survey::ColumnArgs,
+    trust::{self, StrictArgs},
 };
 use crate::{
     error::{Error, Result},
@@ -69,6 +70,8 @@ pub struct Args {
     #[arg(long, value_name = "VALUE", value_delimiter = ',', allow_negative_numbers = true)]
     threshold: Vec<f64>,
     #[command(flatten)]
+    strict: StrictArgs,
+    #[command(flatten)]
     device: DeviceArgs,
     /// Replace a file that exists
     #[arg(long)]
@@ -113,6 +116,9 @@ pub fn run(args: &Args) -> Result<()> {
     let (model, others) =
         open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
     let processes = model.with(&others);
+    let called = args.model.as_deref().unwrap_or(trust::default(&survey));
+    let verdict = trust::examine(called, &survey, &frame)?;
+    args.strict.settle(called, &survey, &verdict)?;
     tell_survey(&survey)?;
     let placed = targets.x.iter().filter(|x| !x.is_nan()).count();
     line("targets", format!("{}: {placed} places", args.targets.display()))?;
@@ -165,7 +171,7 @@ pub fn run(args: &Args) -> Result<()> {
     Columns::write(&args.out, &names, chunks)?;
 
     let mut warnings = cards.warnings(part.less());
-    warnings.extend(model.unlike_training(survey.len()));
+    warnings.extend(trust::warnings(&verdict));
     if beyond > 0 {
         warnings.push(format!(
             "{beyond} target{} more than {} km outside the box of the sites: there a prediction \
@@ -189,6 +195,7 @@ pub fn run(args: &Args) -> Result<()> {
         frame,
         file: args.out.file_name().unwrap_or_default().to_string_lossy().into(),
         columns: names,
+        trust: Some(json!(verdict)),
         device: Some(cards.record()),
         warnings,
         peak_memory_mib: plan::usage().map(|usage| usage.peak.mebibytes()),

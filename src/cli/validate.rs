@@ -8,7 +8,11 @@ use std::time::Instant;
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{note, say, survey::SurveyArgs};
+use super::{
+    note, say,
+    survey::SurveyArgs,
+    trust::{self, StrictArgs},
+};
 use crate::{
     baseline::{
         ExactGp, NearestGp,
