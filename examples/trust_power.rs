@@ -49,9 +49,8 @@ fn observed(clean: &Clean, rng: &mut Stream) -> Outcome {
     match &clean.tested {
         None => Outcome::Values(clean.eta.clone()),
         Some(tested) => {
-            let count = |(eta, n): (&f64, &f64)| {
-                rng.binomial(*n as u64, Link::Logit.outcome(*eta)) as f64
-            };
+            let count =
+                |(eta, n): (&f64, &f64)| rng.binomial(*n as u64, Link::Logit.outcome(*eta)) as f64;
             let positive = clean.eta.iter().zip(tested).map(count).collect();
             Outcome::Counts { positive, tested: tested.clone() }
         }
@@ -93,9 +92,21 @@ fn stray(mut clean: Clean, rng: &mut Stream) -> Option<(Vec<[f64; 2]>, Outcome)>
 }
 
 const BOTH: &[Kind] = &[
-    Kind { name: "none: the model's own prior", prior: Prior::Own, spoil: |c, r| scaled(c, 1.0, r) },
-    Kind { name: "metres read as km (units)", prior: Prior::Own, spoil: |c, r| scaled(c, 1000.0, r) },
-    Kind { name: "km read as metres (units)", prior: Prior::Own, spoil: |c, r| scaled(c, 0.001, r) },
+    Kind {
+        name: "none: the model's own prior",
+        prior: Prior::Own,
+        spoil: |c, r| scaled(c, 1.0, r),
+    },
+    Kind {
+        name: "metres read as km (units)",
+        prior: Prior::Own,
+        spoil: |c, r| scaled(c, 1000.0, r),
+    },
+    Kind {
+        name: "km read as metres (units)",
+        prior: Prior::Own,
+        spoil: |c, r| scaled(c, 0.001, r),
+    },
     Kind { name: "one site 15 to 40 half-sides away", prior: Prior::Own, spoil: stray },
     Kind {
         name: "length scale 8 to 40 half-sides",
@@ -199,7 +210,8 @@ fn tasks(recipe: &str, prior: Prior) -> Result<Tasks> {
 fn clean(tasks: &Tasks, rng: &mut Stream) -> Result<Clean> {
     let n = rng.log_uniform(15.0, 151.0) as usize;
     let layout = tasks.design().layout(n, rng);
-    let only = isopleth::task::design::Layout { xy: layout.xy[..n].to_vec(), context: n, first_target: n };
+    let only =
+        isopleth::task::design::Layout { xy: layout.xy[..n].to_vec(), context: n, first_target: n };
     let Draw { xy, noisy, trials, .. } = tasks.draws_at(&only, 1, rng)?.swap_remove(0);
     let half = rng.log_uniform(10.0, 1000.0);
     let km = xy.iter().map(|p| [half * p[0], half * p[1]]).collect();
@@ -209,12 +221,15 @@ fn clean(tasks: &Tasks, rng: &mut Stream) -> Result<Clean> {
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let model = args.first().map_or("prevalence", String::as_str);
-    let number = |i: usize, default: usize| args.get(i).map_or(default, |a| a.parse().expect("a number"));
+    let number =
+        |i: usize, default: usize| args.get(i).map_or(default, |a| a.parse().expect("a number"));
     let (own, wrong) = (number(1, 300), number(2, 100));
     let checkpoint = Checkpoint::resolve(model)?;
     let counts = checkpoint.likelihood()?.counts();
     let judge = Judge::of(&checkpoint)?;
-    println!("| {model}: what is wrong | surveys | refused by the reader | warned | of those read |");
+    println!(
+        "| {model}: what is wrong | surveys | refused by the reader | warned | of those read |"
+    );
     println!("| --- | ---: | ---: | ---: | ---: |");
     for (k, kind) in BOTH.iter().chain(if counts { COUNTS } else { VALUES }).enumerate() {
         let tasks = tasks(&checkpoint.card.recipe, kind.prior)?;

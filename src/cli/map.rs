@@ -300,7 +300,6 @@ impl Model {
     pub fn with<'a>(&'a self, others: &'a [Model]) -> Vec<&'a (dyn Process + Send + Sync)> {
         std::iter::once(self).chain(others).map(|model| &*model.process).collect()
     }
-
 }
 
 /// The same model on every device, as [`open_model`]: the first, and the others.

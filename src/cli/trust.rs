@@ -92,9 +92,11 @@ impl StrictArgs {
         if !self.strict || verdict.findings.is_empty() {
             return Ok(());
         }
-        let error = Error::input("the survey is unlike what the model was trained on, or its units are wrong")
-            .fact("survey", survey.source.display())
-            .fact("model", model);
+        let error = Error::input(
+            "the survey is unlike what the model was trained on, or its units are wrong",
+        )
+        .fact("survey", survey.source.display())
+        .fact("model", model);
         let error = verdict.findings.iter().fold(error, |e, f| e.fact(&f.about, &f.text));
         Err(error.try_this(
             "correct the survey; or leave --strict out, and compare with --model gp before you \

@@ -136,12 +136,7 @@ pub fn run_each(
 
 /// Variance of what is mapped over the whole map, link scale ([`prior_share`]): from pixels at even steps
 /// through it, the same ones for any plan.
-fn spread(
-    posteriors: &[&dyn Posterior],
-    grid: &Grid,
-    frame: &Frame,
-    plan: &Plan,
-) -> Result<f64> {
+fn spread(posteriors: &[&dyn Posterior], grid: &Grid, frame: &Frame, plan: &Plan) -> Result<f64> {
     const PIXELS: usize = 2_048;
     const WINDOW: usize = 256;
     let step = grid.wanted().div_ceil(PIXELS).max(1);

@@ -16,6 +16,7 @@ pub mod crps;
 mod forecast;
 pub mod interval;
 pub mod log_score;
+pub mod pit;
 pub mod rmse;
 
 pub use forecast::{Forecast, Truth};

@@ -275,10 +275,7 @@ impl Truth {
             let law = self.widened(&predictive.marginals(row, of)?);
             Ok((first..truth.len()).map(|i| law.link_cdf(i, truth[i])).collect())
         };
-        Ok([
-            of(Of::Surface, &self.surface, 0)?,
-            of(Of::Observation, &self.noisy, self.seen)?,
-        ])
+        Ok([of(Of::Surface, &self.surface, 0)?, of(Of::Observation, &self.noisy, self.seen)?])
     }
 
     fn widened(&self, m: &Marginals) -> Marginals {
@@ -390,8 +387,7 @@ impl Ranks {
         let each = (all.len() as f64 / BINS as f64).max(f64::MIN_POSITIVE);
         let n = independent.len() as f64;
         let expected = (n / BINS as f64).max(f64::MIN_POSITIVE);
-        let chi: f64 =
-            count(independent).iter().map(|c| (c - expected).powi(2) / expected).sum();
+        let chi: f64 = count(independent).iter().map(|c| (c - expected).powi(2) / expected).sum();
         let mut sorted = independent.to_vec();
         sorted.sort_by(f64::total_cmp);
         let gap = |(i, u): (usize, &f64)| (u - i as f64 / n).max((i + 1) as f64 / n - u);

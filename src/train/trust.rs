@@ -44,7 +44,7 @@ pub use foretold::Foretold;
 pub const SITES: usize = 200;
 
 /// Draws from the recipe that a survey is held against.
-pub const DRAWS: usize = 600;
+pub const DRAWS: usize = 450;
 
 /// Share of the surveys like those of the training in which each group finds something: observed,
 /// design, foretold. Together at most their sum.
@@ -183,7 +183,8 @@ impl Judge {
     /// As [`Checkpoint::process`].
     pub fn of(checkpoint: &Checkpoint) -> Result<Option<Self>> {
         let recipe = checkpoint.recipe()?;
-        let (tasks, settings) = (recipe.tasks()?, recipe.settings::<crate::task::Settings>("task")?);
+        let (tasks, settings) =
+            (recipe.tasks()?, recipe.settings::<crate::task::Settings>("task")?);
         if tasks.dim() != 2 || settings.frame != Framing::Context {
             return Ok(None);
         }
@@ -266,10 +267,10 @@ impl Judge {
     /// Surveys of the recipe: one observed at the sites of `own` among as many people, and one of a
     /// design of its own.
     fn draws(&self, own: &Context) -> Result<Vec<(Context, Context)>> {
-        const PAIR: usize = 2; // share a correlation, whose factor is the cost of a draw
+        const ALIKE: usize = 3; // share a correlation, whose factor is the cost of a draw
         let n = own.len();
         let design = self.tasks.design();
-        let pair = |i: usize| -> Result<Vec<(Context, Context)>> {
+        let some = |i: usize| -> Result<Vec<(Context, Context)>> {
             let mut rng = Stream::new(SEED, "trust", i as u64);
             let elsewhere = design.layout(n, &mut rng).xy;
             // Surfaces live in a region, of which sites cover some part: as large a one as there.
@@ -277,8 +278,8 @@ impl Judge {
             let place = |p: &[f64; 2]| [centre[0] + unit * p[0], centre[1] + unit * p[1]];
             let layout =
                 Layout { xy: own.xy.iter().map(place).collect(), context: n, first_target: n };
-            let mut found = Vec::with_capacity(PAIR);
-            for draw in self.tasks.draws_at(&layout, PAIR, &mut rng)? {
+            let mut found = Vec::with_capacity(ALIKE);
+            for draw in self.tasks.draws_at(&layout, ALIKE, &mut rng)? {
                 let y = match &own.trials {
                     None => draw.y,
                     Some(tested) => {
@@ -296,9 +297,9 @@ impl Judge {
             }
             Ok(found)
         };
-        let pairs: Vec<_> =
-            (0..DRAWS / PAIR).into_par_iter().map(pair).collect::<Result<Vec<_>>>()?;
-        Ok(pairs.into_iter().flatten().collect())
+        let all: Vec<_> =
+            (0..DRAWS / ALIKE).into_par_iter().map(some).collect::<Result<Vec<_>>>()?;
+        Ok(all.into_iter().flatten().collect())
     }
 
     /// Fewest and most sites of a context in training.

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Sites that take part at most, and draws beside the survey.
-const SITES: usize = 100;
+const SITES: usize = 60;
 const DRAWS: usize = 99;
 const FOLDS: usize = 5;
 /// Contexts in one call of the model.
@@ -224,7 +224,10 @@ mod tests {
                 .sum()
         };
         let [low, high] = pit(&m, 0, Link::Logit, 4.0, Some(n));
-        assert!((low - exact(3.0)).abs() < 1e-3 && (high - exact(4.0)).abs() < 1e-3, "{low} {high}");
+        assert!(
+            (low - exact(3.0)).abs() < 1e-3 && (high - exact(4.0)).abs() < 1e-3,
+            "{low} {high}"
+        );
         assert_eq!(pit(&m, 0, Link::Logit, n, Some(n))[1], 1.0);
         assert_eq!(pit(&m, 0, Link::Logit, 0.0, Some(n))[0], 0.0);
     }

@@ -190,9 +190,8 @@ impl Geometry {
         let n = xy.len();
         let nearest = (0..n).map(|i| {
             let mut others: Vec<usize> = (0..n).filter(|j| *j != i).collect();
-            let by = |a: &usize, b: &usize| {
-                square(&xy[*a], &xy[i]).total_cmp(&square(&xy[*b], &xy[i]))
-            };
+            let by =
+                |a: &usize, b: &usize| square(&xy[*a], &xy[i]).total_cmp(&square(&xy[*b], &xy[i]));
             if others.len() > 3 {
                 others.select_nth_unstable_by(2, by);
             }
@@ -200,8 +199,7 @@ impl Geometry {
             others.sort_by(by);
             std::array::from_fn(|k| others[k.min(others.len() - 1)])
         });
-        let mut pairs: Vec<[usize; 2]> =
-            (0..n).flat_map(|i| (0..i).map(move |j| [i, j])).collect();
+        let mut pairs: Vec<[usize; 2]> = (0..n).flat_map(|i| (0..i).map(move |j| [i, j])).collect();
         let far = |p: &[usize; 2]| square(&xy[p[0]], &xy[p[1]]);
         pairs.sort_by(|a, b| far(a).total_cmp(&far(b)));
         let cut = |share: f64| ((share * pairs.len() as f64) as usize).max(1);
@@ -303,9 +301,11 @@ pub(super) fn observed(context: &Context, geometry: &Geometry) -> Vec<f64> {
         figures[3] = share(&|k, n| k == n);
         let rates: Vec<f64> = context.y.iter().zip(tested).map(|(k, n)| k / n).collect();
         figures[4] = correlation(&ranks(&rates), &ranks(tested));
-        let apart = geometry.nearest.iter().enumerate().map(|(i, near)| {
-            (z[i] - z[near[0]]).powi(2) / (noise[i] + noise[near[0]])
-        });
+        let apart = geometry
+            .nearest
+            .iter()
+            .enumerate()
+            .map(|(i, near)| (z[i] - z[near[0]]).powi(2) / (noise[i] + noise[near[0]]));
         figures[5] = (apart.sum::<f64>() / n).max(1e-6).ln();
     }
     if variance <= 1e-12 {
@@ -326,13 +326,16 @@ pub(super) fn observed(context: &Context, geometry: &Geometry) -> Vec<f64> {
         let mean = pairs.iter().map(|[i, j]| half(*i, *j)).sum::<f64>() / pairs.len() as f64;
         *figure = 1.0 - mean / variance;
     }
-    let along = geometry.plane.iter().map(|u| {
-        u.iter().zip(&off).map(|(u, v)| u * v).sum::<f64>().powi(2)
-    });
+    let along =
+        geometry.plane.iter().map(|u| u.iter().zip(&off).map(|(u, v)| u * v).sum::<f64>().powi(2));
     figures[12] = (1.0 - along.sum::<f64>() / (n * variance)).max(1e-8).ln();
-    let unlike = sorted(geometry.nearest.iter().enumerate().map(|(i, near)| {
-        (z[i] - near.iter().map(|j| z[*j]).sum::<f64>() / 3.0).abs()
-    }));
+    let unlike = sorted(
+        geometry
+            .nearest
+            .iter()
+            .enumerate()
+            .map(|(i, near)| (z[i] - near.iter().map(|j| z[*j]).sum::<f64>() / 3.0).abs()),
+    );
     let usual = quantile(&unlike, 0.5);
     if usual > 0.0 {
         figures[13] = (unlike[unlike.len() - 1] / usual).ln();

@@ -76,12 +76,11 @@ pub(super) fn judge(pool: &[Vec<f64>], level: f64) -> Judged {
     let figures = pool[0].len();
     let tails: Vec<Option<Tails>> =
         (0..figures).map(|k| Tails::new(pool.iter().map(|m| m[k]))).collect();
-    let p_of = |member: &[f64], k: usize| tails[k].as_ref().map_or((1.0, false), |t| t.p(member[k]));
+    let p_of =
+        |member: &[f64], k: usize| tails[k].as_ref().map_or((1.0, false), |t| t.p(member[k]));
     // A figure that this survey lacks is no figure of the test.
     let counted: Vec<usize> = (0..figures).filter(|k| pool[0][*k].is_finite()).collect();
-    let oddest = |member: &Vec<f64>| {
-        counted.iter().map(|k| p_of(member, *k).0).fold(1.0, f64::min)
-    };
+    let oddest = |member: &Vec<f64>| counted.iter().map(|k| p_of(member, *k).0).fold(1.0, f64::min);
     let mut all: Vec<f64> = pool.iter().map(oddest).collect();
     let own = all[0];
     let overall = all.iter().filter(|p| **p <= own).count() as f64 / all.len() as f64;
