@@ -43,7 +43,7 @@ First steps:
 enum Command {
     Map(Box<map::Args>),
     Predict(Box<predict::Args>),
-    Validate(validate::Args),
+    Validate(Box<validate::Args>),
     Trust(trust::Args),
     Sample(sample::Args),
     Train(train::Args),

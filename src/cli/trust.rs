@@ -2,14 +2,14 @@
 
 use serde_json::json;
 
-use super::{note, say, survey::SurveyArgs};
+use super::{
+    note, say,
+    survey::{SurveyArgs, agree, default_model},
+};
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
-    geo::{
-        frame::Frame,
-        survey::{Outcome, Survey},
-    },
+    geo::{frame::Frame, survey::Survey},
     train::trust::{self, Judge, Verdict},
 };
 
@@ -44,7 +44,7 @@ pub struct StrictArgs {
 pub fn run(args: &Args) -> Result<()> {
     let survey = args.survey.read()?;
     survey.notes.iter().for_each(note);
-    let model = args.model.as_deref().unwrap_or(default(&survey));
+    let model = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
     let verdict = examine(model, &survey, &Frame::fit(&survey)?)?;
     if args.json {
         let mut object = json!(verdict);
@@ -56,27 +56,13 @@ pub fn run(args: &Args) -> Result<()> {
     args.strict.settle(model, &survey, &verdict)
 }
 
-/// The model of a survey when none is named.
-pub(super) fn default(survey: &Survey) -> &'static str {
-    match survey.outcome {
-        Outcome::Counts { .. } => "prevalence",
-        Outcome::Values(_) => "continuous",
-    }
-}
-
 /// What can be said of a survey before `model`, which reads its kind of outcome, is believed.
 pub(super) fn examine(model: &str, survey: &Survey, frame: &Frame) -> Result<Verdict> {
     let judge = match ["gp", "vecchia"].contains(&model) {
         true => None,
         false => {
             let checkpoint = Checkpoint::resolve(model)?;
-            let counts = matches!(survey.outcome, Outcome::Counts { .. });
-            if checkpoint.likelihood()?.counts() != counts {
-                return Err(Error::input("the model and the survey are of different kinds")
-                    .fact("model", format!("{model} reads {}", checkpoint.likelihood()?.about()))
-                    .fact("survey", if counts { "counts" } else { "values" })
-                    .try_this("leave --model out, or use --model gp"));
-            }
+            agree(model, checkpoint.likelihood()?, survey)?;
             Judge::of(&checkpoint)?
         }
     };

@@ -12,7 +12,7 @@ use super::{
     note,
     output::Output,
     say,
-    survey::SurveyArgs,
+    survey::{SurveyArgs, agree, default_model},
     trust::{self, StrictArgs},
 };
 use crate::{
@@ -41,6 +41,9 @@ mod space;
 /// The model names of the exact Gaussian process and of that of nearest neighbours.
 const GP: &str = "gp";
 const VECCHIA: &str = "vecchia";
+
+/// What is scored.
+const SCORED: &str = "new observations, each of its site's own number tested or exposure";
 
 /// Hold sites out fold by fold, predict them from the others, and score the predictions
 #[derive(clap::Args)]
@@ -154,7 +157,7 @@ fn models(asked: &[String], survey: &Survey) -> Result<Vec<String>> {
         }
     }
     if models.is_empty() {
-        models.push(trust::default(survey).into());
+        models.push(default_model(&survey.outcome).into());
     }
     Ok(models)
 }
@@ -170,10 +173,7 @@ fn entrants(folds: &[Fold]) -> (Vec<Forecast>, Vec<(&'static str, Vec<Forecast>)
 
 /// The forecaster that `--model` names.
 fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
-    let wanted = match survey.outcome {
-        Outcome::Counts { .. } => "binomial",
-        Outcome::Values(_) => "gaussian",
-    };
+    let wanted = survey.outcome.likelihood();
     if model == GP {
         return Ok(exact_gp(likelihood::find(wanted)?));
     }
@@ -181,13 +181,7 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
         return Ok(nearest_gp(likelihood::find(wanted)?));
     }
     let checkpoint = Checkpoint::resolve(model)?;
-    let reads = checkpoint.likelihood()?;
-    if reads.name() != wanted {
-        return Err(Error::input("the model does not read this kind of outcome")
-            .fact("model", format!("{model}: {}", reads.about()))
-            .fact("survey", format!("{}: {wanted}", survey.source.display()))
-            .try_this("leave --model out, or use --model gp"));
-    }
+    agree(model, checkpoint.likelihood()?, survey)?;
     let process = checkpoint.process(&Device::Cpu)?;
     Ok(Box::new(move |context, targets| process.condition(context)?.at(targets)))
 }
@@ -240,7 +234,14 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
 
 fn truths(outcome: &Outcome) -> Vec<Truth> {
     match outcome {
-        Outcome::Values(values) => values.iter().map(|v| Truth::Value(*v)).collect(),
+        Outcome::Values(values) | Outcome::Positive(values) => {
+            values.iter().map(|v| Truth::Value(*v)).collect()
+        }
+        Outcome::Cases { cases, exposure, .. } => cases
+            .iter()
+            .zip(exposure)
+            .map(|(k, n)| Truth::Cases { cases: *k as u64, exposure: *n })
+            .collect(),
         Outcome::Counts { positive, tested } => positive
             .iter()
             .zip(tested)
@@ -343,6 +344,10 @@ fn counted(row: f64, file: &str) -> Result<usize> {
 fn seen_by_rules(survey: &Survey, sites: Vec<Vec<f64>>) -> Seen {
     match &survey.outcome {
         Outcome::Values(values) => Seen::values(sites, values.clone()),
+        Outcome::Positive(values) => {
+            Seen::logarithms(sites, values.iter().map(|v| v.ln()).collect())
+        }
+        Outcome::Cases { cases, exposure, .. } => Seen::rates(sites, cases, exposure),
         Outcome::Counts { positive, tested } => Seen::counts(sites, positive, tested),
     }
 }
@@ -365,6 +370,7 @@ pub fn report(model: &str, folds: &[Fold]) -> Value {
     };
     let mut object = timed(&all, folds.iter().map(|f| f.seconds).sum());
     object["model"] = json!(model);
+    object["of"] = json!(SCORED);
     object["folds"] = folds
         .iter()
         .map(|fold| {
@@ -402,6 +408,7 @@ fn table(model: &str, folds: &[Fold]) -> Result<()> {
             short(s.rmse)
         ))?;
     }
+    say(format!("scored: {SCORED}"))?;
     say("log score: nats per site, higher is better; crps, rmse: outcome units, lower is better")
 }
 

@@ -12,6 +12,7 @@ use crate::{
 };
 
 pub mod calibration;
+mod counts;
 pub mod crps;
 mod forecast;
 pub mod interval;
@@ -19,6 +20,7 @@ pub mod log_score;
 pub mod pit;
 pub mod rmse;
 
+pub use counts::Counts;
 pub use forecast::{Forecast, Truth};
 
 /// Which way a score improves.

@@ -14,11 +14,14 @@ impl Forecast {
     pub fn pit(&self) -> [f64; 2] {
         match (&self.law, self.truth) {
             (Law::Mixture(m), _) => [m.cdf(0, self.observed()); 2],
-            (Law::Counts { pmf, .. }, Truth::Count { positive, .. }) => {
-                let below = pmf[..positive as usize].iter().sum::<f64>().min(1.0);
-                [below, (below + pmf[positive as usize]).min(1.0)]
+            (Law::Counts { counts, .. }, Truth::Count { positive: k, .. })
+            | (Law::Counts { counts, .. }, Truth::Cases { cases: k, .. }) => {
+                let k = k as f64;
+                [if k > 0.0 { counts.cdf(k - 1.0) } else { 0.0 }, counts.cdf(k)]
             }
-            (Law::Counts { .. }, _) => unreachable!("Forecast::new pairs law and truth"),
+            (Law::Counts { .. }, Truth::Value(_)) => {
+                unreachable!("Forecast::new pairs law and truth")
+            }
         }
     }
 }

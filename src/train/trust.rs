@@ -23,6 +23,7 @@ use crate::{
         frame::Frame,
         survey::{Outcome, Survey},
     },
+    likelihood::Kind,
     predictive::Link,
     process::Process,
     rng::Stream,
@@ -177,7 +178,7 @@ pub struct Judge {
 
 impl Judge {
     /// For a model of surveys on the plane. Nothing for one whose training cannot be compared: sites
-    /// on a line, or coordinates that have units of their own.
+    /// on a line, coordinates that have units of their own, or cases without an upper end.
     ///
     /// # Errors
     /// As [`Checkpoint::process`].
@@ -188,8 +189,8 @@ impl Judge {
         if tasks.dim() != 2 || settings.frame != Framing::Context {
             return Ok(None);
         }
-        // Other laws of counts draw what they count in ways of their own, given the design.
-        if !["binomial", "gaussian"].contains(&tasks.likelihood().name()) {
+        // Cases without an upper end want figures of their own.
+        if tasks.likelihood().kind() == Kind::Exposure {
             return Ok(None);
         }
         Ok(Some(Judge { tasks, process: checkpoint.process(&Device::Cpu)? }))
@@ -281,7 +282,8 @@ impl Judge {
             let mut found = Vec::with_capacity(ALIKE);
             for draw in self.tasks.draws_at(&layout, ALIKE, &mut rng)? {
                 let y = match &own.trials {
-                    None => draw.y,
+                    // What a frame makes of values: the scale of the surface.
+                    None => draw.noisy,
                     Some(tested) => {
                         let link: Link = self.tasks.likelihood().link();
                         let count = |(eta, n): (&f64, &f64)| {
@@ -405,7 +407,7 @@ pub fn units(survey: &Survey, frame: &Frame) -> Vec<Finding> {
                 );
             }
         }
-        Outcome::Values(values) if sites >= FEWEST => {
+        Outcome::Values(values) | Outcome::Positive(values) if sites >= FEWEST => {
             let mut sorted = values.clone();
             sorted.sort_by(f64::total_cmp);
             let runs = sorted.chunk_by(|a, b| a == b);
