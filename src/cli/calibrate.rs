@@ -78,8 +78,14 @@ fn object(args: &Args, report: &Report, seconds: f64) -> Value {
         (rival.name.to_string(), its)
     });
     object["baselines"] = Value::Object(rivals.collect::<Map<_, _>>());
-    object["ranks"] =
-        json!({ "surface": ranks(&report.surface), "observation": ranks(&report.observation) });
+    object["ranks"] = json!({
+        "surface": ranks(&report.surface),
+        "observation": ranks(&report.observation),
+    });
+    if let Some([surface, observation]) = &report.exact {
+        object["baselines"]["exact-gp"]["ranks"] =
+            json!({ "surface": ranks(surface), "observation": ranks(observation) });
+    }
     object["seconds"] = json!(seconds);
     object
 }

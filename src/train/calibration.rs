@@ -120,6 +120,9 @@ pub struct Report {
     pub surface: Ranks,
     /// Ranks of a new observation, before anyone is counted.
     pub observation: Ranks,
+    /// The same two of the exact Gaussian process, where any task was small enough: of values they are
+    /// uniform, or the measurement is wrong.
+    pub exact: Option<[Ranks; 2]>,
 }
 
 /// How one law met the truths of one task, averaged over its targets.
@@ -144,6 +147,8 @@ struct Row {
     rivals: Vec<Option<Scored>>,
     /// Of the surface and of an observation, at every target.
     ranks: [Vec<f64>; 2],
+    /// The same of the exact Gaussian process.
+    exact: Option<[Vec<f64>; 2]>,
 }
 
 /// The true link-scale values at the targets of one task.
@@ -205,8 +210,11 @@ pub fn measure(
         all: of(&rows),
         thirds: (0..3).map(|k| of(&rows[k * n / 3..(k + 1) * n / 3])).collect(),
         rivals: names.enumerate().filter_map(rival).collect(),
-        surface: Ranks::of(&rows, 0),
-        observation: Ranks::of(&rows, 1),
+        surface: Ranks::of(rows.iter().map(|r| &r.ranks[0])),
+        observation: Ranks::of(rows.iter().map(|r| &r.ranks[1])),
+        exact: rows.iter().any(|r| r.exact.is_some()).then(|| {
+            [0, 1].map(|k| Ranks::of(rows.iter().filter_map(|r| Some(&r.exact.as_ref()?[k]))))
+        }),
     })
 }
 
@@ -239,12 +247,14 @@ fn score(tasks: &Tasks, process: &dyn Process, batch: &Batch) -> Result<Vec<Row>
                 .iter()
                 .map(|(_, rule)| Some(truth.meet(None, &rule(&seen, &asked))))
                 .collect();
-            rivals.push(match sites <= EXACT_SITES && super::known(tasks.likelihood()) {
-                true => Some(truth.meet_both(&exact(&one, tasks.likelihood())?, 0)?),
+            let gp = match sites <= EXACT_SITES && super::known(tasks.likelihood()) {
+                true => Some(exact(&one, tasks.likelihood())?),
                 false => None,
-            });
+            };
+            rivals.push(gp.as_ref().map(|gp| truth.meet_both(gp, 0)).transpose()?);
+            let exact = gp.as_ref().map(|gp| truth.ranks(gp, 0)).transpose()?;
             let ranks = truth.ranks(&predictive, row)?;
-            Ok(Row { model: truth.meet_both(&predictive, row)?, rivals, ranks })
+            Ok(Row { model: truth.meet_both(&predictive, row)?, rivals, ranks, exact })
         })
         .collect()
 }
@@ -356,15 +366,14 @@ impl Group {
 }
 
 impl Ranks {
-    /// Of the ranks numbered `which` of every task.
-    fn of(rows: &[Row], which: usize) -> Self {
-        let one = |(i, row): (usize, &Row)| {
-            let ranks = &row.ranks[which];
+    /// Of the ranks at the targets of every task.
+    fn of<'a>(rows: impl Iterator<Item = &'a Vec<f64>>) -> Self {
+        let (mut all, mut alone) = (Vec::new(), Vec::new());
+        for (i, ranks) in rows.enumerate() {
             let at = Stream::new(APART, "calibration rank", i as u64).below(ranks.len().max(1));
-            ranks.get(at).copied()
-        };
-        let alone: Vec<f64> = rows.iter().enumerate().filter_map(one).collect();
-        let all: Vec<f64> = rows.iter().flat_map(|row| &row.ranks[which]).copied().collect();
+            alone.extend(ranks.get(at));
+            all.extend(ranks);
+        }
         Ranks::from(&all, &alone)
     }
 
