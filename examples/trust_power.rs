@@ -226,7 +226,7 @@ fn main() -> Result<()> {
     let (own, wrong) = (number(1, 300), number(2, 100));
     let checkpoint = Checkpoint::resolve(model)?;
     let counts = checkpoint.likelihood()?.counts();
-    let judge = Judge::of(&checkpoint)?;
+    let judge = Judge::of(&checkpoint)?.map(Judge::brief);
     println!(
         "| {model}: what is wrong | surveys | refused by the reader | warned | of those read |"
     );

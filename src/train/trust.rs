@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     checkpoint::Checkpoint,
-    error::Result,
+    error::{Error, Result},
     geo::{
         frame::Frame,
         survey::{Outcome, Survey},
@@ -174,6 +174,8 @@ impl Context {
 pub struct Judge {
     tasks: Tasks,
     process: Box<dyn Process + Send + Sync>,
+    /// Every group is looked at, whatever others found.
+    whole: bool,
 }
 
 impl Judge {
@@ -193,7 +195,12 @@ impl Judge {
         if tasks.likelihood().kind() == Kind::Exposure {
             return Ok(None);
         }
-        Ok(Some(Judge { tasks, process: checkpoint.process(&Device::Cpu)? }))
+        Ok(Some(Judge { tasks, process: checkpoint.process(&Device::Cpu)?, whole: true }))
+    }
+
+    /// The same judge, who asks the model only about surveys that nothing else is found about.
+    pub fn brief(self) -> Self {
+        Judge { whole: false, ..self }
     }
 
     /// Holds a context against fresh draws of the recipe; findings in the order of the groups.
@@ -234,7 +241,10 @@ impl Judge {
             .par_iter()
             .map(|c| statistics::design(c))
             .collect();
-        let mut group = |name: &str, level: f64, figures: &[Statistic], pool: &[Vec<f64>]| {
+        let group = |verdict: &mut Verdict,
+                     (name, level): (&str, f64),
+                     figures: &[Statistic],
+                     pool: &[Vec<f64>]| {
             let judged = tails::judge(pool, level);
             let lines = figures.iter().enumerate().filter(|(k, _)| pool[0][*k].is_finite());
             let lines = lines.map(|(k, figure)| {
@@ -251,15 +261,18 @@ impl Judge {
                 }
                 line
             });
-            let lines = lines.collect();
+            let lines: Vec<Line> = lines.collect();
             verdict.groups.push(Group { name: name.into(), p: judged.overall, level, lines });
         };
-        group("observed", LEVELS[0], statistics::OBSERVED, &observed);
-        group("design", LEVELS[1], statistics::DESIGN, &design);
+        group(&mut verdict, ("observed", LEVELS[0]), statistics::OBSERVED, &observed);
+        group(&mut verdict, ("design", LEVELS[1]), statistics::DESIGN, &design);
+        if !self.whole && !verdict.findings.is_empty() {
+            return Ok(verdict);
+        }
         if let Some(foretelling) = Foretelling::new(&own) {
             let likes = drawn.iter().map(|(like, _)| like);
             let (pool, mine) = foretelling.ask(&*self.process, self.tasks.likelihood(), likes)?;
-            group("foretold", LEVELS[2], foretold::FIGURES, &pool);
+            group(&mut verdict, ("foretold", LEVELS[2]), foretold::FIGURES, &pool);
             verdict.foretold = Some(mine);
         }
         Ok(verdict)
@@ -280,7 +293,12 @@ impl Judge {
             let layout =
                 Layout { xy: own.xy.iter().map(place).collect(), context: n, first_target: n };
             let mut found = Vec::with_capacity(ALIKE);
-            for draw in self.tasks.draws_at(&layout, ALIKE, &mut rng)? {
+            let draws = match self.tasks.draws_at(&layout, ALIKE, &mut rng) {
+                // Sites all but at one place, and a surface too smooth for them: one draw less.
+                Err(Error::NotPositiveDefinite { .. }) => return Ok(found),
+                draws => draws?,
+            };
+            for draw in draws {
                 let y = match &own.trials {
                     // What a frame makes of values: the scale of the surface.
                     None => draw.noisy,
