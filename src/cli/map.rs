@@ -16,6 +16,7 @@ use super::{
     reading::ReadingArgs,
     say,
     survey::{SurveyArgs, agree, default_model},
+    trust::{self, StrictArgs},
 };
 use crate::{
     attention::{Reading, Tally},
@@ -100,6 +101,8 @@ pub struct Args {
     #[arg(long)]
     no_pictures: bool,
     #[command(flatten)]
+    strict: StrictArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -132,6 +135,9 @@ pub fn run(args: &Args) -> Result<()> {
     let (model, others) =
         open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     let processes = model.with(&others);
+    let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let verdict = trust::examine(called, &survey, &frame)?;
+    args.strict.settle(called, &survey, &verdict)?;
     tell_input(&survey, &grid, &frame, &model)?;
 
     let mut plan = Plan { of: outcome.of, ..Plan::on(cards.devices.clone()) };
@@ -201,10 +207,12 @@ pub fn run(args: &Args) -> Result<()> {
         products: made,
         warnings: [
             cards.warnings(summary.cut_to),
-            warnings(&model, &survey, &grid, &frame, inside, &summary),
+            trust::warnings(&verdict),
+            warnings(&survey, &grid, &frame, inside, &summary),
         ]
         .concat(),
         summary,
+        trust: Some(json!(verdict)),
         reading,
         left_out,
         device: Some(cards.record()),
@@ -309,26 +317,12 @@ pub(super) struct Model {
     pub process: Box<dyn Process + Send + Sync>,
     /// For the run record.
     pub card: Value,
-    /// Context sizes it was trained on, where it was trained.
-    pub trained_sites: Option<[usize; 2]>,
 }
 
 impl Model {
     /// Its process and those of the other devices, in their order.
     pub fn with<'a>(&'a self, others: &'a [Model]) -> Vec<&'a (dyn Process + Send + Sync)> {
         std::iter::once(self).chain(others).map(|model| &*model.process).collect()
-    }
-
-    /// A warning if a survey is larger or smaller than any that the model was trained on.
-    pub fn unlike_training(&self, sites: usize) -> Option<String> {
-        let [least, most] = self.trained_sites?;
-        (!(least..=most).contains(&sites)).then(|| {
-            format!(
-                "the model was trained on {least} to {most} sites and the survey has {sites}: \
-                 compare with --model {}",
-                if sites > 5_000 { "vecchia" } else { "gp" }
-            )
-        })
     }
 }
 
@@ -371,9 +365,6 @@ pub(super) fn open_model(
             .fact("model", name)
             .try_this("`isopleth list models` shows the models for maps"));
     }
-    let sizes = tasks.design().context.clone();
-    let least = sizes.iter().map(|s| s.sites[0]).min();
-    let most = sizes.iter().map(|s| s.sites[1]).max();
     let process = checkpoint.process_reading(device, reading)?;
     Ok(Model {
         name: checkpoint.card.name.clone(),
@@ -383,7 +374,6 @@ pub(super) fn open_model(
         },
         card: serde_json::to_value(&checkpoint.card)
             .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
-        trained_sites: least.zip(most).map(|(a, b)| [a, b]),
     })
 }
 
@@ -426,7 +416,7 @@ fn classical(
         Some(moved) => Box::new(Expected::new(process, moved.clone())),
         None => process,
     };
-    Ok(Some(Model { name: name.to_string(), process, card, trained_sites: None }))
+    Ok(Some(Model { name: name.to_string(), process, card }))
 }
 
 /// A trained process whose context is displaced: it has learned to read it, or is asked about places.
@@ -465,7 +455,6 @@ pub(super) fn nearest(
 
 /// What the user should know before believing the map.
 fn warnings(
-    model: &Model,
     survey: &Survey,
     grid: &Grid,
     frame: &Frame,
@@ -474,7 +463,6 @@ fn warnings(
 ) -> Vec<String> {
     let sites = survey.x.len();
     let mut warnings = grid.notes.clone();
-    warnings.extend(model.unlike_training(sites));
     // On an equal-area plane the scale at angle c from the centre is off by up to 1/cos(c/2) − 1.
     let angle = 0.5 * frame.extent_km() / 6371.0;
     let off = 1.0 / (0.5 * angle.min(3.0)).cos() - 1.0;
@@ -644,7 +632,8 @@ fn picture(
     };
     (picture.palette, picture.range) = match spec.entry.scale {
         Scale::Level => (Palette::Level, None),
-        Scale::Spread => (Palette::Spread, None),
+        Scale::Spread | Scale::Distance => (Palette::Spread, None),
+        Scale::Share => (Palette::Spread, Some([0.0, 1.0])),
         Scale::Probability => (Palette::Diverging, Some([0.0, 1.0])),
     };
     let path = file.with_extension("png");

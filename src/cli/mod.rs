@@ -21,6 +21,7 @@ pub mod reading;
 pub mod sample;
 pub mod survey;
 pub mod train;
+pub mod trust;
 pub mod validate;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
@@ -43,6 +44,7 @@ enum Command {
     Map(Box<map::Args>),
     Predict(Box<predict::Args>),
     Validate(Box<validate::Args>),
+    Trust(trust::Args),
     Sample(sample::Args),
     Train(train::Args),
     Calibrate(calibrate::Args),
@@ -61,6 +63,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Map(args) => map::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Validate(args) => validate::run(args),
+        Command::Trust(args) => trust::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Train(args) => train::run(args),
         Command::Calibrate(args) => calibrate::run(args),

@@ -3,15 +3,18 @@
 //! Nothing is retrained: a model sees the other folds as its context. Beside it stand two rules
 //! that anyone could apply, since a score means nothing alone.
 
-use std::{sync::Arc, time::Instant};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::{
     map::{exact, nearest, placed},
-    note, say,
+    note,
+    output::Output,
+    say,
     survey::{SurveyArgs, agree, default_model},
+    trust::{self, StrictArgs},
 };
 use crate::{
     baseline::rules::{RULES, Seen},
@@ -33,6 +36,9 @@ use crate::{
     sites::{Observations, Sites},
 };
 
+mod report;
+mod space;
+
 /// The model names of the exact Gaussian process and of that of nearest neighbours.
 const GP: &str = "gp";
 const VECCHIA: &str = "vecchia";
@@ -46,20 +52,34 @@ pub struct Args {
     /// The survey
     #[command(flatten)]
     survey: SurveyArgs,
-    /// A number of random folds, or a table with a column of fold labels: FILE:COLUMN. Its rows are
-    /// those of the survey file, in order or named by a column `row` that counts from 0
-    #[arg(long, value_name = "N|FILE:COLUMN")]
+    /// How sites are held out: a number of random folds (10); whole areas, as many as you say
+    /// (blocks:10) or squares of a size (blocks:100km); whole clusters, sites nearer to each other than
+    /// a length (clusters:5km) or alike in a column (clusters:district); or a table with a column of
+    /// fold labels (FILE:COLUMN), whose rows are those of the survey file, in order or named by a
+    /// column `row` that counts from 0
+    #[arg(long, value_name = "N|blocks:…|clusters:…|FILE:COLUMN")]
     folds: String,
-    /// Model by name or file: `prevalence` for counts and `continuous` for values when left out; `gp`
-    /// fits an exact Gaussian process to every fold's context, `vecchia` one of nearest neighbours
-    #[arg(long, value_name = "NAME|FILE")]
-    model: Option<String>,
-    /// Seed of the random folds
+    /// Models by name or file, the first compared with all others: `prevalence` for counts and
+    /// `continuous` for values when left out; `gp` fits an exact Gaussian process to every fold's
+    /// context, `vecchia` one of nearest neighbours. `intercept-only` and `nearest-site` always stand
+    /// beside them
+    #[arg(long, value_name = "NAME|FILE,…", value_delimiter = ',')]
+    model: Vec<String>,
+    /// Seed of folds that chance has a part in
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Directory for the predictions of every site (sites.csv, sites.parquet), the tables (report.md,
+    /// report.json) and a picture of the calibration (calibration.png)
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Replace the files of an earlier run in that directory
+    #[arg(long, requires = "out")]
+    force: bool,
+    #[command(flatten)]
+    strict: StrictArgs,
 }
 
 /// Which fold each site belongs to.
@@ -104,9 +124,59 @@ pub fn run(args: &Args) -> Result<()> {
         note(format!("displaced: {moved}: integrated over, for sites held out too"));
     }
     let folds = Folds::parse(&args.folds, &survey, args.seed)?;
-    let model = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
-    let scored = cross_validate(&survey, &folds, &*forecaster(model, &survey)?)?;
-    if args.json { say(report(model, &scored)) } else { table(model, &scored) }
+    let mut output = args.out.as_deref().map(|out| Output::prepare(out, args.force)).transpose()?;
+    let models = models(&args.model, &survey)?;
+    let forecasters =
+        models.iter().map(|model| forecaster(model, &survey)).collect::<Result<Vec<_>>>()?;
+    let (frame, mut warnings) = (Frame::fit(&survey)?, Vec::new());
+    for model in &models {
+        let verdict = trust::examine(model, &survey, &frame)?;
+        args.strict.settle(model, &survey, &verdict)?;
+        warnings.extend(trust::warnings(&verdict).into_iter().map(|w| format!("{model}: {w}")));
+    }
+    warnings.iter().for_each(|w| note(format!("warning: {w}")));
+    let each = forecasters.iter().map(|ask| cross_validate(&survey, &folds, &**ask));
+    let scored = each.collect::<Result<Vec<_>>>()?;
+    let whole = report::Report::new(&survey, &folds, &args.folds, &models, &scored, warnings);
+    if let Some(output) = &mut output {
+        whole.write(output)?;
+    }
+    match (args.json, &models[..], &scored[..]) {
+        (true, ..) => say(whole.json(&models[0], &scored[0])),
+        (false, [model], [folds]) => {
+            table(model, folds)?;
+            whole.calibration().try_for_each(say)
+        }
+        _ => whole.table().try_for_each(say),
+    }
+}
+
+/// The models asked for, each once; rules stand beside every model, and need no asking for.
+fn models(asked: &[String], survey: &Survey) -> Result<Vec<String>> {
+    let mut models: Vec<String> = Vec::new();
+    for model in asked.iter().map(|m| m.trim()) {
+        if model.is_empty() {
+            return Err(Error::input("a model has no name")
+                .fact("--model", asked.join(","))
+                .try_this("write for example --model prevalence,gp"));
+        }
+        if !models.iter().any(|m| m == model) && !RULES.iter().any(|(name, _)| *name == model) {
+            models.push(model.to_string());
+        }
+    }
+    if models.is_empty() {
+        models.push(default_model(&survey.outcome).into());
+    }
+    Ok(models)
+}
+
+/// What stands beside each other: the model's forecasts of every site, then each rule's.
+fn entrants(folds: &[Fold]) -> (Vec<Forecast>, Vec<(&'static str, Vec<Forecast>)>) {
+    let rule = |(r, name): (usize, &'static str)| {
+        (name, folds.iter().flat_map(|f| f.rules[r].clone()).collect())
+    };
+    let rules = RULES.iter().map(|(name, _)| *name).enumerate().map(rule).collect();
+    (folds.iter().flat_map(|f| f.met.clone()).collect(), rules)
 }
 
 /// The forecaster that `--model` names.
@@ -225,10 +295,16 @@ impl Folds {
         if let Ok(n) = text.parse() {
             return Self::random(n, survey.len(), seed);
         }
+        if let Some(folds) = space::parse(text, survey, seed)? {
+            return Ok(folds);
+        }
         let Some((file, column)) = text.rsplit_once(':') else {
-            return Err(Error::input("--folds is neither a number nor FILE:COLUMN")
+            return Err(Error::input("--folds is no number, blocks:…, clusters:… or FILE:COLUMN")
                 .fact("--folds", text)
-                .try_this("write --folds 10, or --folds folds.csv:fold"));
+                .try_this(
+                    "write --folds 10, blocks:10, blocks:100km, clusters:5km, clusters:COLUMN or \
+                     folds.csv:fold",
+                ));
         };
         let table = Columns::read(file)?;
         let labels = table.text(column)?;

@@ -46,6 +46,9 @@ pub struct Record {
     pub products: Vec<ProductNote>,
     /// What the map holds.
     pub summary: Summary,
+    /// How far the survey is like those of the model's training: a [`crate::train::trust::Verdict`].
+    #[serde(default)]
+    pub trust: Option<Value>,
     /// What the user should know before believing the map.
     pub warnings: Vec<String>,
     /// How the survey was read.
@@ -209,6 +212,9 @@ pub struct Predictions {
     /// Where the model computed.
     #[serde(default)]
     pub device: Option<DeviceNote>,
+    /// As [`Record::trust`].
+    #[serde(default)]
+    pub trust: Option<Value>,
     /// What the user should know before believing the predictions.
     pub warnings: Vec<String>,
     /// The most memory that the run took, MiB; null where the system does not say.

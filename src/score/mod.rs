@@ -17,6 +17,7 @@ pub mod crps;
 mod forecast;
 pub mod interval;
 pub mod log_score;
+pub mod pit;
 pub mod rmse;
 
 pub use counts::{Counts, log_count};

@@ -20,6 +20,8 @@ mod recipes;
 mod refusals;
 mod sample;
 #[cfg(feature = "gdal")]
+mod trust;
+#[cfg(feature = "gdal")]
 mod validate;
 mod words;
 
