@@ -14,6 +14,7 @@ use super::{
     cards::DeviceArgs,
     output::Output,
     reading::ReadingArgs,
+    report::{self, Findings},
     say,
     survey::{SurveyArgs, agree, default_model},
     trust::{self, StrictArgs},
@@ -100,6 +101,13 @@ pub struct Args {
     /// Write no PNG pictures
     #[arg(long)]
     no_pictures: bool,
+    /// Write report.html too, one page to send on: maps, calibration at held-out sites, variogram of
+    /// what was missed, data, methods, run record
+    #[arg(long, conflicts_with = "no_pictures")]
+    report: bool,
+    /// Table of districts to show in the report, as `isopleth areas` writes it
+    #[arg(long, value_name = "TABLE", requires = "report")]
+    districts: Option<PathBuf>,
     #[command(flatten)]
     strict: StrictArgs,
     #[command(flatten)]
@@ -215,6 +223,7 @@ pub fn run(args: &Args) -> Result<()> {
         trust: Some(json!(verdict)),
         reading,
         left_out,
+        report: None,
         device: Some(cards.record()),
         plan: Some((&plan).into()),
         memory_mib: budget.map(Bytes::mebibytes),
@@ -222,6 +231,18 @@ pub fn run(args: &Args) -> Result<()> {
         seconds: 0.0,
     };
     record.seconds = (start.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
+    if args.report {
+        record.report = Some(report::FILE.into());
+        report::write(&Findings {
+            record: &record,
+            survey: &survey,
+            frame: &frame,
+            model: called,
+            outcome: &outcome.name,
+            folder: output.scratch(),
+            districts: args.districts.as_deref(),
+        })?;
+    }
     record.write(output.scratch())?;
     output.publish(&record.files())?;
     tell_output(&args.out, &outcome, &survey, &record)

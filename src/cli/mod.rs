@@ -18,6 +18,7 @@ pub mod map;
 mod output;
 pub mod predict;
 pub mod reading;
+mod report;
 pub mod sample;
 pub mod survey;
 pub mod train;

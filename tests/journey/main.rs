@@ -18,6 +18,8 @@ mod predict;
 mod recipes;
 #[cfg(feature = "gdal")]
 mod refusals;
+#[cfg(feature = "gdal")]
+mod report;
 mod sample;
 #[cfg(feature = "gdal")]
 mod trust;
