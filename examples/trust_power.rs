@@ -282,6 +282,7 @@ fn main() -> Result<()> {
                 rows: (1..=km.len()).collect(),
                 outcome,
                 dropped: Vec::new(),
+                displacement: None,
                 notes: Vec::new(),
             };
             let frame = Frame::fit(&survey)?;

@@ -2,6 +2,8 @@
 
 #[path = "contract/autoregressive.rs"]
 mod autoregressive;
+#[path = "contract/displaced.rs"]
+mod displaced;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
 #[path = "contract/integrated_gp.rs"]

@@ -336,6 +336,10 @@ fn products_are_the_known_raster_masked_as_asked_for_any_tile() {
         let data = Dataset::open(path).unwrap();
         assert_eq!(data.metadata_item("PRODUCT", "").unwrap(), spec.to_string());
         assert_eq!(data.metadata_item("OF", "").unwrap(), "surface");
+        let description = data.rasterband(1).unwrap().description().unwrap();
+        if spec.entry.scale != Scale::Distance {
+            assert!(description.ends_with(", surface"), "{description}");
+        }
         let unit = if spec.entry.scale == Scale::Distance { "km" } else { "1" };
         assert_eq!(data.rasterband(1).unwrap().unit(), unit);
     }
@@ -391,6 +395,7 @@ fn survey(outcome: survey::Outcome) -> Survey {
         x,
         outcome,
         dropped: Vec::new(),
+        displacement: None,
         notes: Vec::new(),
     }
 }

@@ -177,6 +177,10 @@ fn surveys(recipe: &Recipe, likelihood: &dyn Likelihood) -> Result<Vec<(String, 
         })
         .collect();
     let mut lines = vec![named("sites", sizes.join(", ")), named("targets", design.target_count())];
+    if design.displaces() {
+        let displaced = whole(&design)?.get("displacement").map_or(String::new(), law);
+        lines.push(named("recorded elsewhere, by up to", displaced));
+    }
     if design.line {
         lines.push(named("layout", "along a line"));
     }

@@ -25,14 +25,17 @@ use crate::{
     error::{Error, Result},
     geo::{
         crs::Crs,
+        displacement::Displacement,
         frame::Frame,
         geotiff::{self, Polygons, Raster},
         grid::{Extent, Grid, Resolution},
         survey::{self, Survey},
     },
+    kernel::{Displaced, Kernel},
     likelihood::{self, Likelihood},
     mapping::{
         self, Plan,
+        displaced::{self, Expected, Placed},
         plan::{self, Bytes, Needs},
         record::{self, ProductNote, Record},
     },
@@ -41,6 +44,7 @@ use crate::{
     process::{Memory, Posterior, Process},
     product::{self, Outcome, Scale, Spec},
     sites::Observations,
+    task::design::Design,
 };
 
 /// Map prevalence and its uncertainty from a table of survey sites
@@ -127,9 +131,9 @@ pub fn run(args: &Args) -> Result<()> {
     let outcome = outcome(args, &survey);
     specs.iter().try_for_each(|spec| spec.check(outcome.link))?;
     let grid = grid(args, resolution, &survey, &frame)?;
-    let inside = grid.overlap(&survey.crs, &survey.x, &survey.y)?;
+    let inside = overlap(&grid, &survey)?;
     let (model, others) =
-        open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     let processes = model.with(&others);
     let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
     let verdict = trust::examine(called, &survey, &frame)?;
@@ -290,6 +294,23 @@ fn grid(
     Grid::cover(extent.grow(MARGIN), &crs, resolution)
 }
 
+/// How many sites lie on the grid.
+///
+/// # Errors
+/// [`Error::Input`] if none does; with the remedy, where they would if x and y changed places.
+fn overlap(grid: &Grid, survey: &Survey) -> Result<usize> {
+    grid.overlap(&survey.crs, &survey.x, &survey.y).map_err(|error| {
+        let degrees = !survey.crs.is_geographic() || survey.x.iter().all(|x| x.abs() <= 90.0);
+        match degrees && grid.overlap(&survey.crs, &survey.y, &survey.x).is_ok() {
+            true => error.try_this(
+                "the two coordinates look swapped: with x and y exchanged the sites lie on the grid; \
+                 name the columns with --lon and --lat",
+            ),
+            false => error,
+        }
+    })
+}
+
 /// A process that is ready, with what is known about it.
 pub(super) struct Model {
     pub name: String,
@@ -309,19 +330,22 @@ impl Model {
 pub(super) fn open_models(
     name: Option<&str>,
     survey: &Survey,
+    frame: &Frame,
     context: &Observations,
     devices: &[Device],
     reading: Reading,
 ) -> Result<(Model, Vec<Model>)> {
-    let open = |device: &Device| open_model(name, survey, context, device, reading);
+    let open = |device: &Device| open_model(name, survey, frame, context, device, reading);
     let (first, others) = devices.split_first().unwrap_or((&Device::Cpu, &[]));
     Ok((open(first)?, others.iter().map(open).collect::<Result<_>>()?))
 }
 
-/// A trained model by name or file, or the exact Gaussian process fitted to the context.
+/// A trained model by name or file, or a Gaussian process fitted to the context; either integrated over
+/// where the survey's sites may stand.
 pub(super) fn open_model(
     name: Option<&str>,
     survey: &Survey,
+    frame: &Frame,
     context: &Observations,
     device: &Device,
     reading: Reading,
@@ -329,7 +353,8 @@ pub(super) fn open_model(
     let likelihood = survey.outcome.likelihood();
     let name = name.unwrap_or(default_model(&survey.outcome));
     let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
-    if let Some(classical) = classical(name, context, wanted, reading)? {
+    let moved = survey.displacement.as_ref().map(|moved| frame.displacement(moved));
+    if let Some(classical) = classical(name, context, wanted, reading, moved.as_ref())? {
         return Ok(classical);
     }
     let checkpoint = Checkpoint::resolve(name)?;
@@ -340,9 +365,13 @@ pub(super) fn open_model(
             .fact("model", name)
             .try_this("`isopleth list models` shows the models for maps"));
     }
+    let process = checkpoint.process_reading(device, reading)?;
     Ok(Model {
         name: checkpoint.card.name.clone(),
-        process: checkpoint.process_reading(device, reading)?,
+        process: match moved {
+            Some(moved) => Box::new(placed(process, tasks.design(), moved)),
+            None => process,
+        },
         card: serde_json::to_value(&checkpoint.card)
             .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
     })
@@ -354,6 +383,7 @@ fn classical(
     context: &Observations,
     likelihood: &'static dyn Likelihood,
     reading: Reading,
+    moved: Option<&Displacement>,
 ) -> Result<Option<Model>> {
     if !["gp", "vecchia"].contains(&name) {
         return Ok(None);
@@ -364,7 +394,7 @@ fn classical(
     }
     let mut card = json!({ "name": name, "predicts": "", "likelihood": likelihood.name() });
     let process: Box<dyn Process + Send + Sync> = if name == "gp" {
-        let gp = ExactGp::fit(context, likelihood)?;
+        let gp = exact(context, likelihood, moved)?;
         card["predicts"] =
             json!("exact Gaussian process, fitted to this survey by maximum likelihood");
         card["kernel"] = json!(format!("{:?}", gp.kernel));
@@ -372,7 +402,7 @@ fn classical(
         card["log_marginal"] = json!(gp.log_marginal);
         Box::new(gp)
     } else {
-        let gp = NearestGp::fit(context, likelihood)?;
+        let gp = nearest(context, likelihood, moved)?;
         card["predicts"] = json!(
             "nearest-neighbour Gaussian process, fitted to this survey by maximum likelihood"
         );
@@ -382,7 +412,45 @@ fn classical(
         card["neighbours"] = json!({ "fitting": gp.previous, "predicting": gp.near });
         Box::new(gp)
     };
+    let process: Box<dyn Process + Send + Sync> = match moved {
+        Some(moved) => Box::new(Expected::new(process, moved.clone())),
+        None => process,
+    };
     Ok(Some(Model { name: name.to_string(), process, card }))
+}
+
+/// A trained process whose context is displaced: it has learned to read it, or is asked about places.
+pub(super) fn placed(
+    process: Box<dyn Process + Send + Sync>,
+    design: &Design,
+    moved: Displacement,
+) -> Placed {
+    match design.displaces() {
+        true => Placed::learned(process, moved),
+        false => Placed::new(process, moved, 1),
+    }
+}
+
+/// The exact Gaussian process fitted to a context, whose sites may be displaced.
+pub(super) fn exact(
+    context: &Observations,
+    likelihood: &'static dyn Likelihood,
+    moved: Option<&Displacement>,
+) -> Result<ExactGp> {
+    let Some(moved) = moved else { return ExactGp::fit(context, likelihood) };
+    let of = |kernel| Ok(Box::new(Displaced::new(kernel, &moved.laws)?) as Box<dyn Kernel>);
+    ExactGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
+}
+
+/// The nearest-neighbour Gaussian process fitted to a context, whose sites may be displaced.
+pub(super) fn nearest(
+    context: &Observations,
+    likelihood: &'static dyn Likelihood,
+    moved: Option<&Displacement>,
+) -> Result<NearestGp> {
+    let Some(moved) = moved else { return NearestGp::fit(context, likelihood) };
+    let of = |kernel| Ok(Box::new(Displaced::new(kernel, &moved.laws)?) as Box<dyn Kernel>);
+    NearestGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
 }
 
 /// What the user should know before believing the map.
@@ -456,7 +524,11 @@ pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
             line("dropped", format!("{} row{}, {text}", rows.len(), plural(rows.len())))?;
         }
     }
-    survey.notes.iter().try_for_each(|n| line("note", n))
+    survey.notes.iter().try_for_each(|n| line("note", n))?;
+    match &survey.displacement {
+        None => Ok(()),
+        Some(moved) => line("displaced", format!("{moved}: integrated over")),
+    }
 }
 
 fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {

@@ -147,7 +147,7 @@ pub fn run(args: &Args) -> Result<()> {
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let (model, others) =
-        open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     let processes = model.with(&others);
     let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
     let verdict = trust::examine(called, &survey, &frame)?;

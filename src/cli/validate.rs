@@ -3,12 +3,13 @@
 //! Nothing is retrained: a model sees the other folds as its context. Beside it stand two rules
 //! that anyone could apply, since a score means nothing alone.
 
-use std::{path::PathBuf, time::Instant};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::{
+    map::{exact, nearest, placed},
     note,
     output::Output,
     say,
@@ -16,18 +17,18 @@ use super::{
     trust::{self, StrictArgs},
 };
 use crate::{
-    baseline::{
-        ExactGp, NearestGp,
-        rules::{RULES, Seen},
-    },
+    baseline::rules::{RULES, Seen},
     checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
+        displacement::Displacement,
         frame::Frame,
         survey::{Outcome, Survey},
         table::Columns,
     },
+    kernel::displaced::mark,
     likelihood::{self, Likelihood},
+    mapping::displaced::Expected,
     predictive::{Of, Predictive},
     process::Process,
     rng::Stream,
@@ -91,7 +92,11 @@ pub struct Folds {
 }
 
 /// What predicts the held-out sites: context in, predictive at targets out.
-pub type Forecaster<'a> = dyn Fn(&Observations, &Sites) -> Result<Predictive> + 'a;
+///
+/// Where the survey's sites are displaced, it is told by which law each of the context's is, in model
+/// units; and the targets are marked ([`crate::kernel::displaced::mark`]).
+pub type Forecaster<'a> =
+    dyn Fn(&Observations, &Sites, Option<&Displacement>) -> Result<Predictive> + 'a;
 
 /// One fold, scored.
 pub struct Fold {
@@ -114,6 +119,9 @@ pub fn run(args: &Args) -> Result<()> {
     survey.notes.iter().for_each(note);
     for dropped in &survey.dropped {
         note(format!("row {} left out: {}", dropped.row, dropped.reason));
+    }
+    if let Some(moved) = &survey.displacement {
+        note(format!("displaced: {moved}: integrated over, for sites held out too"));
     }
     let folds = Folds::parse(&args.folds, &survey, args.seed)?;
     let mut output = args.out.as_deref().map(|out| Output::prepare(out, args.force)).transpose()?;
@@ -182,22 +190,42 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
     }
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
-    let process = checkpoint.process(&Device::Cpu)?;
-    Ok(Box::new(move |context, targets| process.condition(context)?.at(targets)))
+    let design = checkpoint.recipe()?.tasks()?.design().clone();
+    let process: Arc<dyn Process + Send + Sync> = checkpoint.process(&Device::Cpu)?.into();
+    Ok(Box::new(move |context, targets, moved| match moved {
+        None => process.condition(context)?.at(targets),
+        Some(moved) => {
+            let process = placed(Box::new(process.clone()), &design, moved.clone());
+            process.condition(context)?.at(targets)
+        }
+    }))
 }
 
 /// Fits an exact Gaussian process to each context, then conditions it on that context.
 pub fn exact_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
-    Box::new(move |context, targets| {
-        ExactGp::fit(context, likelihood)?.condition(context)?.at(targets)
+    Box::new(move |context, targets, moved| {
+        fitted(Box::new(exact(context, likelihood, moved)?), context, targets, moved)
     })
 }
 
 /// Fits a nearest-neighbour Gaussian process to each context, then conditions it on that context.
 pub fn nearest_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
-    Box::new(move |context, targets| {
-        NearestGp::fit(context, likelihood)?.condition(context)?.at(targets)
+    Box::new(move |context, targets, moved| {
+        fitted(Box::new(nearest(context, likelihood, moved)?), context, targets, moved)
     })
+}
+
+/// What a process fitted to a context says of targets.
+fn fitted(
+    process: Box<dyn Process + Send + Sync>,
+    context: &Observations,
+    targets: &Sites,
+    moved: Option<&Displacement>,
+) -> Result<Predictive> {
+    match moved {
+        None => process.condition(context)?.at(targets),
+        Some(moved) => Expected::new(process, moved.clone()).condition(context)?.at(targets),
+    }
 }
 
 /// Predicts every fold from the others.
@@ -221,7 +249,14 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
         let frame = Frame::fit(&seen)?;
         let context = frame.observations(&seen, &device)?;
         let targets = frame.sites(&held.crs, &held.x, &held.y, &device)?;
-        let marginals = ask(&context, &targets)?.marginals(0, Of::Observation)?;
+        let (moved, asked) = match (&seen.displacement, &held.displacement) {
+            (Some(seen), Some(held)) => {
+                let asked = mark(&targets, &frame.displacement(held))?;
+                (Some(frame.displacement(seen)), asked)
+            }
+            _ => (None, targets.clone()),
+        };
+        let marginals = ask(&context, &asked, moved.as_ref())?.marginals(0, Of::Observation)?;
         let seconds = started.elapsed().as_secs_f64();
         let met = forecasts(&frame.outcome(marginals), &truths)?;
         let (here, there) = (context.sites.host()?.swap_remove(0), targets.host()?.swap_remove(0));

@@ -1,6 +1,7 @@
 //! Maps: coordinate reference systems, survey tables, grids, and the frame between world and model.
 
 pub mod crs;
+pub mod displacement;
 pub mod frame;
 pub mod geotiff;
 pub mod grid;

@@ -13,6 +13,7 @@ use crate::{
     sites::Observations,
 };
 
+pub mod displaced;
 mod near;
 mod nearest;
 mod part;

@@ -83,6 +83,9 @@ pub struct SurveyNote {
     pub dropped: Vec<Dropped>,
     /// What was guessed.
     pub notes: Vec<String>,
+    /// How far from where they were recorded the sites were taken to stand.
+    #[serde(default)]
+    pub displacement: Option<String>,
     /// People positive and tested, or cases and their exposure, over all sites; for counts.
     pub people: Option<[f64; 2]>,
 }
@@ -95,6 +98,7 @@ impl From<&Survey> for SurveyNote {
             used: survey.x.len(),
             dropped: survey.dropped.clone(),
             notes: survey.notes.clone(),
+            displacement: survey.displacement.as_ref().map(ToString::to_string),
             people: match &survey.outcome {
                 Outcome::Counts { positive, tested } => {
                     Some([positive.iter().sum(), tested.iter().sum()])

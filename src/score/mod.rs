@@ -20,7 +20,7 @@ pub mod log_score;
 pub mod pit;
 pub mod rmse;
 
-pub use counts::Counts;
+pub use counts::{Counts, log_count};
 pub use forecast::{Forecast, Truth};
 
 /// Which way a score improves.

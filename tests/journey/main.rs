@@ -6,6 +6,8 @@ mod bench;
 mod benchmark;
 mod calibrate;
 #[cfg(feature = "gdal")]
+mod displacement;
+#[cfg(feature = "gdal")]
 mod family;
 #[cfg(target_os = "linux")]
 mod gpu;

@@ -210,6 +210,7 @@ mod tests {
             rows: (1..=40).collect(),
             outcome: Outcome::Values(vec![0.0; 40]),
             dropped: Vec::new(),
+            displacement: None,
             notes: Vec::new(),
             x,
             y,
