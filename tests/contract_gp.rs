@@ -2,6 +2,8 @@
 
 #[path = "contract/autoregressive.rs"]
 mod autoregressive;
+#[path = "contract/draws.rs"]
+mod draws;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
 #[path = "contract/integrated_gp.rs"]

@@ -7,10 +7,12 @@ use std::{
 
 use crate::error::{Error, Result};
 
+pub mod areas;
 pub mod bench;
 pub mod benchmark;
 pub mod calibrate;
 pub mod cards;
+mod draws;
 mod environment;
 pub mod inspect;
 pub mod list;
@@ -34,6 +36,7 @@ pub struct Cli {
 const FIRST_STEPS: &str = "\
 First steps:
   isopleth map --surveys survey.csv --resolution 5km --out out
+  isopleth areas --map out --areas districts.gpkg --population pop.tif --out districts.csv
   isopleth validate --surveys survey.csv --folds 10
   isopleth list models";
 
@@ -41,6 +44,7 @@ First steps:
 #[derive(clap::Subcommand)]
 enum Command {
     Map(Box<map::Args>),
+    Areas(Box<areas::Args>),
     Predict(Box<predict::Args>),
     Validate(validate::Args),
     Sample(sample::Args),
@@ -59,6 +63,7 @@ enum Command {
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
         Command::Map(args) => map::run(args),
+        Command::Areas(args) => areas::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Validate(args) => validate::run(args),
         Command::Sample(args) => sample::run(args),

@@ -13,6 +13,8 @@ use crate::{
     sites::Observations,
 };
 
+pub mod areas;
+pub mod draws;
 mod near;
 mod part;
 mod pipeline;
