@@ -320,7 +320,9 @@ fn note(area: &Area, read: &str, counted: bool) -> String {
     if !read.is_empty() {
         notes.push(read.into());
     }
-    let here = if counted && !area.by_size { [area.unmapped[1], area.people] } else {
+    let here = if counted && !area.by_size {
+        [area.unmapped[1], area.people]
+    } else {
         [area.unmapped[0], area.km2]
     };
     let left_out = here[0] / (here[0] + here[1]);
@@ -354,7 +356,7 @@ fn columns(
     let level = level.trim_end_matches('0').trim_end_matches('.');
     let numbers = |f: &dyn Fn(&Area) -> f64| Column::Numbers(found.iter().map(f).collect());
     let mut all: Vec<(String, Column)> = Vec::new();
-    let mut interval = |stem: &str, sd: bool, draws: &dyn Fn(&Area) -> Vec<f64>| {
+    let interval = |stem: &str, sd: bool, draws: &dyn Fn(&Area) -> Vec<f64>| {
         let said: Vec<Option<Said>> =
             found.iter().map(|area| Said::of(&draws(area), args.level)).collect();
         let part = |f: fn(&Said) -> f64| {

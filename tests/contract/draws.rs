@@ -9,7 +9,6 @@ use isopleth::{
     likelihood,
     linalg::Cholesky,
     mapping::draws::{self, BLOCK, Surfaces},
-    process::Field,
 };
 
 const CPU: Device = Device::Cpu;
@@ -78,53 +77,54 @@ fn fields_have_the_exact_joint_posterior() -> Result<()> {
         let drawn = field.at(&targets)?;
         let marginals = posterior.at(&targets)?.marginals(0, Of::Surface)?;
         let other = dense(&*posterior, &targets, DRAWS);
-        let mean = |i: usize| other.iter().map(|d| d[i]).sum::<f64>() / DRAWS as f64;
-        let [mut apart, mut noise] = [0.0f64; 2];
-        let covariance = |i: usize, j: usize| {
-            let pairs = (0..DRAWS).map(|d| {
-                let at = |i: usize| f64::from(drawn.deviations[i * DRAWS + d]);
-                at(i) * at(j)
-            });
-            pairs.sum::<f64>() / DRAWS as f64
+        // Covariances over draws, of ours about zero and of theirs about their mean.
+        let ours: Vec<Vec<f64>> = (0..30)
+            .map(|i| drawn.deviations[i * DRAWS..][..DRAWS].iter().map(|v| f64::from(*v)).collect())
+            .collect();
+        let theirs: Vec<Vec<f64>> = (0..30)
+            .map(|i| {
+                let mean = other.iter().map(|d| d[i]).sum::<f64>() / DRAWS as f64;
+                other.iter().map(|d| d[i] - mean).collect()
+            })
+            .collect();
+        let covariance = |x: &[Vec<f64>], i: usize, j: usize| {
+            x[i].iter().zip(&x[j]).map(|(a, b)| a * b).sum::<f64>() / DRAWS as f64
         };
-        let (mut waved, mut true_ones) = (vec![[0.0; 2]; 6], vec![[0.0; 2]; 6]);
+        let [mut apart, mut noise] = [0.0f64; 2];
+        let mut variograms = [[[0.0; 2]; 6]; 2];
         for i in 0..30 {
             assert!((drawn.mean[i] - marginals.mean[i]).abs() < 1e-12);
             let sd = marginals.sd[i];
             assert!((drawn.sd[i] - sd).abs() < 1e-12);
-            let own = (0..DRAWS).map(|d| f64::from(drawn.deviations[i * DRAWS + d]));
-            let off = own.sum::<f64>() / DRAWS as f64;
+            let off = ours[i].iter().sum::<f64>() / DRAWS as f64;
             // Five standard errors of the mean, six of the sd and two percent for the waves.
             assert!(off.abs() < 5.0 * sd / (DRAWS as f64).sqrt(), "{smoothness:?} mean {off}");
-            let spread = covariance(i, i).sqrt() / sd;
+            let spread = covariance(&ours, i, i).sqrt() / sd;
             assert!(
                 (spread - 1.0).abs() < 0.10,
                 "{smoothness:?}: sd {spread} of what it should be"
             );
             for j in 0..i {
-                let theirs = other.iter().map(|d| (d[i] - mean(i)) * (d[j] - mean(j)));
-                let theirs = theirs.sum::<f64>() / DRAWS as f64;
                 let scale = sd * marginals.sd[j];
-                apart += ((covariance(i, j) - theirs) / scale).powi(2);
+                let gap = covariance(&ours, i, j) - covariance(&theirs, i, j);
+                apart += (gap / scale).powi(2);
                 noise += 2.0 / DRAWS as f64;
                 // Half squared differences by lag: the variogram of the posterior.
-                let bin = ((at[i][0] - at[j][0]).hypot(at[i][1] - at[j][1]) / 0.3) as usize;
-                let gamma = |c: &dyn Fn(usize, usize) -> f64| 0.5 * (c(i, i) + c(j, j)) - c(i, j);
-                let exact = |i: usize, j: usize| {
-                    let both = other.iter().map(|d| (d[i] - mean(i)) * (d[j] - mean(j)));
-                    both.sum::<f64>() / DRAWS as f64
-                };
-                waved[bin.min(5)][0] += gamma(&covariance);
-                waved[bin.min(5)][1] += 1.0;
-                true_ones[bin.min(5)][0] += gamma(&exact);
-                true_ones[bin.min(5)][1] += 1.0;
+                let lag = (at[i][0] - at[j][0]).hypot(at[i][1] - at[j][1]);
+                let bin = ((lag / 0.3) as usize).min(5);
+                for (variogram, x) in variograms.iter_mut().zip([&ours, &theirs]) {
+                    let both = covariance(x, i, i) + covariance(x, j, j);
+                    variogram[bin][0] += 0.5 * both - covariance(x, i, j);
+                    variogram[bin][1] += 1.0;
+                }
             }
         }
         // Two sampled correlation matrices differ by their sampling; waves may add half of that.
         assert!(apart < 2.0 * noise, "{smoothness:?}: {apart} where sampling makes {noise}");
-        for (bin, (ours, theirs)) in waved.iter().zip(&true_ones).enumerate() {
+        let [ours, theirs] = variograms;
+        for (bin, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
             if ours[1] > 5.0 {
-                let ratio = (ours[0] / ours[1]) / (theirs[0] / theirs[1]);
+                let ratio = ours[0] / theirs[0];
                 assert!(
                     (ratio - 1.0).abs() < 0.06,
                     "{smoothness:?}: variogram {ratio} in bin {bin}"
@@ -332,4 +332,60 @@ fn frequencies_make_the_covariance() {
     }
     let globe = Matern { metric: Metric::GreatCircle, ..matern(Smoothness::Half, 1.0, 1.0) };
     assert!(globe.frequency(0.5, 0.1).is_none());
+}
+
+/// Ninety in a hundred intervals of district means hold the truth, over many small countries whose
+/// kernel is known; as if pixels strayed each for itself, far fewer would. `examples/district_coverage.rs`
+/// is the whole of it.
+#[test]
+fn intervals_of_district_means_hold_what_they_should() -> Result<()> {
+    use isopleth::{mapping::areas::Said, predictive::normal_quantile};
+    const COUNTRIES: u64 = 120;
+    let gp = exact(Smoothness::ThreeHalves, true);
+    let gp = ExactGp::new(gp.kernel, 0.15, -0.4, likelihood::find("binomial")?)?;
+    let frame = frame();
+    let (mut joint, mut alone) = (0, 0);
+    for country in 0..COUNTRIES {
+        let mut rng = Stream::new(21, "country", country);
+        let mut all = places(40, &mut rng);
+        // A district of 8 × 8 pixels in the middle, and one in a corner.
+        let pixel = |i: usize, at: f64| [at + 0.06 * (i % 8) as f64, at + 0.06 * (i / 8) as f64];
+        all.extend((0..64).map(|i| pixel(i, -0.2)).chain((0..64).map(|i| pixel(i, 0.5))));
+        let places: Vec<Vec<f64>> = all.iter().map(|p| p.to_vec()).collect();
+        let factor = Cholesky::factor(isopleth::kernel::matrix(&*gp.kernel, &places, &places))?;
+        let surface = factor.colour(&rng.normals(all.len()));
+        let noisy = surface[..40].iter().map(|f| gp.mean + f + gp.nugget.sqrt() * rng.normal());
+        let noisy: Vec<f64> = noisy.collect();
+        let seen: Vec<f64> =
+            noisy.iter().map(|f| rng.binomial(40, Link::Logit.outcome(*f)) as f64).collect();
+        let context = Observations::new(
+            sites(&all[..40]),
+            Tensor::from_vec(seen, (1, 40, 1), &CPU)?,
+            Some(Tensor::from_vec(vec![40.0; 40], (1, 40), &CPU)?),
+        )?;
+        let posterior = gp.condition(&context)?;
+        let field = posterior.field(200, country, 3.0)?;
+        let surfaces = Surfaces::own(&*field, Link::Logit, &frame);
+        for part in [40, 104] {
+            let pixels = sites(&all[part..part + 64]);
+            let truth = surface[part..part + 64].iter().map(|f| Link::Logit.outcome(gp.mean + f));
+            let truth = truth.sum::<f64>() / 64.0;
+            let values = surfaces.at(&pixels)?;
+            let draw = |d: usize| {
+                values.iter().skip(d).step_by(200).map(|v| f64::from(*v)).sum::<f64>() / 64.0
+            };
+            let said = Said::of(&(0..200).map(draw).collect::<Vec<_>>(), 0.9).unwrap();
+            joint += usize::from((said.lower..=said.upper).contains(&truth));
+            let marginals = posterior.at(&pixels)?.marginals(0, Of::Surface)?;
+            let own = marginals.map(|m, i| m.mean_sd(i));
+            let mean = own.iter().map(|m| m.0).sum::<f64>() / 64.0;
+            let sd = own.iter().map(|m| m.1 * m.1).sum::<f64>().sqrt() / 64.0;
+            alone += usize::from((truth - mean).abs() < normal_quantile(0.95) * sd);
+        }
+    }
+    let share = |n: usize| n as f64 / (2 * COUNTRIES) as f64;
+    // 240 intervals: a standard error of 0.019.
+    assert!((0.84..=0.96).contains(&share(joint)), "{} of intervals hold", share(joint));
+    assert!(share(alone) < 0.5, "pixels each for itself: {}", share(alone));
+    Ok(())
 }

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use gdal::{
-    Dataset, DatasetOptions, DriverManager, GdalOpenFlags, LayerOptions,
+    Dataset, DatasetOptions, DriverManager, GdalOpenFlags,
     cpl::CslStringList,
     vector::{
-        Feature, FieldDefn, Geometry, LayerAccess, OGRFieldType, OGRwkbGeometryType as Kind,
-        geometry_type_flatten,
+        Feature, FieldDefn, Geometry, LayerAccess, LayerOptions, OGRFieldType,
+        OGRwkbGeometryType as Kind, geometry_type_flatten,
     },
 };
 
