@@ -892,12 +892,12 @@ fn people_are_shared_out_whole() -> Result<()> {
             values.iter().map(|v| f64::from(*v)).sum(),
             all.pixels.iter().map(|v| f64::from(*v)).sum(),
         );
-        // Cells reach beyond the target by less than one of its pixels.
+        // Cells reach beyond the target by less than one of them.
         let [cells, pixels] = [cells.extent(), target.extent()];
         if cells.west >= pixels.west && cells.east <= pixels.east && cells.north <= pixels.north {
             assert!((held / sum - 1.0).abs() < tolerance, "{resolution}: {held} of {sum}");
         } else {
-            assert!(held <= sum * 1.000_01 && held > 0.9 * sum, "{resolution}: {held} of {sum}");
+            assert!(held <= sum * 1.000_01 && held > 0.8 * sum, "{resolution}: {held} of {sum}");
         }
     }
     // A globe of a thousand in each cell, in the middle of the target, and empty around.

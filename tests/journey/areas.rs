@@ -417,7 +417,7 @@ fn what_would_make_a_wrong_table_is_refused() {
     copy.flush_cache().unwrap();
     copy.close().unwrap();
     let negative = path("negative_count.tif");
-    let mut copy = bare.create_copy(&driver, &negative, &options).unwrap();
+    let copy = bare.create_copy(&driver, &negative, &options).unwrap();
     let mut band = copy.rasterband(1).unwrap();
     band.set_no_data_value(None).unwrap();
     let mut one = gdal::raster::Buffer::new((1, 1), vec![-7i32]);
@@ -441,7 +441,7 @@ fn what_would_make_a_wrong_table_is_refused() {
     with(&["--population", &plain], "counts or densities", &["none"], "--population-is counts");
     let people = ["--population", plain.as_str(), "--population-is", "heads"];
     with(&people, "`heads`", &[], "density (people per km²)");
-    with(&["--population", &negative], "below zero", &["-7", "121, 101"], "no-data");
+    with(&["--population", &negative], "below zero", &["value", "row and column"], "no-data");
     with(&["--population", "data/none.tif"], "could not read data/none.tif", &[], "check the path");
 
     let instead = |pair: [&str; 2], what: &str, facts: &[&str], help: &str| {
