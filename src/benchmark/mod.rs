@@ -142,6 +142,8 @@ struct Trained {
     card: Card,
     /// Steps it was meant to take.
     steps: u64,
+    /// What it measured in its last steps, beside its loss.
+    measured: Vec<(String, f64)>,
     /// Scores by evaluation and task.
     scores: Vec<Vec<Scores>>,
     /// By evaluation: how its task embedding tells classes apart, where it has one and they are some.
@@ -209,7 +211,9 @@ pub fn run(options: &Options, tell: &(dyn Fn(String) + Sync)) -> Result<String> 
             let told = drawn.iter().map(|d| told_apart(&d.fixed, process));
             Ok((scores, told.collect::<Result<_>>()?))
         })?;
-        let trained = Trained { card: checkpoint.card, steps: cell.steps, scores, agreement };
+        let measured = train::measured(&cell.out).unwrap_or_default();
+        let (card, steps) = (checkpoint.card, cell.steps);
+        let trained = Trained { card, steps, measured, scores, agreement };
         match entrants.last_mut().filter(|e| e.name == cell.model) {
             Some(entrant) => entrant.seeds.push(trained),
             None => entrants.push(Entrant {

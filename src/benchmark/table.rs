@@ -120,10 +120,13 @@ pub fn markdown(
             "seconds",
             "tasks seen",
             "validation",
+            "measured last",
         ],
     );
     for entrant in entrants {
-        for Trained { card, steps, .. } in &entrant.seeds {
+        for Trained { card, steps, measured, .. } in &entrant.seeds {
+            let said = measured.iter().map(|(name, x)| format!("{name} {}", number(*x)));
+            let said: Vec<String> = said.collect();
             let cells = [
                 entrant.name.clone(),
                 card.seed.to_string(),
@@ -137,6 +140,7 @@ pub fn markdown(
                 format!("{:.0}", card.seconds),
                 card.tasks.to_string(),
                 card.validation.map_or("–".into(), number),
+                if said.is_empty() { "–".into() } else { said.join(", ") },
             ];
             row(w, &cells);
         }

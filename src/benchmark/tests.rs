@@ -136,7 +136,8 @@ fn a_model_that_is_told_the_answer_is_found_out() -> Result<()> {
     let entrant = |model: &Told, floor: f64| -> Result<Entrant> {
         let scores = vec![fixed.meet(model)?];
         let card = checkpoint_card();
-        let trained = Trained { card, steps: 1, scores, agreement: vec![None] };
+        let trained =
+            Trained { card, steps: 1, measured: Vec::new(), scores, agreement: vec![None] };
         Ok(Entrant { name: "told".into(), floor, seeds: vec![trained] })
     };
     let found = |model: &Told, floor: f64| -> Result<usize> {

@@ -28,7 +28,6 @@ use crate::{
         plan::{self, Bytes},
         record::{self, GridNote, Record, SurveyNote},
     },
-    predictive::Link,
     process::Posterior,
     product::Spec,
     whole,
@@ -241,7 +240,7 @@ pub fn run(args: &Args) -> Result<()> {
         .zip(&areas.notes)
         .map(|(area, read)| note(area, read, people.is_some()))
         .collect();
-    let columns = columns(args, &found, sites, &notes, people.is_some(), outcome.link);
+    let columns = columns(args, &found, sites, &notes, people.is_some(), &outcome.name);
     areas.write(&args.out, &columns)?;
 
     let warnings = warnings(&areas, &found, &notes, people.as_ref());
@@ -350,7 +349,7 @@ fn columns(
     sites: Vec<f64>,
     notes: &[String],
     counted: bool,
-    link: Link,
+    outcome: &str,
 ) -> Vec<(String, Column)> {
     let level = format!("{:.6}", 100.0 * args.level);
     let level = level.trim_end_matches('0').trim_end_matches('.');
@@ -382,11 +381,16 @@ fn columns(
     if counted {
         let on_map = |area: &Area| if area.means.is_empty() { f64::NAN } else { area.people };
         all.push(("population".into(), numbers(&on_map)));
-        if link == Link::Logit {
-            let infected = |area: &Area| -> Vec<f64> {
+        let total = match outcome {
+            "prevalence" => Some("positive"),
+            "rate" => Some("cases"),
+            _ => None,
+        };
+        if let Some(total) = total {
+            let of_all = |area: &Area| -> Vec<f64> {
                 area.means.iter().map(|mean| mean * area.people).collect()
             };
-            all.extend(interval("positive", false, &infected));
+            all.extend(interval(total, false, &of_all));
         }
         for (i, t) in args.threshold.iter().enumerate() {
             // Of an area in which nobody lives, weights are sizes and no people.

@@ -46,7 +46,7 @@ enum Command {
     Map(Box<map::Args>),
     Areas(Box<areas::Args>),
     Predict(Box<predict::Args>),
-    Validate(validate::Args),
+    Validate(Box<validate::Args>),
     Sample(sample::Args),
     Train(train::Args),
     Calibrate(calibrate::Args),

@@ -8,7 +8,10 @@ use std::time::Instant;
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{note, say, survey::SurveyArgs};
+use super::{
+    note, say,
+    survey::{SurveyArgs, agree, default_model},
+};
 use crate::{
     baseline::{
         ExactGp, NearestGp,
@@ -32,6 +35,9 @@ use crate::{
 /// The model names of the exact Gaussian process and of that of nearest neighbours.
 const GP: &str = "gp";
 const VECCHIA: &str = "vecchia";
+
+/// What is scored.
+const SCORED: &str = "new observations, each of its site's own number tested or exposure";
 
 /// Hold sites out fold by fold, predict them from the others, and score the predictions
 #[derive(clap::Args)]
@@ -90,20 +96,14 @@ pub fn run(args: &Args) -> Result<()> {
         note(format!("row {} left out: {}", dropped.row, dropped.reason));
     }
     let folds = Folds::parse(&args.folds, &survey, args.seed)?;
-    let model = args.model.as_deref().unwrap_or(match survey.outcome {
-        Outcome::Counts { .. } => "prevalence",
-        Outcome::Values(_) => "continuous",
-    });
+    let model = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
     let scored = cross_validate(&survey, &folds, &*forecaster(model, &survey)?)?;
     if args.json { say(report(model, &scored)) } else { table(model, &scored) }
 }
 
 /// The forecaster that `--model` names.
 fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
-    let wanted = match survey.outcome {
-        Outcome::Counts { .. } => "binomial",
-        Outcome::Values(_) => "gaussian",
-    };
+    let wanted = survey.outcome.likelihood();
     if model == GP {
         return Ok(exact_gp(likelihood::find(wanted)?));
     }
@@ -111,13 +111,7 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
         return Ok(nearest_gp(likelihood::find(wanted)?));
     }
     let checkpoint = Checkpoint::resolve(model)?;
-    let reads = checkpoint.likelihood()?;
-    if reads.name() != wanted {
-        return Err(Error::input("the model does not read this kind of outcome")
-            .fact("model", format!("{model}: {}", reads.about()))
-            .fact("survey", format!("{}: {wanted}", survey.source.display()))
-            .try_this("leave --model out, or use --model gp"));
-    }
+    agree(model, checkpoint.likelihood()?, survey)?;
     let process = checkpoint.process(&Device::Cpu)?;
     Ok(Box::new(move |context, targets| process.condition(context)?.at(targets)))
 }
@@ -170,7 +164,14 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
 
 fn truths(outcome: &Outcome) -> Vec<Truth> {
     match outcome {
-        Outcome::Values(values) => values.iter().map(|v| Truth::Value(*v)).collect(),
+        Outcome::Values(values) | Outcome::Positive(values) => {
+            values.iter().map(|v| Truth::Value(*v)).collect()
+        }
+        Outcome::Cases { cases, exposure, .. } => cases
+            .iter()
+            .zip(exposure)
+            .map(|(k, n)| Truth::Cases { cases: *k as u64, exposure: *n })
+            .collect(),
         Outcome::Counts { positive, tested } => positive
             .iter()
             .zip(tested)
@@ -267,6 +268,10 @@ fn counted(row: f64, file: &str) -> Result<usize> {
 fn seen_by_rules(survey: &Survey, sites: Vec<Vec<f64>>) -> Seen {
     match &survey.outcome {
         Outcome::Values(values) => Seen::values(sites, values.clone()),
+        Outcome::Positive(values) => {
+            Seen::logarithms(sites, values.iter().map(|v| v.ln()).collect())
+        }
+        Outcome::Cases { cases, exposure, .. } => Seen::rates(sites, cases, exposure),
         Outcome::Counts { positive, tested } => Seen::counts(sites, positive, tested),
     }
 }
@@ -289,6 +294,7 @@ pub fn report(model: &str, folds: &[Fold]) -> Value {
     };
     let mut object = timed(&all, folds.iter().map(|f| f.seconds).sum());
     object["model"] = json!(model);
+    object["of"] = json!(SCORED);
     object["folds"] = folds
         .iter()
         .map(|fold| {
@@ -326,6 +332,7 @@ fn table(model: &str, folds: &[Fold]) -> Result<()> {
             short(s.rmse)
         ))?;
     }
+    say(format!("scored: {SCORED}"))?;
     say("log score: nats per site, higher is better; crps, rmse: outcome units, lower is better")
 }
 

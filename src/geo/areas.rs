@@ -142,7 +142,15 @@ impl Areas {
                 let crs = door::projjson(&self.crs)?;
                 Columns::write_geoparquet(path, &names, columns, &self.wkb, crs)
             }
-            Kind::GeoPackage => door::write(path, self, &names, &columns),
+            Kind::GeoPackage => {
+                // Names that a GeoPackage keeps for itself.
+                let own = |name: &String| match name.to_lowercase().as_str() {
+                    "fid" | "geom" => format!("{name}_"),
+                    _ => name.clone(),
+                };
+                let names: Vec<String> = names.iter().map(own).collect();
+                door::write(path, self, &names, &columns)
+            }
         }
     }
 }

@@ -110,6 +110,7 @@ fn the_raster_ends_where_it_says() -> Result<()> {
             mean: cut(&whole.mean)?,
             surface_sd: cut(&whole.surface_sd)?,
             observation_sd: cut(&whole.observation_sd)?,
+            lift: None,
             law: None,
         };
         let moved = gap(&alone, &here);

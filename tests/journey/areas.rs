@@ -132,7 +132,10 @@ fn draws_are_written_beside_the_maps() {
     assert!(out.join("draws.png").is_file());
     let draws = Dataset::open(out.join("draws.tif")).unwrap();
     assert_eq!(draws.raster_count(), 40);
-    assert_eq!(draws.rasterband(3).unwrap().description().unwrap(), "Draw 3 of prevalence");
+    assert_eq!(
+        draws.rasterband(3).unwrap().description().unwrap(),
+        "Draw 3 of prevalence, surface"
+    );
     assert_eq!(draws.metadata_item("OF", "").unwrap(), "surface");
     let like = Dataset::open("data/grid.tif").unwrap();
     assert_eq!(draws.geo_transform().unwrap(), like.geo_transform().unwrap());
