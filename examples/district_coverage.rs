@@ -2,7 +2,7 @@
 //! whose true means are known.
 //!
 //! ```text
-//! cargo run --release --example district_coverage [COUNTRIES] [DRAWS]
+//! cargo run --release --example district_coverage [COUNTRIES] [DRAWS] [WAY]
 //! ```
 //!
 //! Each country has 60 villages at random places and 24 × 18 pixels. Three ways to its districts: the
@@ -185,8 +185,8 @@ fn main() -> Result<()> {
     type Way<'a> = Box<dyn Fn(u64) -> Result<Held> + Sync + 'a>;
     let ways: [(&str, Way); 3] = [
         ("gp, told the kernel", Box::new(|i| by_gp(i, draws, true))),
-        ("gp, fitted", Box::new(|i| by_gp(i, draws, false))),
         ("prevalence", Box::new(|i| by_model(&checkpoint, i, draws))),
+        ("gp, fitted", Box::new(|i| by_gp(i, draws, false))),
     ];
     println!(
         "{countries} countries of 12 districts, {draws} draws: how many 90 % intervals hold the truth"
@@ -195,7 +195,8 @@ fn main() -> Result<()> {
         "{:<22} {:>8} {:>8} {:>12} {:>12}",
         "", "joint", "alone", "joint width", "alone width"
     );
-    for (name, way) in &ways {
+    let only = std::env::args().nth(3).unwrap_or_default();
+    for (name, way) in ways.iter().filter(|(name, _)| name.contains(&only)) {
         let each: Vec<Held> = (0..countries).into_par_iter().map(way).collect::<Result<_>>()?;
         // Districts of a country move together: the standard error is over countries.
         let shares: Vec<f64> = each.iter().map(|h| h.joint / h.districts).collect();
