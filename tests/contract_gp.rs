@@ -2,6 +2,8 @@
 
 #[path = "contract/autoregressive.rs"]
 mod autoregressive;
+#[path = "contract/displaced.rs"]
+mod displaced;
 #[path = "contract/draws.rs"]
 mod draws;
 #[path = "contract/exact_gp.rs"]

@@ -52,6 +52,9 @@ pub struct ExactGp {
     likelihood: &'static dyn Likelihood,
 }
 
+/// What makes the kernel of a process of a Matérn kernel.
+pub type MadeOf<'a> = &'a (dyn Fn(Matern) -> Result<Box<dyn Kernel>> + Sync);
+
 /// One row of a context on the host, padding removed.
 pub(super) struct Row {
     pub sites: Vec<Vec<f64>>,
@@ -155,6 +158,18 @@ impl ExactGp {
     /// [`Error::Axis`] for several rows; [`Error::Input`] for fewer than three sites or sites that
     /// are all in one place.
     pub fn fit(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
+        Self::fit_as(context, likelihood, &|kernel| Ok(Box::new(kernel)))
+    }
+
+    /// As [`ExactGp::fit`], of a kernel that `of` makes of each Matérn kernel tried.
+    ///
+    /// # Errors
+    /// As [`ExactGp::fit`].
+    pub fn fit_as(
+        context: &Observations,
+        likelihood: &'static dyn Likelihood,
+        of: MadeOf,
+    ) -> Result<Self> {
         let rows = rows(context, likelihood)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
@@ -179,7 +194,7 @@ impl ExactGp {
         let process = |smoothness: Smoothness, p: &[f64]| -> Result<ExactGp> {
             let (length_scale, sill) = (p[0].exp(), p[1].exp());
             let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
-            let gp = ExactGp::new(Box::new(kernel), p[2].exp(), centre, likelihood)?;
+            let gp = ExactGp::new(of(kernel)?, p[2].exp(), centre, likelihood)?;
             let gp = gp.uncertain_mean(mean_variance);
             if sized { gp.dispersed(p[3].exp()) } else { Ok(gp) }
         };

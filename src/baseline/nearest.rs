@@ -30,7 +30,7 @@ use rayon::prelude::*;
 
 use super::{
     elimination::{LANES, Lane, eliminate, row_of, weigh},
-    exact_gp::{Row, check_levels, rows},
+    exact_gp::{MadeOf, Row, check_levels, rows},
     field,
     neighbours::{Found, Tree, spread},
     nelder_mead::minimise,
@@ -153,10 +153,12 @@ struct Conditioned<'a> {
     rows: Vec<Fitted>,
 }
 
+/// Neighbours and what each weighs.
+type Weights = Vec<(u32, f64)>;
+
 /// A kriged place.
 pub(super) struct Weighed {
-    /// Neighbours and what each weighs.
-    pub weights: Vec<(u32, f64)>,
+    pub weights: Weights,
     /// What the estimated mean weighs beside them.
     pub unknown: f64,
     pub mean: f64,
@@ -389,6 +391,18 @@ impl NearestGp {
     /// [`Error::Axis`] for several rows; [`Error::Input`] for fewer than three sites or sites that
     /// are all in one place.
     pub fn fit(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
+        Self::fit_as(context, likelihood, &|kernel| Ok(Box::new(kernel)))
+    }
+
+    /// As [`NearestGp::fit`], of a kernel that `of` makes of each Matérn kernel tried.
+    ///
+    /// # Errors
+    /// As [`NearestGp::fit`].
+    pub fn fit_as(
+        context: &Observations,
+        likelihood: &'static dyn Likelihood,
+        of: MadeOf,
+    ) -> Result<Self> {
         let rows = rows(context, likelihood)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
@@ -402,6 +416,7 @@ impl NearestGp {
         }
         let (centre, variance) = row.centre(likelihood);
         let search = Search {
+            of,
             likelihood,
             centre,
             mean_variance: if likelihood.counts() { 25.0 } else { 100.0 * variance },
@@ -643,7 +658,7 @@ impl NearestGp {
         let before = ordered.lists(self.previous, true);
         let least = self.least();
         let terms: Vec<u32> = (0..ordered.len() as u32).collect();
-        let parts: Vec<Vec<(Vec<(u32, f64)>, f64)>> = terms
+        let parts: Vec<Vec<(Weights, f64)>> = terms
             .par_chunks(CHUNK)
             .map_init(Room::default, |room, chunk| {
                 let mut out = Vec::with_capacity(chunk.len());
@@ -768,7 +783,7 @@ impl Around {
 
 impl Room {
     /// The weights behind what was just asked.
-    fn weights(&mut self, asked: &[Asked]) -> Vec<Vec<(u32, f64)>> {
+    fn weights(&mut self, asked: &[Asked]) -> Vec<Weights> {
         let n = asked.iter().map(|a| a.neighbours.len()).max().unwrap_or(0);
         weigh(n, &mut self.lower);
         let last = &self.lower[row_of(n)..];
@@ -829,7 +844,8 @@ struct Absorbed {
 }
 
 /// What a search for parameters is told.
-struct Search {
+struct Search<'f> {
+    of: MadeOf<'f>,
     likelihood: &'static dyn Likelihood,
     centre: f64,
     mean_variance: f64,
@@ -845,11 +861,11 @@ struct Ended {
     cost: f64,
 }
 
-impl Search {
+impl Search<'_> {
     fn process(&self, smoothness: Smoothness, p: &[f64]) -> Result<NearestGp> {
         let (length_scale, sill) = (p[0].exp(), p[1].exp());
         let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
-        let gp = NearestGp::new(Box::new(kernel), p[2].exp(), self.centre, self.likelihood)?;
+        let gp = NearestGp::new((self.of)(kernel)?, p[2].exp(), self.centre, self.likelihood)?;
         Ok(gp.uncertain_mean(self.mean_variance))
     }
 

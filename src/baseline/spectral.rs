@@ -47,7 +47,7 @@ simd::vectorised! {
             let s = (-2.505_210_8e-8_f32).mul_add(q, 2.755_731_9e-6);
             let s = s.mul_add(q, -1.984_127e-4).mul_add(q, 8.333_333e-3);
             let s = s.mul_add(q, -0.166_666_67).mul_add(q, 1.0) * h;
-            let c = 2.087_675_7e-9_f32.mul_add(q, -2.755_731_9e-7);
+            let c = 2.087_675_7e-9_f32.mul_add(q, -2.755_732e-7);
             let c = c.mul_add(q, 2.480_158_7e-5).mul_add(q, -1.388_888_9e-3);
             let c = c.mul_add(q, 4.166_666_7e-2).mul_add(q, -0.5).mul_add(q, 1.0);
             *cos = (-2.0 * s).mul_add(s, 1.0);

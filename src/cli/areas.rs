@@ -196,8 +196,14 @@ pub fn run(args: &Args) -> Result<()> {
     let people =
         population.map(|file| People::read(file, &grid, measure, &frame.plane)).transpose()?;
 
-    let (model, others) =
-        map::open_models(told.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+    let (model, others) = map::open_models(
+        told.model.as_deref(),
+        &survey,
+        &frame,
+        &context,
+        &cards.devices,
+        reading,
+    )?;
     map::tell_input(&survey, &grid, &frame, &model)?;
     let plan = Plan::on(cards.devices.clone());
     let posteriors = plan.condition_each(&model.with(&others), &context)?;

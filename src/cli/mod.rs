@@ -23,6 +23,7 @@ pub mod reading;
 pub mod sample;
 pub mod survey;
 pub mod train;
+pub mod trust;
 pub mod validate;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
@@ -47,6 +48,7 @@ enum Command {
     Areas(Box<areas::Args>),
     Predict(Box<predict::Args>),
     Validate(Box<validate::Args>),
+    Trust(Box<trust::Args>),
     Sample(sample::Args),
     Train(train::Args),
     Calibrate(calibrate::Args),
@@ -66,6 +68,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Areas(args) => areas::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Validate(args) => validate::run(args),
+        Command::Trust(args) => trust::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Train(args) => train::run(args),
         Command::Calibrate(args) => calibrate::run(args),

@@ -6,14 +6,15 @@ use std::{
 };
 
 use candle_core::Device;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     cards::DeviceArgs,
     map::{line, open_models, plural, round, tell_survey},
     reading::ReadingArgs,
     sample::refuse_existing,
-    survey::ColumnArgs,
+    survey::{ColumnArgs, default_model},
+    trust::{self, StrictArgs},
 };
 use crate::{
     error::{Error, Result},
@@ -74,6 +75,8 @@ pub struct Args {
     /// Also give the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
     #[arg(long, value_name = "VALUE", value_delimiter = ',', allow_negative_numbers = true)]
     threshold: Vec<f64>,
+    #[command(flatten)]
+    strict: StrictArgs,
     #[command(flatten)]
     device: DeviceArgs,
     /// Replace a file that exists
@@ -144,8 +147,11 @@ pub fn run(args: &Args) -> Result<()> {
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let (model, others) =
-        open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     let processes = model.with(&others);
+    let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let verdict = trust::examine(called, &survey, &frame)?;
+    args.strict.settle(called, &survey, &verdict)?;
     tell_survey(&survey)?;
     let placed = targets.x.iter().filter(|x| !x.is_nan()).count();
     line("targets", format!("{}: {placed} places", args.targets.display()))?;
@@ -198,7 +204,7 @@ pub fn run(args: &Args) -> Result<()> {
     Columns::write(&args.out, &names, chunks)?;
 
     let mut warnings = cards.warnings(part.less());
-    warnings.extend(model.unlike_training(survey.len()));
+    warnings.extend(trust::warnings(&verdict));
     if beyond > 0 {
         warnings.push(format!(
             "{beyond} target{} more than {} km outside the box of the sites: there a prediction \
@@ -223,6 +229,7 @@ pub fn run(args: &Args) -> Result<()> {
         frame,
         file: args.out.file_name().unwrap_or_default().to_string_lossy().into(),
         columns: names,
+        trust: Some(json!(verdict)),
         of: kinds.iter().map(|(name, what)| (format!("{name}_"), what.clone())).collect(),
         device: Some(cards.record()),
         warnings,

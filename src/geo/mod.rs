@@ -4,6 +4,7 @@
 pub mod areas;
 pub mod cover;
 pub mod crs;
+pub mod displacement;
 pub mod frame;
 pub mod geotiff;
 pub mod grid;

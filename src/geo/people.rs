@@ -190,7 +190,7 @@ impl People {
                  such no-data value; taken as nobody"
             ));
         }
-        if !(people.near > 0.0) {
+        if people.near <= 0.0 {
             return Err(refuse("nobody lives on the map, by this population")
                 .try_this("check its first band, and that both are about the same place"));
         }

@@ -77,6 +77,13 @@ struct Share {
     above: Vec<Vec<f64>>,
 }
 
+/// The pixels of a block: km², people, and which are mapped.
+struct Block {
+    sizes: Vec<f64>,
+    people: Option<Vec<f64>>,
+    valid: Vec<bool>,
+}
+
 /// Sizes and people of every area, and which areas meet each block.
 struct Prepared {
     areas: Vec<Area>,
@@ -102,14 +109,15 @@ impl Question<'_> {
         let mut blocks = vec![Vec::new(); across * grid.rows.div_ceil(BLOCK)];
         for window in grid.windows(BLOCK) {
             let block = (window.row / BLOCK) * across + window.col / BLOCK;
-            let mut known: Option<(Vec<f64>, Option<Vec<f64>>, Vec<bool>)> = None;
+            let mut known: Option<Block> = None;
             for (i, shape) in self.shapes.iter().enumerate() {
                 let Some(cover) = shape.cover(window) else { continue };
                 if known.is_none() {
                     let sizes = people::areas(grid, window, self.plane)?;
-                    known = Some((sizes, self.people(grid, window), grid.valid(window)));
+                    let people = self.people(grid, window);
+                    known = Some(Block { sizes, people, valid: grid.valid(window) });
                 }
-                let Some((sizes, people, valid)) = &known else { continue };
+                let Some(Block { sizes, people, valid }) = &known else { continue };
                 blocks[block].push(i as u32);
                 for (k, share) in cover.iter().enumerate().filter(|(_, share)| **share > 0.0) {
                     let km2 = share * sizes[k];

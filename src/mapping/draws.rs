@@ -242,6 +242,9 @@ fn blocks(window: Window) -> impl Iterator<Item = Window> {
     })
 }
 
+/// What makes something of a block: the block, which of its pixels are wanted, and their draws.
+pub type Make<'a, T> = dyn Fn(Window, &[bool], Vec<f32>) -> Result<T> + Sync + 'a;
+
 /// Draws over a grid, tile by tile: `make` turns the draws of a block into what is kept of them, on
 /// `workers` threads, and `take` gets the blocks of each tile in order of place.
 ///
@@ -257,7 +260,7 @@ pub fn run<T: Send>(
     grid: &Grid,
     [tile, workers]: [usize; 2],
     wanted: &(dyn Fn(Window) -> Vec<bool> + Sync),
-    make: &(dyn Fn(Window, &[bool], Vec<f32>) -> Result<T> + Sync),
+    make: &Make<T>,
     take: &mut dyn FnMut(Window, Vec<(Window, T)>) -> Result<()>,
 ) -> Result<()> {
     if tile == 0 || !tile.is_multiple_of(BLOCK) {

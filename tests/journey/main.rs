@@ -8,6 +8,8 @@ mod bench;
 mod benchmark;
 mod calibrate;
 #[cfg(feature = "gdal")]
+mod displacement;
+#[cfg(feature = "gdal")]
 mod family;
 #[cfg(target_os = "linux")]
 mod gpu;
@@ -19,6 +21,8 @@ mod recipes;
 #[cfg(feature = "gdal")]
 mod refusals;
 mod sample;
+#[cfg(feature = "gdal")]
+mod trust;
 #[cfg(feature = "gdal")]
 mod validate;
 mod words;
