@@ -2,6 +2,8 @@
 
 use std::process::{Command, Stdio};
 
+#[cfg(feature = "gdal")]
+mod areas;
 mod bench;
 mod benchmark;
 mod calibrate;
