@@ -375,6 +375,7 @@ fn survey(outcome: survey::Outcome) -> Survey {
         rows: (1..=x.len()).collect(),
         x,
         outcome,
+        covariates: None,
         dropped: Vec::new(),
         notes: Vec::new(),
     }

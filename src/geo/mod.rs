@@ -1,5 +1,6 @@
 //! Maps: coordinate reference systems, survey tables, grids, and the frame between world and model.
 
+pub mod covariates;
 pub mod crs;
 pub mod frame;
 pub mod geotiff;
