@@ -5,7 +5,9 @@ pub mod exact_gp;
 pub mod nearest;
 mod neighbours;
 mod nelder_mead;
+pub mod regression;
 pub mod rules;
 
 pub use exact_gp::ExactGp;
 pub use nearest::NearestGp;
+pub use regression::{Coefficients, Regressed};

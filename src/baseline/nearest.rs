@@ -361,7 +361,7 @@ impl NearestGp {
     /// [`Error::Axis`] for several rows; [`Error::Input`] for fewer than three sites or sites that
     /// are all in one place.
     pub fn fit(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
-        let rows = rows(context, likelihood)?;
+        let rows = rows(context, likelihood, 0)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
         };
@@ -443,7 +443,7 @@ impl NearestGp {
     }
 
     fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
-        let rows = rows(context, self.likelihood)?;
+        let rows = rows(context, self.likelihood, 0)?;
         rows.iter()
             .map(|row| {
                 let ordered = Ordered::new(row);

@@ -10,16 +10,24 @@ use std::{
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{cards::DeviceArgs, output::Output, reading::ReadingArgs, say, survey::SurveyArgs};
+use super::{
+    cards::DeviceArgs,
+    covariates::{CovariateArgs, effects},
+    output::Output,
+    reading::ReadingArgs,
+    say,
+    survey::SurveyArgs,
+};
 use crate::{
     attention::{Reading, Tally},
-    baseline::{ExactGp, NearestGp},
+    baseline::{Coefficients, ExactGp, NearestGp, Regressed},
     checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
         crs::Crs,
         frame::Frame,
-        geotiff::{self, Polygons, Raster},
+        covariates::Cover,
+        geotiff::{self, Band, Cog, Polygons, Raster},
         grid::{Extent, Grid, Resolution},
         survey::{self, Survey},
     },
@@ -41,6 +49,8 @@ use crate::{
 pub struct Args {
     #[command(flatten)]
     survey: SurveyArgs,
+    #[command(flatten)]
+    covariates: CovariateArgs,
     /// Any GeoTIFF on the grid to predict over; its pixels without data stay without
     #[arg(long, value_name = "GRID.tif", conflicts_with_all = ["resolution", "crs_out"])]
     like: Option<PathBuf>,
@@ -103,6 +113,7 @@ pub fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     // What costs nothing to check comes first.
     let specs = specs(args)?;
+    args.covariates.for_maps()?;
     let reading = args.reading.reading()?;
     let resolution = args.resolution.as_deref().map(str::parse).transpose()?;
     let budget: Option<Bytes> = args.memory.as_deref().map(str::parse).transpose()?;
@@ -111,15 +122,18 @@ pub fn run(args: &Args) -> Result<()> {
     // Before any raster is opened: GDAL takes its cache once and for all.
     let cache = geotiff::cache(plan::cache(budget)) << 20;
 
-    let survey = args.survey.read()?;
+    let layer = args.survey.columns.layer.as_deref();
+    let survey = args.covariates.attach(args.survey.read()?, layer)?;
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let outcome = outcome(args, &survey);
     specs.iter().try_for_each(|spec| spec.check(outcome.link))?;
     let grid = grid(args, resolution, &survey, &frame)?;
     let inside = grid.overlap(&survey.crs, &survey.x, &survey.y)?;
-    let (model, others) =
+    let (grid, cover) = cover(grid, &frame, output.scratch())?;
+    let (mut model, others) =
         open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+    model.note_effects(&frame, outcome.link);
     let processes = model.with(&others);
     tell_input(&survey, &grid, &frame, &model)?;
 
@@ -179,6 +193,11 @@ pub fn run(args: &Args) -> Result<()> {
             files: files.iter().filter_map(|f| f.file_name()?.to_str().map(String::from)).collect(),
         });
     }
+    if cover.is_some() {
+        let (description, unit) = (extrapolation().description, String::new());
+        let files = vec![EXTRAPOLATION.to_string()];
+        made.push(ProductNote { product: "extrapolation".into(), description, unit, files });
+    }
     let mut record = Record {
         isopleth: env!("CARGO_PKG_VERSION").into(),
         command: std::env::args().collect(),
@@ -190,10 +209,12 @@ pub fn run(args: &Args) -> Result<()> {
         products: made,
         warnings: [
             cards.warnings(summary.cut_to),
+            cover.as_ref().map_or_else(Vec::new, Cover::warnings),
             warnings(&model, &survey, &grid, &frame, inside, &summary),
         ]
         .concat(),
         summary,
+        covariates: cover,
         reading,
         left_out,
         device: Some(cards.record()),
@@ -206,6 +227,27 @@ pub fn run(args: &Args) -> Result<()> {
     record.write(output.scratch())?;
     output.publish(&record.files())?;
     tell_output(&args.out, &outcome, &survey, &record)
+}
+
+/// The raster of how far pixels lie outside the covariates seen at sites.
+const EXTRAPOLATION: &str = "extrapolation.tif";
+
+fn extrapolation() -> Band {
+    Band {
+        description: "How far covariates lie outside the values seen at sites, in units of their range"
+            .into(),
+        unit: "1".into(),
+    }
+}
+
+/// The grid without the pixels that lack a covariate, and what was found; beside the maps, how far each
+/// pixel lies outside what was seen at sites.
+fn cover(grid: Grid, frame: &Frame, folder: &Path) -> Result<(Grid, Option<Cover>)> {
+    let Some(design) = &frame.covariates else { return Ok((grid, None)) };
+    let mut raster = Cog::create(&folder.join(EXTRAPOLATION), &grid, &extrapolation(), &[])?;
+    let (grid, cover) = design.cover(grid, &mut |window, values| raster.write(window, values))?;
+    raster.finish()?;
+    Ok((grid, Some(cover)))
 }
 
 /// What was asked for, thresholds included, each once.
@@ -281,9 +323,32 @@ pub(super) struct Model {
     pub card: Value,
     /// Context sizes it was trained on, where it was trained.
     pub trained_sites: Option<[usize; 2]>,
+    /// What covariates do, where the survey has some.
+    pub coefficients: Option<Coefficients>,
 }
 
 impl Model {
+    /// Writes into the card what the covariates do.
+    pub fn note_effects(&mut self, frame: &Frame, link: Link) {
+        if let (Some(design), Some(coefficients)) = (&frame.covariates, &self.coefficients) {
+            self.card["coefficients"] = json!(effects(frame, design, coefficients, link));
+        }
+    }
+
+    /// The effects, a line each, and how they came in.
+    pub fn tell_effects(&self) -> Result<()> {
+        let each = self.card.get("coefficients").and_then(Value::as_array);
+        for (i, effect) in each.into_iter().flatten().enumerate() {
+            let number = |key: &str| effect[key].as_f64().unwrap_or(f64::NAN);
+            let per = effect.get("per").and_then(Value::as_f64);
+            let per = per.map_or(String::new(), |per| format!(" per sd ({})", round(per)));
+            let name = effect["of"].as_str().unwrap_or_default();
+            let text = format!("{name}: {:+.3} ± {:.3}{per}", number("mean"), number("sd"));
+            line(if i == 0 { "effects" } else { "" }, text)?;
+        }
+        Ok(())
+    }
+
     /// Its process and those of the other devices, in their order.
     pub fn with<'a>(&'a self, others: &'a [Model]) -> Vec<&'a (dyn Process + Send + Sync)> {
         std::iter::once(self).chain(others).map(|model| &*model.process).collect()
@@ -354,12 +419,24 @@ pub(super) fn open_model(
     let sizes = tasks.design().context.clone();
     let least = sizes.iter().map(|s| s.sites[0]).min();
     let most = sizes.iter().map(|s| s.sites[1]).max();
+    let process = checkpoint.process_reading(device, reading)?;
+    let (process, coefficients) = match context.sites.x {
+        None => (process, None),
+        Some(_) => {
+            let (coefficients, _) = Coefficients::of(context, wanted)?;
+            let betas = coefficients.spread()?;
+            let all: Box<dyn Process + Send + Sync> =
+                Box::new(Regressed::new(process.into(), betas, wanted, true));
+            (all, Some(coefficients))
+        }
+    };
     Ok(Model {
         name: checkpoint.card.name.clone(),
-        process: checkpoint.process_reading(device, reading)?,
+        process,
         card: serde_json::to_value(&checkpoint.card)
             .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
         trained_sites: least.zip(most).map(|(a, b)| [a, b]),
+        coefficients,
     })
 }
 
@@ -378,26 +455,63 @@ fn classical(
             .try_this("leave --lose and --precision out, or use a trained model"));
     }
     let mut card = json!({ "name": name, "predicts": "", "likelihood": likelihood.name() });
-    let process: Box<dyn Process + Send + Sync> = if name == "gp" {
-        let gp = ExactGp::fit(context, likelihood)?;
-        card["predicts"] =
-            json!("exact Gaussian process, fitted to this survey by maximum likelihood");
-        card["kernel"] = json!(format!("{:?}", gp.kernel));
-        card["nugget"] = json!(gp.nugget);
-        card["log_marginal"] = json!(gp.log_marginal);
-        Box::new(gp)
+    let Fitted { process, about, coefficients } = fit(name, context, likelihood)?;
+    card["predicts"] = json!(format!("{}, fitted to this survey by maximum likelihood", about.0));
+    about.1.into_iter().for_each(|(key, value)| card[key] = value);
+    Ok(Some(Model { name: name.to_string(), process, card, trained_sites: None, coefficients }))
+}
+
+/// A classical process with what its card says.
+pub(super) struct Fitted {
+    pub process: Box<dyn Process + Send + Sync>,
+    about: (&'static str, Vec<(&'static str, Value)>),
+    coefficients: Option<Coefficients>,
+}
+
+/// Fits `gp` or `vecchia` to a context, with its covariates where it has some.
+pub(super) fn fit(
+    name: &str,
+    context: &Observations,
+    likelihood: &'static dyn Likelihood,
+) -> Result<Fitted> {
+    let covariates = context.sites.x.is_some();
+    if name == "gp" {
+        let (gp, coefficients) = match covariates {
+            true => {
+                let (coefficients, gp) = Coefficients::of(context, likelihood)?;
+                (gp, Some(coefficients))
+            }
+            false => (ExactGp::fit(context, likelihood)?, None),
+        };
+        let mut facts = vec![
+            ("kernel", json!(format!("{:?}", gp.kernel))),
+            ("nugget", json!(gp.nugget)),
+            ("log_marginal", json!(gp.log_marginal)),
+        ];
+        if covariates {
+            facts.push(("coefficient_variance", json!(gp.coefficient_variance)));
+        }
+        let about = ("exact Gaussian process", facts);
+        return Ok(Fitted { process: Box::new(gp), about, coefficients });
+    }
+    let facts = |gp: &NearestGp| {
+        vec![
+            ("kernel", json!(format!("{:?}", gp.kernel))),
+            ("nugget", json!(gp.nugget)),
+            ("log_marginal", json!(gp.log_marginal)),
+            ("neighbours", json!({ "fitting": gp.previous, "predicting": gp.near })),
+        ]
+    };
+    let what = "nearest-neighbour Gaussian process";
+    Ok(if covariates {
+        let (all, coefficients, gp) = Regressed::nearest(context, likelihood)?;
+        let about = (what, facts(&gp));
+        Fitted { process: Box::new(all), about, coefficients: Some(coefficients) }
     } else {
         let gp = NearestGp::fit(context, likelihood)?;
-        card["predicts"] = json!(
-            "nearest-neighbour Gaussian process, fitted to this survey by maximum likelihood"
-        );
-        card["kernel"] = json!(format!("{:?}", gp.kernel));
-        card["nugget"] = json!(gp.nugget);
-        card["log_marginal"] = json!(gp.log_marginal);
-        card["neighbours"] = json!({ "fitting": gp.previous, "predicting": gp.near });
-        Box::new(gp)
-    };
-    Ok(Some(Model { name: name.to_string(), process, card, trained_sites: None }))
+        let about = (what, facts(&gp));
+        Fitted { process: Box::new(gp), about, coefficients: None }
+    })
 }
 
 /// What the user should know before believing the map.
@@ -461,6 +575,9 @@ pub(super) fn line(name: &str, text: impl std::fmt::Display) -> Result<()> {
 pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
     let used = survey.x.len();
     line("survey", format!("{}: {used} sites used", survey.source.display()))?;
+    for (i, spec) in survey.covariates.iter().flat_map(|c| &c.specs).enumerate() {
+        line(if i == 0 { "covariates" } else { "" }, spec)?;
+    }
     if !survey.dropped.is_empty() {
         let mut reasons: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
         for dropped in &survey.dropped {
@@ -497,7 +614,8 @@ fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Res
         ),
     )?;
     let what = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
-    line("model", format!("{}: {what}", model.name))
+    line("model", format!("{}: {what}", model.name))?;
+    model.tell_effects()
 }
 
 fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) -> Result<()> {

@@ -11,6 +11,7 @@ pub mod bench;
 pub mod benchmark;
 pub mod calibrate;
 pub mod cards;
+pub mod covariates;
 mod environment;
 pub mod inspect;
 pub mod list;

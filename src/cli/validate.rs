@@ -3,15 +3,20 @@
 //! Nothing is retrained: a model sees the other folds as its context. Beside it stand two rules
 //! that anyone could apply, since a score means nothing alone.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{note, say, survey::SurveyArgs};
+use super::{
+    covariates::CovariateArgs,
+    map::fit,
+    note, say,
+    survey::SurveyArgs,
+};
 use crate::{
     baseline::{
-        ExactGp, NearestGp,
+        Coefficients, ExactGp, Regressed,
         rules::{RULES, Seen},
     },
     checkpoint::Checkpoint,
@@ -32,6 +37,8 @@ use crate::{
 /// The model names of the exact Gaussian process and of that of nearest neighbours.
 const GP: &str = "gp";
 const VECCHIA: &str = "vecchia";
+/// What regression on the covariates alone is called beside the rules.
+const REGRESSION: &str = "covariates-only";
 
 /// Hold sites out fold by fold, predict them from the others, and score the predictions
 #[derive(clap::Args)]
@@ -39,6 +46,8 @@ pub struct Args {
     /// The survey
     #[command(flatten)]
     survey: SurveyArgs,
+    #[command(flatten)]
+    covariates: CovariateArgs,
     /// A number of random folds, or a table with a column of fold labels: FILE:COLUMN. Its rows are
     /// those of the survey file, in order or named by a column `row` that counts from 0
     #[arg(long, value_name = "N|FILE:COLUMN")]
@@ -73,8 +82,8 @@ pub struct Fold {
     pub label: String,
     /// Each held-out site with its forecast, in the order of the survey.
     pub met: Vec<Forecast>,
-    /// The same sites, forecast by each of [`RULES`].
-    pub rules: Vec<Vec<Forecast>>,
+    /// The same sites, forecast by each of [`RULES`], and by regression where there are covariates.
+    pub rules: Vec<(&'static str, Vec<Forecast>)>,
     /// Time to condition and predict, seconds.
     pub seconds: f64,
 }
@@ -84,7 +93,8 @@ pub struct Fold {
 /// # Errors
 /// What is wrong with the survey, the folds, or the model.
 pub fn run(args: &Args) -> Result<()> {
-    let survey = args.survey.read()?;
+    let layer = args.survey.columns.layer.as_deref();
+    let survey = args.covariates.attach(args.survey.read()?, layer)?;
     survey.notes.iter().for_each(note);
     for dropped in &survey.dropped {
         note(format!("row {} left out: {}", dropped.row, dropped.reason));
@@ -98,17 +108,19 @@ pub fn run(args: &Args) -> Result<()> {
     if args.json { say(report(model, &scored)) } else { table(model, &scored) }
 }
 
-/// The forecaster that `--model` names.
-fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
-    let wanted = match survey.outcome {
+/// The likelihood of a survey's outcome.
+fn wanted(survey: &Survey) -> &'static str {
+    match survey.outcome {
         Outcome::Counts { .. } => "binomial",
         Outcome::Values(_) => "gaussian",
-    };
-    if model == GP {
-        return Ok(exact_gp(likelihood::find(wanted)?));
     }
-    if model == VECCHIA {
-        return Ok(nearest_gp(likelihood::find(wanted)?));
+}
+
+/// The forecaster that `--model` names.
+fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
+    let wanted = wanted(survey);
+    if [GP, VECCHIA].contains(&model) {
+        return Ok(classical(model, likelihood::find(wanted)?));
     }
     let checkpoint = Checkpoint::resolve(model)?;
     let reads = checkpoint.likelihood()?;
@@ -118,21 +130,32 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
             .fact("survey", format!("{}: {wanted}", survey.source.display()))
             .try_this("leave --model out, or use --model gp"));
     }
-    let process = checkpoint.process(&Device::Cpu)?;
-    Ok(Box::new(move |context, targets| process.condition(context)?.at(targets)))
+    let process: Arc<dyn Process + Send + Sync> = checkpoint.process(&Device::Cpu)?.into();
+    Ok(Box::new(move |context, targets| {
+        if context.sites.x.is_none() {
+            return process.condition(context)?.at(targets);
+        }
+        let (coefficients, _) = Coefficients::of(context, reads)?;
+        let all = Regressed::new(process.clone(), coefficients.spread()?, reads, true);
+        all.condition(context)?.at(targets)
+    }))
 }
 
 /// Fits an exact Gaussian process to each context, then conditions it on that context.
 pub fn exact_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
-    Box::new(move |context, targets| {
-        ExactGp::fit(context, likelihood)?.condition(context)?.at(targets)
-    })
+    classical(GP, likelihood)
 }
 
 /// Fits a nearest-neighbour Gaussian process to each context, then conditions it on that context.
 pub fn nearest_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
+    classical(VECCHIA, likelihood)
+}
+
+/// Fits the process of that name to each context, covariates and all, then conditions it on that.
+fn classical(name: &str, likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
+    let name = name.to_string();
     Box::new(move |context, targets| {
-        NearestGp::fit(context, likelihood)?.condition(context)?.at(targets)
+        fit(&name, context, likelihood)?.process.condition(context)?.at(targets)
     })
 }
 
@@ -156,14 +179,23 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
         let started = Instant::now();
         let frame = Frame::fit(&seen)?;
         let context = frame.observations(&seen, &device)?;
-        let targets = frame.sites(&held.crs, &held.x, &held.y, &device)?;
+        let targets = frame.sites_of(&held, &device)?;
         let marginals = ask(&context, &targets)?.marginals(0, Of::Observation)?;
         let seconds = started.elapsed().as_secs_f64();
         let met = forecasts(&frame.outcome(marginals), &truths)?;
         let (here, there) = (context.sites.host()?.swap_remove(0), targets.host()?.swap_remove(0));
-        let seen = seen_by_rules(&seen, here);
-        let rules = RULES.iter().map(|(_, rule)| forecasts(&rule(&seen, &there), &truths));
-        Ok(Fold { label: label.clone(), met, rules: rules.collect::<Result<_>>()?, seconds })
+        let by_rules = seen_by_rules(&seen, here);
+        let each = RULES.iter().map(|(name, rule)| {
+            Ok((*name, forecasts(&rule(&by_rules, &there), &truths)?))
+        });
+        let mut rules = each.collect::<Result<Vec<_>>>()?;
+        if context.sites.x.is_some() {
+            let likelihood = likelihood::find(wanted(&seen))?;
+            let gp = ExactGp::regression(&context, likelihood)?;
+            let marginals = gp.condition(&context)?.at(&targets)?.marginals(0, Of::Observation)?;
+            rules.push((REGRESSION, forecasts(&frame.outcome(marginals), &truths)?));
+        }
+        Ok(Fold { label: label.clone(), met, rules, seconds })
     };
     folds.labels.iter().enumerate().map(fold).collect()
 }
@@ -272,10 +304,11 @@ fn seen_by_rules(survey: &Survey, sites: Vec<Vec<f64>>) -> Seen {
 }
 
 /// Every site of every fold: the model's forecasts, then each rule's.
-fn pooled(folds: &[Fold]) -> (Summary, Vec<Summary>) {
+fn pooled(folds: &[Fold]) -> (Summary, Vec<(&'static str, Summary)>) {
     let all: Vec<Forecast> = folds.iter().flat_map(|f| f.met.clone()).collect();
-    let rules = (0..RULES.len())
-        .map(|r| Summary::of(&folds.iter().flat_map(|f| f.rules[r].clone()).collect::<Vec<_>>()));
+    let names = folds.first().map_or(Vec::new(), |f| f.rules.iter().map(|(name, _)| *name).collect());
+    let of = |r: usize| folds.iter().flat_map(|f| f.rules[r].1.clone()).collect::<Vec<_>>();
+    let rules = names.into_iter().enumerate().map(|(r, name)| (name, Summary::of(&of(r))));
     (Summary::of(&all), rules.collect())
 }
 
@@ -297,7 +330,7 @@ pub fn report(model: &str, folds: &[Fold]) -> Value {
             object
         })
         .collect();
-    let rules = RULES.iter().zip(&rules).map(|((name, _), s)| (name.to_string(), json!(s)));
+    let rules = rules.iter().map(|(name, s)| (name.to_string(), json!(s)));
     object["baselines"] = Value::Object(rules.collect());
     object
 }
@@ -309,7 +342,7 @@ fn table(model: &str, folds: &[Fold]) -> Result<()> {
         lines.push((format!("fold {}", fold.label), Summary::of(&fold.met), Some(fold.seconds)));
     }
     lines.push((model.to_string(), all, Some(folds.iter().map(|f| f.seconds).sum())));
-    lines.extend(RULES.iter().zip(rules).map(|((name, _), s)| (name.to_string(), s, None)));
+    lines.extend(rules.into_iter().map(|(name, s)| (name.to_string(), s, None)));
     let wide = lines.iter().map(|(name, ..)| name.chars().count()).max().unwrap_or(0);
     say(format!(
         "{:<wide$}{:>7}{:>11}{:>10}{:>10}{:>7}{:>6}{:>6}{:>9}",

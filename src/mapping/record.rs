@@ -11,6 +11,7 @@ use crate::{
     attention::Reading,
     error::{Error, Result},
     geo::{
+        covariates::Cover,
         frame::Frame,
         grid::Grid,
         survey::{Dropped, Outcome, Survey},
@@ -43,6 +44,10 @@ pub struct Record {
     pub products: Vec<ProductNote>,
     /// What the map holds.
     pub summary: Summary,
+    /// What the pixels have of the covariates, where there are some; how they are standardised stands
+    /// in the frame, and what they do in the model's card.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub covariates: Option<Cover>,
     /// What the user should know before believing the map.
     pub warnings: Vec<String>,
     /// How the survey was read.

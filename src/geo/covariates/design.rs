@@ -260,6 +260,13 @@ impl Design {
         })
     }
 
+    /// How far place `i` of `values` `[covariate][place]` lies outside the values at sites, in units of
+    /// their range, by the covariate that is worst; 1 for a level that no site has.
+    pub fn beyond(&self, values: &[Vec<f64>], i: usize) -> f64 {
+        let each = self.terms.iter().zip(values).map(|(term, v)| term.beyond(v[i]));
+        each.fold(0.0, f64::max)
+    }
+
     /// A grid with only those pixels wanted that have every covariate, and what was found on the way.
     ///
     /// `each` is told, window by window and row-major, how far outside the values at sites the pixels
