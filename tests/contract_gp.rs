@@ -2,12 +2,16 @@
 
 #[path = "contract/autoregressive.rs"]
 mod autoregressive;
+#[path = "contract/covariates.rs"]
+mod covariates;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
 #[path = "contract/kernels.rs"]
 mod kernels;
 #[path = "contract/nearest_gp.rs"]
 mod nearest_gp;
+#[path = "contract/next.rs"]
+mod next;
 #[path = "contract/scores.rs"]
 mod scores;
 #[cfg(feature = "gdal")]

@@ -136,8 +136,9 @@ impl ExactGp {
     /// [`Error::Input`] for a variance that is not finite or below 0.
     pub fn with_covariates(self, features: usize, variance: f64) -> Result<Self> {
         if !(variance >= 0.0 && variance.is_finite()) {
-            return Err(Error::input("coefficients need a prior variance ≥ 0")
-                .fact("variance", variance));
+            return Err(
+                Error::input("coefficients need a prior variance ≥ 0").fact("variance", variance)
+            );
         }
         Ok(ExactGp { features, coefficient_variance: variance, ..self })
     }
@@ -240,10 +241,7 @@ impl ExactGp {
     ///
     /// # Errors
     /// As [`ExactGp::fit`].
-    pub fn regression(
-        context: &Observations,
-        likelihood: &'static dyn Likelihood,
-    ) -> Result<Self> {
+    pub fn regression(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
         let features = width(&context.sites);
         let rows = rows(context, likelihood, features)?;
         let [row] = &rows[..] else {
@@ -299,6 +297,23 @@ impl ExactGp {
         rows.par_iter().map(|row| self.absorb(row, &vec![0.0; row.sites.len()])).collect()
     }
 
+    /// Mean of the surface at targets `[target]` and its covariance, row-major `[target, target]`, link
+    /// scale, given a context of one row.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] for several rows; else as conditioning.
+    pub fn belief(&self, context: &Observations, targets: &Sites) -> Result<[Vec<f64>; 2]> {
+        let conditioned = Conditioned { gp: self, rows: self.absorb_all(context)? };
+        let ([row], [places]) = (&conditioned.rows[..], &places(targets, self.features)?[..])
+        else {
+            return Err(Error::axis("rows of a belief", conditioned.rows.len(), 1));
+        };
+        let (mean, covariance) = conditioned.posterior(row, places);
+        let n = mean.len();
+        let flat = (0..n).flat_map(|i| (0..n).map(move |j| (i, j)));
+        Ok([mean, flat.map(|(i, j)| covariance[(i, j)]).collect()])
+    }
+
     /// What the observations say of the covariates' coefficients, link scale; exact for values, by
     /// Laplace's approximation for counts.
     ///
@@ -338,7 +353,8 @@ impl ExactGp {
 
     /// Covariance of the surface, and of our doubt about its mean and its covariates' coefficients.
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
-        let ((a, x), (b, z)) = (a.split_at(a.len() - self.features), b.split_at(b.len() - self.features));
+        let ((a, x), (b, z)) =
+            (a.split_at(a.len() - self.features), b.split_at(b.len() - self.features));
         let alike: f64 = x.iter().zip(z).map(|(x, z)| x * z).sum();
         self.kernel.covariance(a, b) + self.mean_variance + self.coefficient_variance * alike
     }

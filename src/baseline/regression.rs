@@ -87,7 +87,8 @@ impl Coefficients {
         }
         let factor = lower(self.covariance.clone(), p)?;
         let mut rng = Stream::new(1, "coefficients", 0);
-        let unit = |j: usize| (0..p).map(|i| if i == j { (p as f64).sqrt() } else { 0.0 }).collect();
+        let unit =
+            |j: usize| (0..p).map(|i| if i == j { (p as f64).sqrt() } else { 0.0 }).collect();
         let steps: Vec<Vec<f64>> = match p <= EXACT {
             true => (0..p).map(unit).collect(),
             false => (0..EXACT).map(|_| rng.normals(p)).collect(),
@@ -268,9 +269,7 @@ impl Move<'_> {
     fn level(&self, of: &Tensor) -> Result<Tensor> {
         let shift = self.shift.to_dtype(of.dtype())?;
         Ok(match self.level {
-            Some([mean, sd]) => {
-                of.broadcast_mul(sd)?.broadcast_add(mean)?.broadcast_add(&shift)?
-            }
+            Some([mean, sd]) => of.broadcast_mul(sd)?.broadcast_add(mean)?.broadcast_add(&shift)?,
             None => of.broadcast_add(&shift)?,
         })
     }

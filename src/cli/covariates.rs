@@ -49,10 +49,14 @@ impl CovariateArgs {
     pub fn for_maps(&self) -> Result<()> {
         match self.columns.first() {
             None => Ok(()),
-            Some(column) => Err(Error::input("a map needs covariates at every pixel, and a column has them \
-                                              at the sites only")
-                .fact("--covariate-column", column)
-                .try_this("give its raster, --covariate NAME=FILE; columns are for predict and validate")),
+            Some(column) => Err(Error::input(
+                "a map needs covariates at every pixel, and a column has them \
+                                              at the sites only",
+            )
+            .fact("--covariate-column", column)
+            .try_this(
+                "give its raster, --covariate NAME=FILE; columns are for predict and validate",
+            )),
         }
     }
 }
@@ -72,7 +76,12 @@ pub struct Effect {
 }
 
 /// Effects of every feature, outcome's link scale.
-pub fn effects(frame: &Frame, design: &Design, coefficients: &Coefficients, link: Link) -> Vec<Effect> {
+pub fn effects(
+    frame: &Frame,
+    design: &Design,
+    coefficients: &Coefficients,
+    link: Link,
+) -> Vec<Effect> {
     // Values were standardised; logits and logarithms of rates were not.
     let unit = if link == Link::Logit { 1.0 } else { frame.y_sd };
     let each = design.names().into_iter().zip(design.sds());

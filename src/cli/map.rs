@@ -24,9 +24,9 @@ use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
+        covariates::Cover,
         crs::Crs,
         frame::Frame,
-        covariates::Cover,
         geotiff::{self, Band, Cog, Polygons, Raster},
         grid::{Extent, Grid, Resolution},
         survey::{self, Survey},
@@ -234,8 +234,9 @@ const EXTRAPOLATION: &str = "extrapolation.tif";
 
 fn extrapolation() -> Band {
     Band {
-        description: "How far covariates lie outside the values seen at sites, in units of their range"
-            .into(),
+        description:
+            "How far covariates lie outside the values seen at sites, in units of their range"
+                .into(),
         unit: "1".into(),
     }
 }
@@ -284,18 +285,31 @@ fn grid(
     survey: &Survey,
     frame: &Frame,
 ) -> Result<Grid> {
-    if let Some(like) = &args.like {
+    let Args { like, clip, crs_out, .. } = args;
+    grid_of(like.as_deref(), clip.as_deref(), crs_out.as_deref(), resolution, survey, frame)
+}
+
+/// The same from what it is made of.
+pub(super) fn grid_of(
+    like: Option<&Path>,
+    clip: Option<&Path>,
+    crs_out: Option<&str>,
+    resolution: Option<Resolution>,
+    survey: &Survey,
+    frame: &Frame,
+) -> Result<Grid> {
+    if let Some(like) = like {
         let grid = if survey.crs.is_local() {
             Grid::read_local(like, &survey.crs)?
         } else {
             Grid::read(like)?
         };
-        return match &args.clip {
+        return match clip {
             Some(area) => grid.clip(area),
             None => Ok(grid),
         };
     }
-    let crs = match (&args.crs_out, resolution) {
+    let crs = match (crs_out, resolution) {
         (Some(crs), _) => Crs::from_user(crs)?,
         (None, Some(Resolution::Degrees(_))) if survey.crs.is_geographic() => survey.crs.clone(),
         (None, Some(Resolution::Degrees(_))) if !survey.crs.is_local() => {
@@ -304,7 +318,7 @@ fn grid(
         _ if survey.crs.is_geographic() => frame.plane.clone(),
         _ => survey.crs.clone(),
     };
-    if let Some(area) = &args.clip {
+    if let Some(area) = clip {
         let polygons = Polygons::read(area, &crs)?;
         return Grid::cover(polygons.extent, &crs, resolution)?.clip_to(&polygons);
     }
@@ -663,7 +677,7 @@ pub(super) fn plural(n: usize) -> &'static str {
 }
 
 /// What was observed at each site, outcome units: proportions for counts.
-fn observed(survey: &Survey) -> Vec<f64> {
+pub(super) fn observed(survey: &Survey) -> Vec<f64> {
     match &survey.outcome {
         survey::Outcome::Counts { positive, tested } => {
             positive.iter().zip(tested).map(|(k, n)| k / n).collect()

@@ -17,6 +17,7 @@ pub mod inspect;
 pub mod list;
 pub mod map;
 mod output;
+pub mod plan;
 pub mod predict;
 pub mod reading;
 pub mod sample;
@@ -44,6 +45,7 @@ enum Command {
     Map(Box<map::Args>),
     Predict(Box<predict::Args>),
     Validate(validate::Args),
+    Plan(Box<plan::Args>),
     Sample(sample::Args),
     Train(train::Args),
     Calibrate(calibrate::Args),
@@ -62,6 +64,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Map(args) => map::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Validate(args) => validate::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Train(args) => train::run(args),
         Command::Calibrate(args) => calibrate::run(args),

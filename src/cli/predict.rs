@@ -251,11 +251,13 @@ impl Covered {
                 Some(Column::Text(cells)) => {
                     Ok(Column::Text(placed.iter().map(|i| cells[*i].clone()).collect()))
                 }
-                None => Err(Error::input("the targets lack a column that the survey has as a covariate")
-                    .fact("targets", targets.source().display())
-                    .fact("column", name)
-                    .fact("columns", targets.names().join(", "))
-                    .try_this("add the column to the targets, or give a raster with --covariate")),
+                None => Err(Error::input(
+                    "the targets lack a column that the survey has as a covariate",
+                )
+                .fact("targets", targets.source().display())
+                .fact("column", name)
+                .fact("columns", targets.names().join(", "))
+                .try_this("add the column to the targets, or give a raster with --covariate")),
             }
         };
         let values = design.values(&targets.crs, &at(x), &at(y), &column)?;

@@ -8,12 +8,7 @@ use std::{sync::Arc, time::Instant};
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{
-    covariates::CovariateArgs,
-    map::fit,
-    note, say,
-    survey::SurveyArgs,
-};
+use super::{covariates::CovariateArgs, map::fit, note, say, survey::SurveyArgs};
 use crate::{
     baseline::{
         Coefficients, ExactGp, Regressed,
@@ -185,9 +180,9 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
         let met = forecasts(&frame.outcome(marginals), &truths)?;
         let (here, there) = (context.sites.host()?.swap_remove(0), targets.host()?.swap_remove(0));
         let by_rules = seen_by_rules(&seen, here);
-        let each = RULES.iter().map(|(name, rule)| {
-            Ok((*name, forecasts(&rule(&by_rules, &there), &truths)?))
-        });
+        let each = RULES
+            .iter()
+            .map(|(name, rule)| Ok((*name, forecasts(&rule(&by_rules, &there), &truths)?)));
         let mut rules = each.collect::<Result<Vec<_>>>()?;
         if context.sites.x.is_some() {
             let likelihood = likelihood::find(wanted(&seen))?;
@@ -306,7 +301,8 @@ fn seen_by_rules(survey: &Survey, sites: Vec<Vec<f64>>) -> Seen {
 /// Every site of every fold: the model's forecasts, then each rule's.
 fn pooled(folds: &[Fold]) -> (Summary, Vec<(&'static str, Summary)>) {
     let all: Vec<Forecast> = folds.iter().flat_map(|f| f.met.clone()).collect();
-    let names = folds.first().map_or(Vec::new(), |f| f.rules.iter().map(|(name, _)| *name).collect());
+    let names =
+        folds.first().map_or(Vec::new(), |f| f.rules.iter().map(|(name, _)| *name).collect());
     let of = |r: usize| folds.iter().flat_map(|f| f.rules[r].1.clone()).collect::<Vec<_>>();
     let rules = names.into_iter().enumerate().map(|(r, name)| (name, Summary::of(&of(r))));
     (Summary::of(&all), rules.collect())

@@ -296,7 +296,8 @@ impl Covariates {
         if specs.is_empty() {
             return Ok(survey);
         }
-        if let Some(i) = (1..specs.len()).find(|i| specs[..*i].iter().any(|s| s.name == specs[*i].name))
+        if let Some(i) =
+            (1..specs.len()).find(|i| specs[..*i].iter().any(|s| s.name == specs[*i].name))
         {
             return Err(Error::input("two covariates have the same name")
                 .fact("name", &specs[i].name)
@@ -353,6 +354,16 @@ impl Covariates {
         }
         Ok(Survey { dropped, covariates: Some(covariates), ..survey.subset(&kept) })
     }
+}
+
+/// The nearest pixel of a raster's first band at places of `crs`; NaN without data.
+///
+/// # Errors
+/// As covariates are read.
+pub fn pixel_at(file: &Path, crs: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<f64>> {
+    let source = Source::Raster { file: file.to_path_buf(), band: 1 };
+    let spec = Spec { sampling: Sampling::Nearest, ..Spec::new("mask", source) };
+    sample::at(&spec, crs, x, y)
 }
 
 /// A column of the survey's table at the rows that are used: numbers, or codes and their names.

@@ -14,6 +14,7 @@ use crate::{
 };
 
 mod near;
+pub mod next;
 mod part;
 mod pipeline;
 pub mod plan;

@@ -6,12 +6,16 @@ mod bench;
 mod benchmark;
 mod calibrate;
 #[cfg(feature = "gdal")]
+mod covariates;
+#[cfg(feature = "gdal")]
 mod family;
 #[cfg(target_os = "linux")]
 mod gpu;
 mod inspect;
 #[cfg(feature = "gdal")]
 mod map;
+#[cfg(feature = "gdal")]
+mod plan;
 mod predict;
 mod recipes;
 #[cfg(feature = "gdal")]

@@ -99,7 +99,8 @@ impl Term {
             let share = |code: f64| {
                 values.iter().filter(|v| **v == code).count() as f64 / values.len().max(1) as f64
             };
-            features.extend(levels.into_iter().map(|code| Feature::Level { code, share: share(code) }));
+            features
+                .extend(levels.into_iter().map(|code| Feature::Level { code, share: share(code) }));
             features.push(Feature::Unseen);
         } else {
             let scaled: Vec<f64> = values.iter().map(|v| spec.scaled(*v)).collect();
@@ -169,7 +170,9 @@ impl Design {
     /// The design of the covariates at the sites of a survey, or of a fold of one.
     pub fn fit(covariates: &Covariates) -> Self {
         let each = covariates.specs.iter().zip(&covariates.values).zip(&covariates.words);
-        Design { terms: each.map(|((spec, values), words)| Term::fit(spec, values, words)).collect() }
+        Design {
+            terms: each.map(|((spec, values), words)| Term::fit(spec, values, words)).collect(),
+        }
     }
 
     /// What each feature is called.
@@ -197,10 +200,12 @@ impl Design {
         for (term, values) in self.terms.iter().zip(values) {
             let without = values.iter().filter(|v| v.is_nan()).count();
             if without > 0 {
-                return Err(Error::input("places were asked about that have no data for a covariate")
-                    .fact("covariate", &term.spec)
-                    .fact("places without", format!("{without} of {places}"))
-                    .try_this("leave them out"));
+                return Err(Error::input(
+                    "places were asked about that have no data for a covariate",
+                )
+                .fact("covariate", &term.spec)
+                .fact("places without", format!("{without} of {places}"))
+                .try_this("leave them out"));
             }
         }
         let mut flat = Vec::with_capacity(places * width);
@@ -233,10 +238,12 @@ impl Design {
                         cells.iter().map(|cell| code(&term.words, cell)).collect()
                     }
                     Column::Text(cells) => {
-                        return Err(Error::input("a covariate is a number in the survey and text here")
-                            .fact("column", name)
-                            .fact("first cell", cells.first().map_or("", String::as_str))
-                            .try_this("give the targets the same kind of column"));
+                        return Err(Error::input(
+                            "a covariate is a number in the survey and text here",
+                        )
+                        .fact("column", name)
+                        .fact("first cell", cells.first().map_or("", String::as_str))
+                        .try_this("give the targets the same kind of column"));
                     }
                 },
             };
@@ -254,9 +261,11 @@ impl Design {
     /// As [`Design::values`], and [`Error::Input`] for a covariate that is a column.
     pub fn rasters(&self, crs: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<Vec<f64>>> {
         self.values(crs, x, y, &|name| {
-            Err(Error::input("a covariate is known at the sites only, and a map needs it everywhere")
-                .fact("covariate", format!("column `{name}`"))
-                .try_this("give its raster: --covariate NAME=FILE"))
+            Err(Error::input(
+                "a covariate is known at the sites only, and a map needs it everywhere",
+            )
+            .fact("covariate", format!("column `{name}`"))
+            .try_this("give its raster: --covariate NAME=FILE"))
         })
     }
 
@@ -303,7 +312,11 @@ impl Design {
                         cover.without += 1;
                         continue;
                     }
-                    mask.set(window.row + pixel / window.cols, window.col + pixel % window.cols, true);
+                    mask.set(
+                        window.row + pixel / window.cols,
+                        window.col + pixel % window.cols,
+                        true,
+                    );
                     let mut worst = 0.0f64;
                     for (t, term) in self.terms.iter().enumerate() {
                         let beyond = term.beyond(values[t][i]);
@@ -387,7 +400,13 @@ mod tests {
     }
 
     fn features(design: &Design, values: &[f64]) -> Vec<Vec<f32>> {
-        design.tensor(&[values.to_vec()], &Device::Cpu).unwrap().squeeze(0).unwrap().to_vec2().unwrap()
+        design
+            .tensor(&[values.to_vec()], &Device::Cpu)
+            .unwrap()
+            .squeeze(0)
+            .unwrap()
+            .to_vec2()
+            .unwrap()
     }
 
     #[test]

@@ -123,10 +123,12 @@ impl Reading<'_> {
     fn window(&self, spots: &[Spot]) -> Window {
         let header = &self.raster.header;
         let side = |of: &dyn Fn(&Spot) -> (f64, f64), most: usize| {
-            let (low, high) = spots.iter().map(of).fold(
-                (f64::INFINITY, f64::NEG_INFINITY),
-                |(low, high), (at, reach)| (low.min(at - reach), high.max(at + reach)),
-            );
+            let (low, high) = spots
+                .iter()
+                .map(of)
+                .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (at, reach)| {
+                    (low.min(at - reach), high.max(at + reach))
+                });
             let first = (low.floor().max(0.0) as usize).min(most - 1);
             (first, (high.floor().max(0.0) as usize).min(most - 1) + 1 - first)
         };
@@ -154,12 +156,13 @@ impl Reading<'_> {
             return Err(Error::input("a covariate would be averaged over too many pixels")
                 .fact("covariate", self.spec)
                 .fact("pixels", window.len())
-                .try_this("choose a smaller radius, or average the raster first (gdalwarp -r average)"));
+                .try_this(
+                    "choose a smaller radius, or average the raster first (gdalwarp -r average)",
+                ));
         }
         let (pixels, suspect) = self.raster.read(self.band, window)?;
         if let Some(value) = suspect {
-            let shown =
-                if value.abs() < 1e15 { value.to_string() } else { format!("{value:e}") };
+            let shown = if value.abs() < 1e15 { value.to_string() } else { format!("{value:e}") };
             let declared = match self.raster.no_data(self.band) {
                 Some(value) => value.to_string(),
                 None => "none".into(),
@@ -183,8 +186,8 @@ impl Reading<'_> {
     fn value(&self, spot: &Spot, window: Window, pixels: &[f64]) -> f64 {
         let here = |col: i64, row: i64| -> f64 {
             let (col, row) = (col - window.col as i64, row - window.row as i64);
-            let inside = (0..window.cols as i64).contains(&col)
-                && (0..window.rows as i64).contains(&row);
+            let inside =
+                (0..window.cols as i64).contains(&col) && (0..window.rows as i64).contains(&row);
             match inside {
                 true => pixels[row as usize * window.cols + col as usize],
                 false => f64::NAN,
@@ -195,7 +198,9 @@ impl Reading<'_> {
         let average = |parts: &mut dyn Iterator<Item = (f64, f64)>| {
             let (sum, weight) = parts
                 .filter(|(value, _)| !value.is_nan())
-                .fold((0.0, 0.0), |(sum, all), (value, weight)| (sum + weight * value, all + weight));
+                .fold((0.0, 0.0), |(sum, all), (value, weight)| {
+                    (sum + weight * value, all + weight)
+                });
             if weight > 0.0 { sum / weight } else { f64::NAN }
         };
         match self.spec.sampling {
