@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device};
 use isopleth::{
-    Result, Stream, fused, likelihood,
+    Error, Result, Stream, fused, likelihood,
     model::{self, Problem, params::Params},
     process::Reward,
     task::Tasks,
@@ -23,18 +23,20 @@ use isopleth::{
 const SIZES: [usize; 3] = [16, 25, 50];
 const THREADS: usize = 2;
 
-const HEAD: &str = "head = { components = 1, nugget = false }";
-
-fn settings(name: &str) -> String {
-    match name {
-        "convcnp" => format!("kind = 'convcnp'\nnetwork = 'plain'\nreach = 2.0\n{HEAD}"),
-        "convcnp-xl" => format!("kind = 'convcnp'\nnetwork = 'unet'\nreach = 2.0\n{HEAD}"),
-        "tnp-d" => {
-            "kind = 'tnp-d'\nhead = { components = 1, nugget = false, scale = 'exp' }".into()
-        }
-        "cnp" => format!("kind = 'cnp'\nactivation = 'relu'\n{HEAD}"),
-        name => format!("kind = '{name}'\n{HEAD}"),
+/// The table that benchmarks train, with a plain Gaussian head as the peer has it.
+fn table(name: &str) -> Result<toml::Table> {
+    let known: toml::Table =
+        include_str!("../src/benchmark/models.toml").parse().expect("a table of tables");
+    let table = known.get(name).and_then(|m| m.get("model")).and_then(|m| m.as_table());
+    let mut table = table.cloned().ok_or_else(|| {
+        Error::input(format!("no table for `{name}`")).try_this("see src/benchmark/models.toml")
+    })?;
+    let head = table.entry("head").or_insert_with(|| toml::Table::new().into());
+    if let Some(head) = head.as_table_mut() {
+        head.insert("components".into(), 1.into());
+        head.insert("nugget".into(), false.into());
     }
+    Ok(table)
 }
 
 fn main() -> Result<()> {
@@ -44,7 +46,7 @@ fn main() -> Result<()> {
     let plain = names.iter().any(|name| name == "plain");
     names.retain(|name| name != "plain");
     if names.is_empty() {
-        names = ["cnp", "convcnp", "convcnp-xl"].map(String::from).to_vec();
+        names = ["cnp", "tnp-d", "convcnp", "convcnp-xl"].map(String::from).to_vec();
     }
     let [rows, contexts, targets] = SIZES;
     let recipe = format!(
@@ -59,7 +61,7 @@ fn main() -> Result<()> {
     for name in names {
         let mut params = Params::new(1, &Device::Cpu, DType::F32);
         let problem = Problem::new(1, likelihood::find("gaussian")?);
-        let process = model::build(&settings(&name).parse().expect("TOML"), problem, &mut params)?;
+        let process = model::build(&table(&name)?, problem, &mut params)?;
         let mut optimiser = Optimiser::new(Rule::Adamw, 0.0, params.vars());
         let part = |i: usize| -> Result<_> {
             let (start, end) = (i * rows / THREADS, (i + 1) * rows / THREADS);
@@ -91,11 +93,10 @@ fn main() -> Result<()> {
         }
         walls.sort_by(f64::total_cmp);
         println!(
-            "{name}: {} parameters, best {:.3} ms, median {:.3} ms, {:.1} steps/s, loss {last:.4}",
+            "{{\"model\": \"{name}\", \"parameters\": {}, \"best_ms\": {:.3}, \"median_ms\": {:.3}, \"loss\": {last:.4}}}",
             params.count(),
             walls[0],
             walls[walls.len() / 2],
-            1e3 / walls[0]
         );
     }
     Ok(())

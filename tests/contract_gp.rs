@@ -6,6 +6,8 @@ mod autoregressive;
 mod covariates;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
+#[path = "contract/integrated_gp.rs"]
+mod integrated_gp;
 #[path = "contract/kernels.rs"]
 mod kernels;
 #[path = "contract/nearest_gp.rs"]

@@ -6,6 +6,8 @@
 //! suppressed instead of taking a share. Correlations: Rasmussen & Williams (2006), eq. 4.9 and
 //! 4.17; Wendland (1995), doi:10.1007/BF02123482, the function φ₃,₁.
 
+use std::f64::consts::TAU;
+
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -57,11 +59,15 @@ pub enum Term {
     /// answers less the fewer sites it has within reach, so a network can tell how much data is
     /// near: softmax alone hides it.
     Sink,
+    /// `a cos(2π b d)`: bumps at every multiple of the period 1 / b, the log of a periodic kernel
+    /// (MacKay 1998, <https://www.inference.org.uk/mackay/gpB.pdf>) up to a constant. In f32 the rounding of a
+    /// distance moves it by up to 4e-7 a b d: meant for periods that are no small part of a region.
+    Periodic,
 }
 
 impl Term {
     /// Every family.
-    pub const ALL: [Term; 9] = [
+    pub const ALL: [Term; 10] = [
         Term::Scalar,
         Term::Rbf,
         Term::Tisa,
@@ -71,6 +77,7 @@ impl Term {
         Term::Matern52,
         Term::Wendland,
         Term::Sink,
+        Term::Periodic,
     ];
 
     /// Whether the term is the log of a correlation function in `b d`, with `a` its sharpness.
@@ -108,6 +115,7 @@ impl Term {
             Term::Wendland if u < 1.0 => a * (4.0 * (-u).ln_1p() + (4.0 * u).ln_1p()),
             Term::Wendland => f64::NEG_INFINITY,
             Term::Sink => 0.0,
+            Term::Periodic => a * (TAU * u).cos(),
         }
     }
 
@@ -130,6 +138,7 @@ impl Named for Term {
             Term::Matern52 => "matern-5/2",
             Term::Wendland => "wendland",
             Term::Sink => "sink",
+            Term::Periodic => "periodic",
         }
     }
     fn about(&self) -> &str {
@@ -155,6 +164,7 @@ impl Named for Term {
             Term::Sink => {
                 "a key with score a and value 0 at no distance: shows how few sites are near"
             }
+            Term::Periodic => "a cos(2π b d): bumps at every multiple of 1/b (MacKay 1998)",
         }
     }
 }
@@ -386,6 +396,7 @@ impl Bias {
                     ((near * 4.0)? + ((u * 4.0)? + 1.0)?.log()?)?
                 }
                 Term::Sink => continue,
+                Term::Periodic => scaled(TAU)?.cos()?,
             };
             let value = value.broadcast_mul(&a)?;
             total = Some(match total {
@@ -498,6 +509,28 @@ fn log_wendland(u: f32) -> f32 {
     ln(whole) + lost
 }
 
+/// cos and sin of `t` turns.
+#[inline(always)]
+fn turn(t: f32) -> (f32, f32) {
+    let t = t - t.round_ties_even();
+    // Half the angle, |πt| ≤ π/2, by Taylor's polynomials, right to 6e-8.
+    let (x, x2) = (std::f32::consts::PI * t, std::f32::consts::PI * std::f32::consts::PI * t * t);
+    let s = -2.505_210_8e-8_f32;
+    let s = s.mul_add(x2, 2.755_731_9e-6);
+    let s = s.mul_add(x2, -1.984_127e-4);
+    let s = s.mul_add(x2, 8.333_333e-3);
+    let s = s.mul_add(x2, -1.666_666_7e-1);
+    let s = (s * x2).mul_add(x, x);
+    let c = 2.087_675_7e-9_f32;
+    let c = c.mul_add(x2, -2.755_731_9e-7);
+    let c = c.mul_add(x2, 2.480_158_7e-5);
+    let c = c.mul_add(x2, -1.388_888_9e-3);
+    let c = c.mul_add(x2, 4.166_666_7e-2);
+    let c = c.mul_add(x2, -0.5);
+    let c = c.mul_add(x2, 1.0);
+    ((-2.0 * s).mul_add(s, 1.0), 2.0 * s * c)
+}
+
 simd::vectorised! {
     /// Adds one term to scores, given squared distances.
     pub fn add_term(term: Term, p: [f32; 3], d2: &[f32], scores: &mut [f32]) {
@@ -544,6 +577,11 @@ simd::vectorised! {
                     let u = b.abs() * d2.sqrt();
                     let inside = log_wendland(u).mul_add(a, *s);
                     *s = if u < 1.0 { inside } else { f32::NEG_INFINITY };
+                }
+            }
+            Term::Periodic => {
+                for (s, &d2) in scores.iter_mut().zip(d2) {
+                    *s = turn(b * d2.sqrt()).0.mul_add(a, *s);
                 }
             }
             Term::Sink => {}
@@ -616,6 +654,12 @@ simd::vectorised! {
                 let v = if u < 1.0 { 1.0 - u } else { 1.0 };
                 sums[0][l] = g.mul_add(log_wendland(u), sums[0][l]);
                 sums[1][l] -= a * g * (20.0 * b.abs()) * d2 / (v * 4.0f32.mul_add(u, 1.0));
+            }),
+            Term::Periodic => lanes!(|l, d2, g| {
+                let d = d2.sqrt();
+                let (cos, sin) = turn(b * d);
+                sums[0][l] = g.mul_add(cos, sums[0][l]);
+                sums[1][l] -= a * g * (std::f32::consts::TAU * d) * sin;
             }),
             Term::Sink => {}
         }

@@ -519,8 +519,11 @@ fn rounded_up(bias: f64) -> f32 {
 
 /// No less than the bias of `head` anywhere from distance `from` to `to`.
 fn highest_from(radial: &Radial, head: usize, from: f64, to: f64) -> f64 {
-    // Every family rises or falls all the way, save a bump at a distance of its own.
+    // Every family rises or falls all the way, save waves, and a bump at a distance of its own.
     let most = |(term, p): &(Term, [f64; 3])| {
+        if *term == Term::Periodic {
+            return p[0].abs();
+        }
         let ends = term.value(*p, from).max(term.value(*p, to));
         let bump = *term == Term::Tisa && (from..to).contains(&p[2]);
         if bump { ends.max(p[0]) } else { ends }

@@ -2,6 +2,7 @@
 
 mod elimination;
 pub mod exact_gp;
+pub mod integrated;
 pub mod nearest;
 mod neighbours;
 mod nelder_mead;
@@ -9,5 +10,6 @@ pub mod regression;
 pub mod rules;
 
 pub use exact_gp::ExactGp;
+pub use integrated::IntegratedGp;
 pub use nearest::NearestGp;
 pub use regression::{Coefficients, Regressed};

@@ -14,12 +14,14 @@ use std::{
 use candle_core::Device;
 
 use crate::{
+    baseline::IntegratedGp,
     checkpoint::{Card, Checkpoint},
     error::{Error, Result},
     model::autoregressive::Autoregressive,
     process::Process,
     recipe::Recipe,
     registry::Named,
+    rng::Stream,
     task::Tasks,
     train, whole,
 };
@@ -115,6 +117,8 @@ pub struct Options {
     pub jobs: usize,
     /// Least standard deviation of every head, instead of the task's.
     pub floor: Option<f64>,
+    /// Kernels to draw for the exact process that is not told the kernel; none to leave it out.
+    pub integrated: Option<usize>,
     /// Words on the machine, for the cards.
     pub machine: String,
 }
@@ -138,6 +142,8 @@ struct Trained {
     card: Card,
     /// Steps it was meant to take.
     steps: u64,
+    /// What it measured in its last steps, beside its loss.
+    measured: Vec<(String, f64)>,
     /// Scores by evaluation and task.
     scores: Vec<Vec<Scores>>,
     /// By evaluation: how its task embedding tells classes apart, where it has one and they are some.
@@ -155,6 +161,8 @@ struct Entrant {
 struct Drawn {
     name: String,
     fixed: Fixed,
+    /// What the exact process scores that is not told the kernel.
+    integrated: Option<Vec<Scores>>,
 }
 
 /// Trains and scores what `options` asks for, and writes tables and pictures. Returns the Markdown
@@ -183,9 +191,16 @@ pub fn run(options: &Options, tell: &(dyn Fn(String) + Sync)) -> Result<String> 
     let mut drawn = Vec::new();
     for evaluation in &definition.evaluation {
         tell(format!("{}: {count} tasks, and the true process on them", evaluation.name));
-        let fixed =
-            Fixed::new(&tasks_of(&definition, evaluation)?, definition.reward()?, count, &floors)?;
-        drawn.push(Drawn { name: evaluation.name.clone(), fixed });
+        let tasks = tasks_of(&definition, evaluation)?;
+        let fixed = Fixed::new(&tasks, definition.reward()?, count, &floors)?;
+        let integrated = options.integrated.map(|draws| {
+            tell(format!("{}: the process integrated over {draws} kernels", evaluation.name));
+            let mut rng = Stream::new(score::SEED, "kernels", 0);
+            let (prior, likelihood) = (tasks.prior(), tasks.likelihood());
+            fixed.meet(&IntegratedGp::over(prior, draws, likelihood, &mut rng)?)
+        });
+        let integrated = integrated.transpose()?;
+        drawn.push(Drawn { name: evaluation.name.clone(), fixed, integrated });
     }
     let mut entrants = Vec::<Entrant>::new();
     for cell in &cells {
@@ -196,7 +211,9 @@ pub fn run(options: &Options, tell: &(dyn Fn(String) + Sync)) -> Result<String> 
             let told = drawn.iter().map(|d| told_apart(&d.fixed, process));
             Ok((scores, told.collect::<Result<_>>()?))
         })?;
-        let trained = Trained { card: checkpoint.card, steps: cell.steps, scores, agreement };
+        let measured = train::measured(&cell.out).unwrap_or_default();
+        let (card, steps) = (checkpoint.card, cell.steps);
+        let trained = Trained { card, steps, measured, scores, agreement };
         match entrants.last_mut().filter(|e| e.name == cell.model) {
             Some(entrant) => entrant.seeds.push(trained),
             None => entrants.push(Entrant {

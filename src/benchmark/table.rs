@@ -120,10 +120,13 @@ pub fn markdown(
             "seconds",
             "tasks seen",
             "validation",
+            "measured last",
         ],
     );
     for entrant in entrants {
-        for Trained { card, steps, .. } in &entrant.seeds {
+        for Trained { card, steps, measured, .. } in &entrant.seeds {
+            let said = measured.iter().map(|(name, x)| format!("{name} {}", number(*x)));
+            let said: Vec<String> = said.collect();
             let cells = [
                 entrant.name.clone(),
                 card.seed.to_string(),
@@ -137,6 +140,7 @@ pub fn markdown(
                 format!("{:.0}", card.seconds),
                 card.tasks.to_string(),
                 card.validation.map_or("–".into(), number),
+                if said.is_empty() { "–".into() } else { said.join(", ") },
             ];
             row(w, &cells);
         }
@@ -199,6 +203,31 @@ fn scores(w: &mut String, definition: &Definition, drawn: &Drawn, e: usize, entr
             reference(definition, &drawn.name, &["pointwise", "joint", "bayes"]),
         ];
         row(w, &cells);
+        if let Some(scores) = &drawn.integrated {
+            let own = |part: fn(&Scores) -> f64| all(&|i| part(&scores[i]));
+            let gap = all(&|i| scores[i].pointwise - fixed.ceiling(0.0)[i]);
+            let kl =
+                all(&|i| fixed.exact[i].as_ref().map_or(f64::NAN, |x| x.joint) - scores[i].joint);
+            let mse = own(|s| s.mse).mean;
+            row(
+                w,
+                &[
+                    "*true prior, kernel not told*".into(),
+                    with_error(own(|s| s.pointwise)),
+                    "–".into(),
+                    with_error(gap),
+                    with_error(own(|s| s.joint)),
+                    with_error(kl),
+                    number(own(|s| s.crps).mean),
+                    number(mse.sqrt()),
+                    number(mse),
+                    number(calibration_error(scores)),
+                    number(own(|s| s.inside[18]).mean),
+                    "0".into(),
+                    reference(definition, &drawn.name, &["bayes"]),
+                ],
+            );
+        }
         let mut floors: Vec<f64> = entrants.iter().map(|x| x.floor).filter(|f| *f > 0.0).collect();
         floors.sort_by(f64::total_cmp);
         floors.dedup();

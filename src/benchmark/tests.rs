@@ -67,6 +67,7 @@ fn the_true_process_scores_what_the_reference_says() -> Result<()> {
         "gp-a",
         "gp-b-eq",
         "gp-b-noisy-mixture",
+        "gp-c-eq",
         "gp-c-weakly-periodic",
         "gp-r-eq",
         "gp-d-periodic",
@@ -135,12 +136,13 @@ fn a_model_that_is_told_the_answer_is_found_out() -> Result<()> {
     let entrant = |model: &Told, floor: f64| -> Result<Entrant> {
         let scores = vec![fixed.meet(model)?];
         let card = checkpoint_card();
-        let trained = Trained { card, steps: 1, scores, agreement: vec![None] };
+        let trained =
+            Trained { card, steps: 1, measured: Vec::new(), scores, agreement: vec![None] };
         Ok(Entrant { name: "told".into(), floor, seeds: vec![trained] })
     };
     let found = |model: &Told, floor: f64| -> Result<usize> {
         let again = drawn("gp-a", 64, &[0.1])?.swap_remove(0).2;
-        let drawn = Drawn { name: name.clone(), fixed: again };
+        let drawn = Drawn { name: name.clone(), fixed: again, integrated: None };
         Ok(leaks(&[drawn], &[entrant(model, floor)?]).len())
     };
     assert_eq!(found(&told(0.01, 0.0), 0.0)?, 1, "sharp and right");

@@ -42,6 +42,10 @@ pub struct Args {
     /// Least standard deviation of every head, instead of the protocol's
     #[arg(long)]
     floor: Option<f64>,
+    /// Also score the exact process that is not told the kernel, integrated over so many draws from
+    /// the prior: what a model could reach at best. Try 1000; minutes, by cubes of the context
+    #[arg(long, value_name = "DRAWS", value_parser = clap::value_parser!(u32).range(1..))]
+    integrated: Option<u32>,
 }
 
 /// `90s`, `10m`, `1.5h`.
@@ -80,6 +84,7 @@ pub fn run(args: &Args) -> Result<()> {
         tasks: args.tasks,
         jobs: args.jobs as usize,
         floor: args.floor,
+        integrated: args.integrated.map(|n| n as usize),
         machine: device::describe(),
     };
     let table = benchmark::run(&options, &note)?;

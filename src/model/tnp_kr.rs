@@ -488,6 +488,8 @@ impl RawBias {
                 let scale = ladder(wide, narrow);
                 let [wide, narrow] = c.bias_reach.unwrap_or([3.0, 0.3]);
                 let support = ladder(wide, narrow);
+                let [wide, narrow] = c.bias_reach.unwrap_or([2.0, 0.5]);
+                let period = ladder(wide, narrow);
                 let [mut a, mut b, shift] = match (c.bias_start, term) {
                     (_, Term::Sink) => [0.0, 0.0, 0.0],
                     (Widths::Equal, Term::Scalar) => [-1.0, 0.0, 0.0],
@@ -495,6 +497,8 @@ impl RawBias {
                     (Widths::Spread, Term::Scalar) => [-0.5 / scale, 0.0, 0.0],
                     // A head that sees no site learns nothing: a support is wider than a length scale.
                     (Widths::Spread, Term::Wendland) => [1.0, 1.0 / support, 0.0],
+                    // Periods from two units of distance to a half.
+                    (Widths::Spread, Term::Periodic) => [1.0, 1.0 / period, 0.0],
                     (Widths::Spread, Term::Exponential) => [1.0, 1.0 / scale, 0.0],
                     (Widths::Spread, t) if t.is_log_kernel() => [1.0, 1.0 / scale, 0.0],
                     (Widths::Spread, _) => [1.0, 1.0 / (scale * scale), 0.0],

@@ -55,6 +55,10 @@ pub struct Design {
     pub line: bool,
     /// Longer half-side of the region.
     pub half_side: f64,
+    /// How far the context's sites are moved along the first axis, after all else.
+    pub shift_context: f64,
+    /// The same for targets.
+    pub shift_targets: f64,
     /// Published benchmarks ask, beside this many sites of which the context is a part, …
     pub pool: usize,
     /// … a regular grid of this many targets (per axis) over the region, and nothing else.
@@ -81,6 +85,8 @@ impl Default for Design {
             anywhere: 0.2,
             line: false,
             half_side: 1.0,
+            shift_context: 0.0,
+            shift_targets: 0.0,
             pool: 0,
             grid: 0,
         }
@@ -117,6 +123,17 @@ impl Design {
         self.cluster_radius.check("cluster_radius", true)?;
         self.aspect.check("aspect", true)?;
         Law::Fixed(self.half_side).check("half_side", true)?;
+        for (name, shift) in
+            [("shift_context", self.shift_context), ("shift_targets", self.shift_targets)]
+        {
+            Law::Fixed(shift).check(name, false)?;
+        }
+        if self.pool > 0 && self.shift_context != self.shift_targets {
+            return Err(Error::input("a context among the targets cannot be moved from them")
+                .fact("shift_context", self.shift_context)
+                .fact("shift_targets", self.shift_targets)
+                .try_this("set both to the same number under [design], or `pool` to 0"));
+        }
         let most = self.context.iter().map(|s| s.sites[1]).max().unwrap_or(0);
         if self.pool > 0 && self.pool < most {
             return Err(Error::input("the pool is smaller than the largest context")
@@ -204,6 +221,9 @@ impl Design {
     pub fn layout_of(&self, context: usize, targets: usize, rng: &mut Stream) -> Layout {
         let mut layout = self.unit_layout(context, targets, rng);
         layout.xy.iter_mut().flatten().for_each(|v| *v *= self.half_side);
+        let (seen, asked) = layout.xy.split_at_mut(layout.context);
+        seen.iter_mut().for_each(|p| p[0] += self.shift_context);
+        asked.iter_mut().for_each(|p| p[0] += self.shift_targets);
         layout
     }
 

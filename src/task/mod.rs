@@ -193,6 +193,11 @@ impl Tasks {
         if self.design.line { 1 } else { 2 }
     }
 
+    /// The law of surfaces.
+    pub fn prior(&self) -> &dyn Prior {
+        &*self.prior
+    }
+
     /// The survey design.
     pub fn design(&self) -> &Design {
         &self.design

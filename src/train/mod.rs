@@ -175,7 +175,7 @@ pub struct Options {
 }
 
 /// What happened in a training, for the terminal.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Progress {
     /// Step just finished.
     pub step: u64,
@@ -617,6 +617,13 @@ fn warm_start(params: &Params, file: &Path) -> Result<String> {
         card.tasks,
         card.seed
     ))
+}
+
+/// What the process measured last, by its journal: see [`Progress::measured`]. Nothing without one.
+pub fn measured(out: &Path) -> Option<Vec<(String, f64)>> {
+    let text = std::fs::read_to_string(beside(out, "journal.jsonl")).ok()?;
+    let last: Progress = serde_json::from_str(text.lines().next_back()?).ok()?;
+    Some(last.measured.into_iter().collect())
 }
 
 /// Appends a line to the journal; `None` starts an empty one.

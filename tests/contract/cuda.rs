@@ -17,7 +17,7 @@ use isopleth::{
     attention::{Bias, Keys, Metric, Term, bias::geometry, full},
 };
 
-use super::reader::{BIASES, Case, Shape, USUAL, case, extreme, gap, single};
+use super::reader::{BIASES, Case, Shape, USUAL, case, extreme, gap, of_f32, single};
 
 /// A program of tests/cuda, compiled once; nothing where there is no C++ compiler.
 pub fn compiled(source: &str) -> Option<(tempfile::TempDir, PathBuf)> {
@@ -185,11 +185,9 @@ fn every_case(law: impl Fn(&Case, f64, &str)) {
     for shape in shapes() {
         for terms in BIASES {
             for metric in [Metric::Euclidean, Metric::GreatCircle] {
-                // Near its edge, weights of a compact support hang on the last digits of 1 − u.
-                let compact = terms.iter().any(|t| t.0 == Term::Wendland);
                 let case = case(&mut rng, &shape, terms, metric);
                 let name = format!("{shape:?}, {terms:?}, {metric:?}");
-                law(&case, if compact { 2e-5 } else { 2e-6 }, &name);
+                law(&case, of_f32(terms), &name);
             }
         }
     }

@@ -14,7 +14,7 @@ constexpr int TERMS = 16;
 constexpr double LOG2_E = 1.4426950408889634;
 
 // In the order of `Term::ALL`.
-enum Term { SCALAR, RBF, TISA, EXPONENTIAL, SQUARED_EXPONENTIAL, MATERN_32, MATERN_52, WENDLAND, SINK };
+enum Term { SCALAR, RBF, TISA, EXPONENTIAL, SQUARED_EXPONENTIAL, MATERN_32, MATERN_52, WENDLAND, SINK, PERIODIC };
 
 // Sizes and kinds, the same for every query; enabled.rs has it too.
 struct Problem {
@@ -89,6 +89,27 @@ DEVICE float root(float b, float d2) { return fminf(b * sqrtf(d2), 1e18f); }
 // 2ˣ, held where a bump that grows (b < 0) would leave f32.
 DEVICE float bump(float x) { return exp2_approx(fminf(x, 96.0f)); }
 
+// cos and sin of t turns, by Taylor's polynomials of half the angle, right to 6e-8.
+DEVICE void turn(float t, float &cosine, float &sine) {
+    t -= rintf(t);
+    const float x = 3.14159265f * t, x2 = x * x;
+    float s = -2.5052108e-8f;
+    s = fmaf(s, x2, 2.7557319e-6f);
+    s = fmaf(s, x2, -1.984127e-4f);
+    s = fmaf(s, x2, 8.333333e-3f);
+    s = fmaf(s, x2, -1.6666667e-1f);
+    s = fmaf(s * x2, x, x);
+    float c = 2.0876757e-9f;
+    c = fmaf(c, x2, -2.7557319e-7f);
+    c = fmaf(c, x2, 2.4801587e-5f);
+    c = fmaf(c, x2, -1.3888889e-3f);
+    c = fmaf(c, x2, 4.1666667e-2f);
+    c = fmaf(c, x2, -0.5f);
+    c = fmaf(c, x2, 1.0f);
+    cosine = fmaf(-2.0f * s, s, 1.0f);
+    sine = 2.0f * s * c;
+}
+
 // Adds one term to N scores at squared distances d2: −∞ outside a compact support.
 template <int N> DEVICE void add_term(const Bent &t, const float (&d2)[N], float (&score)[N]) {
     switch (t.family) {
@@ -128,6 +149,14 @@ template <int N> DEVICE void add_term(const Bent &t, const float (&d2)[N], float
         for (int i = 0; i < N; ++i) {
             const float u = t.b * sqrtf(d2[i]);
             score[i] = u < 1.0f ? fmaf(log_wendland(u), t.a, score[i]) : -INFINITY;
+        }
+        break;
+    case PERIODIC:
+        UNROLL
+        for (int i = 0; i < N; ++i) {
+            float cosine, sine;
+            turn(t.b * sqrtf(d2[i]), cosine, sine);
+            score[i] = fmaf(cosine, t.a, score[i]);
         }
         break;
     }
@@ -221,8 +250,19 @@ DEVICE void add_slopes(const Bent &t, const float (&abc)[3], const float (&d2)[N
         }
         two *= 20.0f * a * size;
         break;
+    case PERIODIC:
+        UNROLL
+        for (int i = 0; i < N; ++i) {
+            const float d = sqrtf(d2[i]);
+            float cosine, sine;
+            turn(b * d, cosine, sine);
+            one = fmaf(ds[i], cosine, one);
+            two -= ds[i] * d * sine;
+        }
+        two *= 6.28318531f * a;
+        break;
     }
-    if (t.family >= SQUARED_EXPONENTIAL && b < 0.0f) two = -two;
+    if (t.family >= SQUARED_EXPONENTIAL && t.family <= WENDLAND && b < 0.0f) two = -two;
     sums[0] += one;
     sums[1] += two;
     sums[2] += three;
