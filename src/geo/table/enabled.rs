@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use gdal::{
-    Dataset, DatasetOptions, DriverManager, GdalOpenFlags, LayerOptions,
+    Dataset, DatasetOptions, DriverManager, GdalOpenFlags,
     vector::{
-        Defn, Feature, FieldDefn, Geometry, Layer, LayerAccess, OGRFieldType,
+        Defn, Feature, FieldDefn, Geometry, Layer, LayerAccess, LayerOptions, OGRFieldType,
         OGRwkbGeometryType as Kind, sql,
     },
 };
