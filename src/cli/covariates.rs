@@ -15,7 +15,7 @@ use crate::{
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct CovariateArgs {
     /// A covariate from a raster of any grid and system: NAME=FILE.tif[:BAND], and behind it what
-    /// applies of ,nearest ,bilinear ,mean:5km ,categorical ,log ,log1p ,knot:650; may be repeated
+    /// applies of ,nearest ,bilinear ,mean:5km ,categorical ,log ,log1p ,sqrt ,knot:650; may be repeated
     #[arg(long = "covariate", value_name = "NAME=FILE")]
     rasters: Vec<String>,
     /// A covariate from a column of the survey's table, and of the targets', with the same options; may

@@ -94,6 +94,7 @@ pub fn run(args: &Args) -> Result<()> {
     let layer = args.survey.columns.layer.as_deref();
     let survey = args.covariates.attach(args.survey.read()?, layer)?;
     let frame = Frame::fit(&survey)?;
+    let (aim, link) = aim(args, &survey, &frame)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let fine = grid_of(
         args.like.as_deref(),
@@ -110,7 +111,6 @@ pub fn run(args: &Args) -> Result<()> {
         None => grid,
     };
     tell_survey(&survey)?;
-    let (aim, link) = aim(args, &survey, &frame)?;
     let likelihood = likelihood::find(match link {
         Link::Logit => "binomial",
         _ => "gaussian",

@@ -50,6 +50,8 @@ pub enum Scale {
     Log,
     /// ln(1 + value); above −1. For populations and distances that may be 0.
     Log1p,
+    /// Its square root; 0 or above.
+    Sqrt,
 }
 
 /// Where a covariate comes from.
@@ -84,12 +86,12 @@ pub struct Spec {
     pub knots: Vec<f64>,
 }
 
-const OPTIONS: &str = "nearest, bilinear, mean:5km, categorical, log, log1p, knot:650";
+const OPTIONS: &str = "nearest, bilinear, mean:5km, categorical, log, log1p, sqrt, knot:650";
 
 impl FromStr for Spec {
     type Err = Error;
 
-    /// `NAME=FILE[:BAND][,nearest|bilinear|mean:RADIUS][,categorical][,log|log1p][,knot:VALUE]`.
+    /// `NAME=FILE[:BAND][,nearest|bilinear|mean:RADIUS][,categorical][,log|log1p|sqrt][,knot:VALUE]`.
     ///
     /// ```
     /// use isopleth::geo::covariates::{Sampling, Source, Spec};
@@ -140,7 +142,7 @@ impl Spec {
         }
     }
 
-    /// A column of the tables: `COLUMN[,categorical][,log|log1p][,knot:VALUE]`.
+    /// A column of the tables: `COLUMN[,categorical][,log|log1p|sqrt][,knot:VALUE]`.
     ///
     /// # Errors
     /// [`Error::Input`] for what it cannot mean.
@@ -173,6 +175,7 @@ impl Spec {
                 "categorical" => self.categorical = true,
                 "log" => self.scale = Scale::Log,
                 "log1p" => self.scale = Scale::Log1p,
+                "sqrt" => self.scale = Scale::Sqrt,
                 _ if option.parse::<Sampling>().is_ok() => said = option.parse().ok(),
                 _ => match option.strip_prefix("knot:").map(str::parse) {
                     Some(Ok(knot)) if f64::is_finite(knot) => self.knots.push(knot),
@@ -188,8 +191,8 @@ impl Spec {
             return refuse("categories have no average", "categorical", help);
         }
         if self.categorical && (self.scale != Scale::Plain || !self.knots.is_empty()) {
-            let help = "leave log, log1p and knot out: they are of numbers";
-            return refuse("categories have no logarithm and no slope", "categorical", help);
+            let help = "leave log, log1p, sqrt and knot out: they are of numbers";
+            return refuse("categories have no logarithm, root or slope", "categorical", help);
         }
         self.sampling = match (said, self.categorical) {
             (Some(said), _) => said,
@@ -198,7 +201,7 @@ impl Spec {
         };
         if let Some(knot) = self.knots.iter().find(|knot| !self.scaled(**knot).is_finite()) {
             return refuse(
-                "a knot lies where the logarithm is not defined",
+                "a knot lies where the logarithm or root is not defined",
                 &format!("knot:{knot}"),
                 "knots are in the covariate's own unit",
             );
@@ -214,6 +217,7 @@ impl Spec {
             Scale::Plain => value,
             Scale::Log => value.ln(),
             Scale::Log1p => value.ln_1p(),
+            Scale::Sqrt => value.sqrt(),
         }
     }
 }
@@ -261,6 +265,7 @@ impl fmt::Display for Spec {
             Scale::Plain => Ok(()),
             Scale::Log => write!(f, ", logarithm"),
             Scale::Log1p => write!(f, ", ln(1 + value)"),
+            Scale::Sqrt => write!(f, ", square root"),
         }?;
         self.knots.iter().try_for_each(|knot| write!(f, ", slope may change at {knot}"))
     }
@@ -437,7 +442,7 @@ fn check(spec: &Spec, survey: &Survey, values: &[f64]) -> Result<()> {
     }
     let lost = |v: &f64| !v.is_nan() && !spec.scaled(*v).is_finite();
     if let Some(i) = values.iter().position(lost) {
-        return Err(Error::input("a covariate has no logarithm at a site")
+        return Err(Error::input("a covariate has no logarithm or root at a site")
             .fact("covariate", spec)
             .fact("site", place(i))
             .fact("value", values[i])
