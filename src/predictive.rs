@@ -71,7 +71,8 @@ impl Link {
 pub enum Of {
     /// The latent surface: what a map shows.
     Surface,
-    /// The surface plus the nugget: a new village's prevalence, or a new noisy value.
+    /// The surface plus all that sets villages apart: a new village's prevalence or rate, or a new
+    /// noisy value. What is counted there varies once more: [`crate::score::Counts`].
     Observation,
 }
 
@@ -90,6 +91,9 @@ pub struct Predictive {
     pub surface_sd: Tensor,
     /// Component sds of a new observation `[batch, target, component]`, ≥ `surface_sd`.
     pub observation_sd: Tensor,
+    /// How far the means of a new observation lie above those of the surface `[batch, target,
+    /// component]`, from processes whose villages scatter unevenly; nothing where they do not.
+    pub lift: Option<Tensor>,
     /// The law of the observation itself, from heads that end in counts or classes; what stands
     /// above is then its likeness on the link scale.
     pub law: Option<Arc<dyn Law>>,
@@ -116,7 +120,7 @@ impl Predictive {
         observation_sd: Tensor,
     ) -> Result<Self> {
         let log_weight = mean.zeros_like()?;
-        Ok(Predictive { link, log_weight, mean, surface_sd, observation_sd, law: None })
+        Ok(Predictive { link, log_weight, mean, surface_sd, observation_sd, lift: None, law: None })
     }
 
     /// Log density of `value` `[batch, target, 1]` on the link scale; returns `[batch, target]`.
@@ -133,8 +137,16 @@ impl Predictive {
     fn terms(&self, of: Of, value: &Tensor) -> Result<Tensor> {
         let sd = self.sd(of);
         let value = value.to_dtype(self.mean.dtype())?;
-        let z = self.mean.broadcast_sub(&value)?.div(sd)?;
+        let z = self.mean_of(of)?.broadcast_sub(&value)?.div(sd)?;
         Ok(((&self.log_weight - sd.log()?)? - (z.sqr()? * 0.5)?)?)
+    }
+
+    /// Component means of the surface or of a new observation.
+    pub fn mean_of(&self, of: Of) -> Result<Tensor> {
+        Ok(match (of, &self.lift) {
+            (Of::Observation, Some(lift)) => (&self.mean + lift)?,
+            _ => self.mean.clone(),
+        })
     }
 
     /// Component sds of the surface or of a new observation.
@@ -164,7 +176,7 @@ impl Predictive {
             Ok(x.narrow(0, row, 1)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?)
         };
         let weight: Vec<f64> = host(&self.log_weight)?.iter().map(|w| w.exp()).collect();
-        let (mean, sd) = (host(&self.mean)?, host(self.sd(of))?);
+        let (mean, sd) = (host(&self.mean_of(of)?)?, host(self.sd(of))?);
         let sound = |x: &[f64]| x.iter().all(|v| v.is_finite());
         if !(sound(&weight) && sound(&mean) && sound(&sd)) {
             return Err(Error::input("the process returned values that are not finite").try_this(
@@ -270,7 +282,7 @@ impl Marginals {
         range.map(|j| (self.weight[j], self.mean[j], self.sd[j]))
     }
 
-    /// Undoes standardisation of a continuous outcome: link values become `mean + sd · value`.
+    /// Undoes standardisation on the link scale: link values become `mean + sd · value`.
     pub fn rescale(mut self, mean: f64, sd: f64) -> Self {
         self.mean.iter_mut().for_each(|m| *m = mean + sd * *m);
         self.sd.iter_mut().for_each(|s| *s *= sd);

@@ -4,7 +4,7 @@
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rand_distr::{Binomial, Distribution, Gamma, StandardNormal};
+use rand_distr::{Binomial, Distribution, Gamma, Poisson, StandardNormal};
 
 /// A named random stream.
 #[derive(Debug, Clone)]
@@ -81,6 +81,14 @@ impl Stream {
     /// Number of successes in `trials` at probability `p`, clamped to [0, 1].
     pub fn binomial(&mut self, trials: u64, p: f64) -> u64 {
         Binomial::new(trials, p.clamp(0.0, 1.0)).expect("p is a probability").sample(&mut self.0)
+    }
+
+    /// Poisson with the given mean, a whole number; 0 for a mean of 0.
+    pub fn poisson(&mut self, mean: f64) -> f64 {
+        if mean <= 0.0 {
+            return 0.0;
+        }
+        Poisson::new(mean).expect("the mean is finite").sample(&mut self.0)
     }
 
     /// A random permutation of 0 … n − 1.

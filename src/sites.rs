@@ -77,11 +77,11 @@ impl Sites {
 pub struct Observations {
     /// Where.
     pub sites: Sites,
-    /// `[batch, site, outcome]`: standardised values, or counts.
+    /// `[batch, site, outcome]`: standardised values or logarithms of values, or counts.
     pub y: Tensor,
     /// `[batch, site]`, 1 = observed, 0 = padding.
     pub mask: Tensor,
-    /// `[batch, site]`: people tested, for counts.
+    /// `[batch, site]`: for counts people tested, or cases expected at the frame's rate.
     pub trials: Option<Tensor>,
 }
 
@@ -178,7 +178,7 @@ pub struct Task {
     /// The true surface at the targets `[batch, target, 1]`, link scale.
     pub surface: Tensor,
     /// The true surface plus the nugget at the targets `[batch, target, 1]`, link scale: a new
-    /// village's logit prevalence, or a new noisy value.
+    /// village's logit prevalence or log rate, or a new noisy value.
     pub noisy: Tensor,
 }
 
@@ -216,6 +216,18 @@ pub fn unit_box(xy: &[[f64; 2]]) -> Option<([f64; 2], f64)> {
     let unit = 0.5 * (high[0] - low[0]).max(high[1] - low[1]);
     let centre = [0.5 * (low[0] + high[0]), 0.5 * (low[1] + high[1])];
     (unit.is_finite() && unit > 0.0).then_some((centre, unit))
+}
+
+/// Log of the overall rate of `cases` in their exposures: what rates of a frame are relative to.
+/// Half a case more keeps it finite where there is none.
+///
+/// ```
+/// let found = isopleth::sites::log_rate(&[1.0, 2.0], &[100.0, 600.0]);
+/// assert!((found - (3.5f64 / 700.0).ln()).abs() < 1e-12);
+/// ```
+pub fn log_rate(cases: &[f64], exposure: &[f64]) -> f64 {
+    let total: f64 = exposure.iter().sum();
+    ((cases.iter().sum::<f64>() + 0.5) / total.max(f64::MIN_POSITIVE)).ln()
 }
 
 /// Mean and standard deviation (divisor n) used to standardise a continuous outcome. A constant

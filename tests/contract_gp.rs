@@ -1,4 +1,4 @@
-//! Laws of kernels, scores and exact Gaussian processes, over everything registered.
+//! Laws of kernels, likelihoods, scores and exact Gaussian processes, over everything registered.
 
 #[path = "contract/autoregressive.rs"]
 mod autoregressive;
@@ -10,6 +10,8 @@ mod exact_gp;
 mod integrated_gp;
 #[path = "contract/kernels.rs"]
 mod kernels;
+#[path = "contract/likelihoods.rs"]
+mod likelihoods;
 #[path = "contract/nearest_gp.rs"]
 mod nearest_gp;
 #[path = "contract/next.rs"]

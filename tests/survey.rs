@@ -58,7 +58,7 @@ fn with(row: &str) -> String {
 fn counts(survey: &Survey) -> (&[f64], &[f64]) {
     match &survey.outcome {
         Outcome::Counts { positive, tested } => (positive, tested),
-        Outcome::Values(_) => panic!("counts expected"),
+        _ => panic!("counts expected"),
     }
 }
 
@@ -909,4 +909,91 @@ fn rongelap_and_rain_on_planes_of_their_own() {
             SurveyOptions { value: option("count"), crs: option("local:m"), ..Default::default() };
         assert_eq!(Survey::read(&path, &options).map_err(|e| shown(&e)).unwrap().len(), 157);
     }
+}
+
+// Rates, yes or no, and values above 0
+
+const RATES: &str = "lon,lat,cases,population,py\n8,5,3,1200,600.5\n8.5,5.5,0,800,410\n9,6,12,2500,0\n9.5,6,4,900,350\n";
+
+fn rates(cases: &str, population: Option<&str>, person_time: Option<&str>) -> SurveyOptions {
+    SurveyOptions {
+        cases: option(cases),
+        population: population.and_then(option),
+        person_time: person_time.and_then(option),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn cases_have_a_population_or_person_time() {
+    let survey = read_as(RATES, &rates("cases", Some("population"), None)).unwrap();
+    let Outcome::Cases { cases, exposure, per } = &survey.outcome else { panic!("cases expected") };
+    assert_eq!((cases[2], exposure[2], per.as_str()), (12.0, 2500.0, "person"));
+    assert_eq!(survey.outcome.observed()[0], 3.0 / 1200.0);
+    assert_eq!(survey.outcome.likelihood(), "poisson");
+    // Nobody at risk and twelve cases: one of the two is wrong.
+    let error = read_as(RATES, &rates("cases", None, Some("py"))).unwrap_err();
+    assert!(shown(&error).contains("cases where nobody is"), "{}", shown(&error));
+    let right = RATES.replace("12,2500,0", "0,2500,0");
+    let survey = read_as(&right, &rates("cases", None, Some("py"))).unwrap();
+    assert!(survey.dropped[0].reason.contains("nobody at risk (py is 0)"), "{:?}", survey.dropped);
+    let Outcome::Cases { exposure, per, .. } = &survey.outcome else { panic!("cases expected") };
+    assert_eq!((exposure[0], per.as_str()), (600.5, "unit of py"));
+}
+
+#[test]
+fn half_a_rate_is_refused_with_what_is_missing() {
+    for (options, what, help) in [
+        (
+            rates("cases", None, None),
+            "without those they are among",
+            "--population or --person-time",
+        ),
+        (
+            SurveyOptions { population: option("population"), ..Default::default() },
+            "needs the cases",
+            "--cases",
+        ),
+        (
+            rates("cases", Some("population"), Some("py")),
+            "two are named",
+            "--person-time for incidence",
+        ),
+        (rates("cases", Some("cases"), None), "cannot be both", "two columns"),
+        (
+            SurveyOptions { value: option("py"), ..rates("cases", Some("population"), None) },
+            "one outcome, and two are named",
+            "name one",
+        ),
+    ] {
+        let error = read_as(RATES, &options).unwrap_err();
+        assert!(error.to_string().contains(what), "{error}");
+        assert!(error.help().unwrap().contains(help), "{:?}", error.help());
+    }
+    for (from, to, what) in [
+        ("3,1200", "3.5,1200", "whole number"),
+        ("3,1200", "-3,1200", "whole number"),
+        ("3,1200", "3,-1200", "not above 0"),
+    ] {
+        let text = RATES.replace(from, to);
+        let error = read_as(&text, &rates("cases", Some("population"), None)).unwrap_err();
+        assert!(error.to_string().contains(what), "{error}");
+    }
+}
+
+#[test]
+fn single_people_and_logarithms_are_read() {
+    let text = "lon,lat,sick,density\n8,5,1,120\n8,5,0,3.5\n9,6,0,800\n9.5,6,1,40\n";
+    let binary = SurveyOptions { binary: option("sick"), ..Default::default() };
+    let survey = read_as(text, &binary).unwrap();
+    assert_eq!(counts(&survey), (&[1.0, 0.0, 0.0, 1.0][..], &[1.0; 4][..]));
+    assert!(survey.outcome.is_single());
+    let error = read_as(&text.replace("9,6,0", "9,6,2"), &binary).unwrap_err();
+    assert!(error.to_string().contains("0 or 1"), "{error}");
+    let logged = SurveyOptions { log_value: option("density"), ..Default::default() };
+    let survey = read_as(text, &logged).unwrap();
+    assert_eq!(survey.outcome, Outcome::Positive(vec![120.0, 3.5, 800.0, 40.0]));
+    let error = read_as(&text.replace("800", "0"), &logged).unwrap_err();
+    assert!(error.to_string().contains("above 0"), "{error}");
+    assert!(error.help().unwrap().contains("detection"), "{:?}", error.help());
 }

@@ -1,24 +1,25 @@
 //! The exact Gaussian process: kriging, in f64, by dense Cholesky. The yardstick of every model.
 //!
 //! Source: Rasmussen & Williams (2006): algorithm 2.1 for Gaussian observations, algorithms 3.1 and
-//! 3.2 (Laplace approximation) for counts. Ordinary kriging is the limit of a mean with a broad
-//! Gaussian prior (their section 2.7), so simple and ordinary kriging are one formula here; and
-//! universal kriging is the same formula with a coefficient for every covariate. The variance of the
-//! coefficients' prior is found with the other parameters, by what is left of the likelihood once the
-//! coefficients are integrated out: ridge regression with its penalty by restricted likelihood.
+//! 3.2 (Laplace approximation) for counts of every log-concave likelihood. Ordinary kriging is the
+//! limit of a mean with a broad Gaussian prior (their section 2.7), so simple and ordinary kriging
+//! are one formula here; and universal kriging is the same formula with a coefficient for every
+//! covariate. The variance of the coefficients' prior is found with the other parameters, by what is left
+//! of the likelihood once the coefficients are integrated out: ridge regression with its penalty by
+//! restricted likelihood.
 
 use candle_core::{DType, Tensor};
 use faer::{Accum, Mat, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
-use statrs::function::gamma::ln_gamma;
 
 use super::{nelder_mead::minimise, regression::Coefficients};
+pub use crate::likelihood::binomial_log_pmf;
 use crate::{
     error::{Error, Result},
     kernel::{Kernel, Matern, Metric, Smoothness},
-    likelihood::Likelihood,
+    likelihood::{Kind, Likelihood},
     linalg::Cholesky,
-    predictive::{Draws, Link, Of, Predictive},
+    predictive::{Draws, Of, Predictive},
     process::{Memory, Posterior, Process},
     rng::Stream,
     sites::{Observations, Sites},
@@ -37,7 +38,7 @@ pub const MOST_SITES: usize = 20_000;
 /// A Gaussian process with known covariance.
 ///
 /// The link-scale value of an observation is `mean + surface + nugget`; for counts the nugget is
-/// the village effect.
+/// the village effect, beside which negative binomial counts have a dispersion of their own.
 pub struct ExactGp {
     /// Covariance of the surface, link scale², sites in model units.
     pub kernel: Box<dyn Kernel>,
@@ -51,6 +52,8 @@ pub struct ExactGp {
     pub coefficient_variance: f64,
     /// Covariates of every site: 0, and those that sites have are passed over.
     features: usize,
+    /// Size of negative binomial counts; ∞ for every other likelihood.
+    pub dispersion: f64,
     /// Log marginal likelihood of the context it was fitted to, in nats, where it was fitted.
     pub log_marginal: Option<f64>,
     likelihood: &'static dyn Likelihood,
@@ -61,7 +64,7 @@ pub(super) struct Row {
     /// Coordinates, and behind them the covariates.
     pub sites: Vec<Vec<f64>>,
     pub y: Vec<f64>,
-    /// Number tested; empty for values.
+    /// Number tested, or exposure; empty for values.
     pub trials: Vec<f64>,
 }
 
@@ -94,9 +97,10 @@ pub(super) fn check_levels(
             .fact("mean", mean)
             .fact("nugget", nugget));
     }
-    if likelihood.counts() && likelihood.link() != Link::Logit {
-        return Err(Error::input(format!("the {kind} process reads binomial counts only"))
-            .fact("likelihood", likelihood.name()));
+    if likelihood.counts() && likelihood.log_probability(0.0, 1.0, 0.0, 1.0).is_none() {
+        return Err(Error::input(format!("the {kind} process does not read these counts"))
+            .fact("likelihood", likelihood.name())
+            .try_this("read them as binomial: the nugget takes up what sets villages apart"));
     }
     Ok(())
 }
@@ -107,8 +111,8 @@ impl ExactGp {
     /// # Units
     /// `kernel` and `mean` on the link scale, `nugget` a variance on the link scale.
     /// # Errors
-    /// [`Error::Input`] for a negative nugget, a mean that is not finite, or a likelihood of counts
-    /// without a logit link.
+    /// [`Error::Input`] for a negative nugget, a mean that is not finite, or a likelihood for which
+    /// Laplace's approximation is none: that of beta-binomial counts.
     pub fn new(
         kernel: Box<dyn Kernel>,
         nugget: f64,
@@ -123,6 +127,7 @@ impl ExactGp {
             mean_variance: 0.0,
             coefficient_variance: 0.0,
             features: 0,
+            dispersion: f64::INFINITY,
             log_marginal: None,
             likelihood,
         })
@@ -143,14 +148,29 @@ impl ExactGp {
         Ok(ExactGp { features, coefficient_variance: variance, ..self })
     }
 
+    /// The same process with counts of this dispersion.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if it is not above 0, or a likelihood that has one is left without.
+    pub fn dispersed(self, dispersion: f64) -> Result<Self> {
+        let named = self.likelihood.dispersion();
+        if dispersion.is_nan() || dispersion <= 0.0 || named.is_some() != dispersion.is_finite() {
+            return Err(Error::input("this dispersion is none of the likelihood's")
+                .fact("likelihood", self.likelihood.name())
+                .fact(named.unwrap_or("dispersion"), dispersion));
+        }
+        Ok(ExactGp { dispersion, ..self })
+    }
+
     /// The same process with a mean known only up to `variance`, link scale².
     pub fn uncertain_mean(self, variance: f64) -> Self {
         ExactGp { mean_variance: variance, ..self }
     }
 
     /// The Matérn process that makes the context most likely: length scale, sill, nugget, and
-    /// smoothness among 1/2, 3/2 and 5/2, with the mean integrated out under a broad prior. Where
-    /// sites have covariates, so are their coefficients, under the prior that makes the context most likely.
+    /// smoothness among 1/2, 3/2 and 5/2, with the mean integrated out under a broad prior; and the
+    /// size of negative binomial counts. Where sites have covariates, their coefficients are integrated
+    /// out too, under the prior that makes the context most likely.
     ///
     /// Weak log-normal penalties keep parameters that the data do not inform in sane ranges. Above
     /// [`FIT_SITES`] sites, the likelihood is that of an evenly spread subset of the rows.
@@ -178,7 +198,11 @@ impl ExactGp {
         let mean_variance = if likelihood.counts() { 25.0 } else { 100.0 * variance };
         // Centre and sd of the log-normal penalties: weak, for sd 1.5 allows a factor of 20.
         let mut belief = vec![(0.25 * extent, 1.25), (variance, 1.5), (0.2 * variance, 2.0)];
-        // The coefficients' variance last, where there are some.
+        // The size of counts, and then the coefficients' variance, last, where there are some.
+        let sized = likelihood.dispersion().is_some();
+        if sized {
+            belief.push((5.0, 2.0));
+        }
         if features > 0 {
             belief.push((0.2 * variance, 1.5));
         }
@@ -188,7 +212,8 @@ impl ExactGp {
             let gp = ExactGp::new(Box::new(kernel), p[2].exp(), centre, likelihood)?;
             let gp = gp.uncertain_mean(mean_variance);
             let coefficients = if features > 0 { p[p.len() - 1].exp() } else { 0.0 };
-            gp.with_covariates(features, coefficients)
+            let gp = gp.with_covariates(features, coefficients)?;
+            if sized { gp.dispersed(p[3].exp()) } else { Ok(gp) }
         };
         let penalty = |p: &[f64]| -> f64 {
             let terms = p.iter().zip(&belief).map(|(x, (c, sd))| ((x - c.ln()) / sd).powi(2));
@@ -212,9 +237,10 @@ impl ExactGp {
                 Some((_, p, _)) => vec![p.clone()],
                 None => [0.05, 0.3]
                     .map(|part| {
+                        let size = if sized { Some(5.0) } else { None };
                         let last = if features > 0 { Some(0.1 * variance) } else { None };
                         let start = [part * extent, 0.7 * variance, 0.2 * variance];
-                        start.into_iter().chain(last).map(f64::ln).collect()
+                        start.into_iter().chain(size).chain(last).map(f64::ln).collect()
                     })
                     .to_vec(),
             };
@@ -409,17 +435,23 @@ impl ExactGp {
             );
             out.col_as_slice(0).to_vec()
         };
-        let log_likelihood = |f: &[f64]| -> f64 {
-            (0..n).map(|i| binomial_log_pmf(row.y[i], row.trials[i], self.mean + f[i])).sum()
+        let law = |i: usize, f: f64| -> [f64; 3] {
+            let eta = self.mean + f;
+            let law =
+                self.likelihood.log_probability(row.y[i], row.trials[i], eta, self.dispersion);
+            law.expect("ExactGp::new asks no other likelihoods")
         };
+        let log_likelihood = |f: &[f64]| -> f64 { (0..n).map(|i| law(i, f[i])[0]).sum() };
         let mut f = start.to_vec();
         let mut weight = vec![0.0; n];
-        // The start need not have the form K · weight, so the first step is taken whatever it costs.
-        let mut objective = f64::NEG_INFINITY;
+        // What no step may fall below: a full one from far off a Poisson law's mode overflows. A start
+        // that was told need not have the form K · weight; where it leads nowhere, 0 is the start.
+        let mut objective = log_likelihood(&vec![0.0; n]);
+        let mut told = start.iter().any(|f| *f != 0.0);
         let mut settled = false;
         for _ in 0..100 {
-            let p: Vec<f64> = f.iter().map(|f| Link::Logit.outcome(self.mean + f)).collect();
-            let w: Vec<f64> = (0..n).map(|i| row.trials[i] * p[i] * (1.0 - p[i])).collect();
+            let laws: Vec<[f64; 3]> = (0..n).map(|i| law(i, f[i])).collect();
+            let w: Vec<f64> = laws.iter().map(|[.., curve]| -curve).collect();
             let root: Vec<f64> = w.iter().map(|w| w.sqrt()).collect();
             let factor = Cholesky::factor(Mat::from_fn(n, n, |i, j| {
                 root[i] * covariance[(i, j)] * root[j] + if i == j { 1.0 } else { 0.0 }
@@ -429,8 +461,7 @@ impl ExactGp {
                 let sites = row.sites.clone();
                 return Ok(Fitted { sites, weight, scale: root, factor, log_marginal, latent: f });
             }
-            let b: Vec<f64> =
-                (0..n).map(|i| w[i] * f[i] + row.y[i] - row.trials[i] * p[i]).collect();
+            let b: Vec<f64> = (0..n).map(|i| w[i] * f[i] + laws[i][1]).collect();
             let kb = times(&b);
             let inner = factor.solve(&(0..n).map(|i| root[i] * kb[i]).collect::<Vec<_>>());
             let newton: Vec<f64> = (0..n).map(|i| b[i] - root[i] * inner[i]).collect();
@@ -442,14 +473,22 @@ impl ExactGp {
                 let latent = times(&tried);
                 let value = log_likelihood(&latent)
                     - 0.5 * tried.iter().zip(&latent).map(|(a, f)| a * f).sum::<f64>();
-                let slack = 1e-9 * (1.0 + value.abs());
-                if value > objective - slack || step < 1e-6 {
-                    settled = value - objective < slack;
+                let slack = 1e-9 * (1.0 + objective.abs());
+                if value > objective - slack {
+                    settled = !told && value - objective < slack;
                     (weight, f, objective) = (tried, latent, value);
                     break;
                 }
                 step *= 0.5;
+                if step < 1e-6 {
+                    match told {
+                        true => f = vec![0.0; n],
+                        false => settled = true,
+                    }
+                    break;
+                }
             }
+            told = false;
             if !objective.is_finite() {
                 return Err(Error::input("the counts have no finite likelihood"));
             }
@@ -457,18 +496,6 @@ impl ExactGp {
         Err(Error::input("Laplace's approximation did not settle in 100 steps")
             .try_this("check the counts for extreme values"))
     }
-}
-
-/// `ln Binomial(k | n, logistic η)`, finite for any finite η.
-///
-/// ```
-/// let seen = isopleth::baseline::exact_gp::binomial_log_pmf(3.0, 10.0, -1.0);
-/// assert!((seen - -1.345_125_132_400).abs() < 1e-9); // scipy.stats.binom.logpmf(3, 10, expit(-1))
-/// ```
-pub fn binomial_log_pmf(k: f64, n: f64, eta: f64) -> f64 {
-    // softplus without overflow
-    let softplus = eta.max(0.0) + (-eta.abs()).exp().ln_1p();
-    ln_gamma(n + 1.0) - ln_gamma(k + 1.0) - ln_gamma(n - k + 1.0) + k * eta - n * softplus
 }
 
 /// Covariates of every site.
@@ -507,8 +534,14 @@ pub(super) fn rows(
     let trials = match (&context.trials, likelihood.counts()) {
         (Some(trials), true) => host(trials)?,
         (None, true) => {
-            return Err(Error::input("counts need the number tested at every site")
-                .try_this("give --tested COLUMN, or map a value with --value COLUMN"));
+            let help = match likelihood.kind() {
+                Kind::Exposure => "give --population COLUMN or --person-time COLUMN",
+                _ => "give --tested COLUMN, or map a value with --value COLUMN",
+            };
+            return Err(Error::input(
+                "counts need the number tested, or the exposure, at every site",
+            )
+            .try_this(help));
         }
         (_, false) => vec![Vec::new(); sites.len()],
     };
@@ -521,9 +554,16 @@ pub(super) fn rows(
                 y: pick(&y[b]),
                 trials: pick(&trials[b]),
             };
-            let fits = |i: usize| row.y[i] >= 0.0 && row.y[i] <= row.trials[i];
+            let open = likelihood.kind() == Kind::Exposure;
+            let fits = |i: usize| {
+                let (k, n) = (row.y[i], row.trials[i]);
+                k >= 0.0 && if open { n > 0.0 } else { k <= n }
+            };
             if likelihood.counts() && !(0..row.y.len()).all(fits) {
-                return Err(Error::input("a count is negative or above the number tested"));
+                return Err(Error::input(match open {
+                    true => "a count is negative, or its population or person-time is not above 0",
+                    false => "a count is negative or above the number tested",
+                }));
             }
             let finite = row.y.iter().chain(row.sites.iter().flatten()).all(|v| v.is_finite());
             if !finite {
@@ -553,14 +593,14 @@ impl Row {
             let (mean, sd) = crate::sites::mean_sd(&self.y);
             return (mean, sd * sd);
         }
-        let logits: Vec<f64> = self
-            .y
-            .iter()
-            .zip(&self.trials)
-            .map(|(k, n)| ((k + 0.5) / (n - k + 0.5)).ln())
-            .collect();
-        let (mean, sd) = crate::sites::mean_sd(&logits);
-        // Part of the spread is the binomial's own; a village never varies by less than a little.
+        let open = likelihood.kind() == Kind::Exposure;
+        let one = |(k, n): (&f64, &f64)| match open {
+            true => ((k + 0.5) / n).ln(),
+            false => ((k + 0.5) / (n - k + 0.5)).ln(),
+        };
+        let levels: Vec<f64> = self.y.iter().zip(&self.trials).map(one).collect();
+        let (mean, sd) = crate::sites::mean_sd(&levels);
+        // Part of the spread is the count's own; a village never varies by less than a little.
         (mean, (0.7 * sd * sd).max(0.05))
     }
 }
@@ -586,6 +626,7 @@ impl std::fmt::Debug for ExactGp {
             .field("mean", &self.mean)
             .field("mean_variance", &self.mean_variance)
             .field("coefficient_variance", &self.coefficient_variance)
+            .field("dispersion", &self.dispersion)
             .field("likelihood", &self.likelihood.name())
             .finish()
     }
@@ -644,6 +685,7 @@ impl Posterior for Conditioned<'_> {
     /// In the precision of the targets' coordinates, computed in f64.
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         self.rows_agree(targets)?;
+        let scatter = self.gp.likelihood.scatter(self.gp.dispersion);
         let shape = (targets.batch(), targets.len(), 1);
         let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
         // Far below what any observation could resolve, and above zero, which is no density.
@@ -671,12 +713,29 @@ impl Posterior for Conditioned<'_> {
         let tensor = |values: Vec<f64>| {
             Tensor::from_vec(values, shape, targets.s.device())?.to_dtype(targets.s.dtype())
         };
-        Predictive::gaussian(
-            self.gp.likelihood.link(),
-            tensor(mean)?,
-            tensor(surface)?,
-            tensor(observation)?,
-        )
+        let link = self.gp.likelihood.link();
+        let (mean, surface, observation) = (tensor(mean)?, tensor(surface)?, tensor(observation)?);
+        if let [_] = scatter[..] {
+            return Predictive::gaussian(link, mean, surface, observation);
+        }
+        // One component for each part of a village's scatter; the surface is the same in all.
+        let wide = (targets.batch(), targets.len(), scatter.len());
+        let each = |part: fn(&(f64, f64, f64)) -> f64| -> Result<Tensor> {
+            let values: Vec<f64> = scatter.iter().map(part).collect();
+            let values = Tensor::from_vec(values, (1, 1, scatter.len()), targets.s.device())?;
+            Ok(values.to_dtype(targets.s.dtype())?.broadcast_as(wide)?.contiguous()?)
+        };
+        let again = |x: &Tensor| x.broadcast_as(wide)?.contiguous();
+        let own = each(|(_, _, sd)| sd * sd)?;
+        Ok(Predictive {
+            link,
+            log_weight: each(|(weight, ..)| weight.ln())?,
+            mean: again(&mean)?,
+            surface_sd: again(&surface)?,
+            observation_sd: (again(&observation)?.sqr()? + own)?.sqrt()?,
+            lift: Some(each(|(_, mean, _)| *mean)?),
+            law: None,
+        })
     }
 
     /// Exact, in f64. Nothing for counts, whose joint density is no Gaussian.

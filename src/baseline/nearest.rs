@@ -18,9 +18,9 @@
 //! twice as many would add, which is how a large nugget is paid for.
 //!
 //! **Counts.** Laplace's approximation replaces the counts by Gaussian pseudo-values
-//! `t = f + (y − np)/w` with noise `1/w`, `w = np(1 − p)`, at the mode `f`. The mode is where kriging
-//! every site from the pseudo-values of its `near` neighbours, its own included, gives `f` again:
-//! Newton's step of Rasmussen & Williams (2006), algorithm 3.1, one neighbourhood at a time. The
+//! `t = f + g/w` with noise `1/w` at the mode `f`, where g and −w are the derivatives of the log
+//! likelihood. The mode is where kriging every site from the pseudo-values of its `near` neighbours,
+//! its own included, gives `f` again: Newton's step of Rasmussen & Williams (2006), algorithm 3.1, one neighbourhood at a time. The
 //! marginal likelihood is theirs, with Vecchia's density for that of the pseudo-values.
 //!
 //! With as many neighbours as sites, all of it equals [`ExactGp`](super::ExactGp).
@@ -30,7 +30,7 @@ use rayon::prelude::*;
 
 use super::{
     elimination::{LANES, Lane, eliminate, row_of},
-    exact_gp::{Row, binomial_log_pmf, check_levels, rows},
+    exact_gp::{Row, check_levels, rows},
     neighbours::{Found, Tree, spread},
     nelder_mead::minimise,
 };
@@ -38,7 +38,7 @@ use crate::{
     error::{Error, Result},
     kernel::{Kernel, Matern, Metric, Smoothness},
     likelihood::Likelihood,
-    predictive::{Link, Predictive},
+    predictive::Predictive,
     process::{Memory, Posterior, Process},
     sites::{Observations, Sites},
 };
@@ -254,21 +254,21 @@ impl Told {
 
     /// Laplace's pseudo-values at the latent deviations `f`, and the log density of the counts over
     /// that of the pseudo-values there.
-    fn counts(ordered: &Ordered, mean: f64, f: &[f64]) -> (Self, f64) {
+    fn counts(ordered: &Ordered, likelihood: &dyn Likelihood, mean: f64, f: &[f64]) -> (Self, f64) {
         let n = ordered.len();
         let (mut value, mut noise) = (vec![0.0; n], vec![0.0; n]);
         let mut ratio = 0.0;
         for i in 0..n {
             let (y, trials) = (ordered.y[i], ordered.trials[i]);
             let eta = mean + f[i];
-            let p = Link::Logit.outcome(eta);
+            let law = likelihood.log_probability(y, trials, eta, f64::INFINITY);
+            let [log, gradient, curve] = law.expect("NearestGp::new asks no other likelihoods");
             // A crowd that is all of one kind says nothing more: its noise is huge, not infinite.
-            let w = (trials * Link::Logit.slope(eta)).max(1e-12);
-            let gradient = y - trials * p;
+            let w = (-curve).max(1e-12);
             noise[i] = 1.0 / w;
             value[i] = f[i] + gradient / w;
             let pseudo = 0.5 * (w.ln() - std::f64::consts::TAU.ln() - gradient * gradient / w);
-            ratio += binomial_log_pmf(y, trials, eta) - pseudo;
+            ratio += log - pseudo;
         }
         (Told { value, noise }, ratio)
     }
@@ -315,8 +315,8 @@ impl NearestGp {
     /// # Units
     /// `kernel` and `mean` on the link scale, `nugget` a variance on the link scale.
     /// # Errors
-    /// [`Error::Input`] for a negative nugget, a mean that is not finite, or a likelihood of counts
-    /// without a logit link.
+    /// [`Error::Input`] for a negative nugget, a mean that is not finite, or counts with a dispersion
+    /// of their own.
     pub fn new(
         kernel: Box<dyn Kernel>,
         nugget: f64,
@@ -324,6 +324,11 @@ impl NearestGp {
         likelihood: &'static dyn Likelihood,
     ) -> Result<Self> {
         check_levels("nearest-neighbour", nugget, mean, likelihood)?;
+        if let Some(dispersion) = likelihood.dispersion() {
+            return Err(Error::input("the nearest-neighbour process does not read these counts")
+                .fact("likelihood", format!("{}, with its {dispersion}", likelihood.name()))
+                .try_this("read them as poisson: the nugget takes up what sets villages apart"));
+        }
         Ok(NearestGp {
             kernel,
             nugget,
@@ -488,7 +493,7 @@ impl NearestGp {
         latent.resize(ordered.len(), 0.0);
         let mut moved = f64::INFINITY;
         for round in 0..100 {
-            let (told, ratio) = Told::counts(ordered, self.mean, latent);
+            let (told, ratio) = Told::counts(ordered, self.likelihood, self.mean, latent);
             let density = self.density(ordered, before, &told, terms).times(part);
             let shift = density.shift(self.mean_variance);
             // Rounding may keep the last digits moving.

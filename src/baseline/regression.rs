@@ -288,11 +288,13 @@ impl Posterior for Conditioned<'_> {
         let share = (self.parts.len() as f64).ln();
         let parts = self.each(targets, |posterior, bare, back| {
             let part = posterior.at(bare)?;
+            let lift = part.lift.as_ref().map(|lift| back.sd(lift)).transpose()?;
             Ok(Predictive {
                 log_weight: (&part.log_weight - share)?,
                 mean: back.level(&part.mean)?,
                 surface_sd: back.sd(&part.surface_sd)?,
                 observation_sd: back.sd(&part.observation_sd)?,
+                lift,
                 law: None,
                 ..part
             })
@@ -304,12 +306,18 @@ impl Posterior for Conditioned<'_> {
         let Some(first) = parts.first() else {
             return Err(Error::input("a regression needs coefficients"));
         };
+        // Of one process: all have one, or none.
+        let lifts: Vec<&Tensor> = parts.iter().filter_map(|p| p.lift.as_ref()).collect();
         Ok(Predictive {
             link: first.link,
             log_weight: join(&|p| &p.log_weight)?,
             mean: join(&|p| &p.mean)?,
             surface_sd: join(&|p| &p.surface_sd)?,
             observation_sd: join(&|p| &p.observation_sd)?,
+            lift: match lifts.len() {
+                n if n == parts.len() => Some(Tensor::cat(&lifts, D::Minus1)?),
+                _ => None,
+            },
             law: None,
         })
     }

@@ -35,6 +35,18 @@ impl Seen {
         let values = positive.iter().zip(tested).map(logit).collect();
         Seen { link: Link::Logit, sites, values }
     }
+
+    /// Cases in their exposures as empirical log rates ln((k + ½)/n).
+    pub fn rates(sites: Vec<Vec<f64>>, cases: &[f64], exposure: &[f64]) -> Self {
+        let rate = |(k, n): (&f64, &f64)| ((k + 0.5) / n).ln();
+        let values = cases.iter().zip(exposure).map(rate).collect();
+        Seen { link: Link::Log, sites, values }
+    }
+
+    /// Logarithms of values above 0.
+    pub fn logarithms(sites: Vec<Vec<f64>>, values: Vec<f64>) -> Self {
+        Seen { link: Link::Log, sites, values }
+    }
 }
 
 fn marginals(link: Link, mean: Vec<f64>, sd: f64) -> Marginals {

@@ -8,7 +8,6 @@ use crate::{
         frame::Frame,
         survey::Survey,
     },
-    predictive::Link,
 };
 
 /// Which covariates, and how they act.
@@ -76,14 +75,9 @@ pub struct Effect {
 }
 
 /// Effects of every feature, outcome's link scale.
-pub fn effects(
-    frame: &Frame,
-    design: &Design,
-    coefficients: &Coefficients,
-    link: Link,
-) -> Vec<Effect> {
-    // Values were standardised; logits and logarithms of rates were not.
-    let unit = if link == Link::Logit { 1.0 } else { frame.y_sd };
+pub fn effects(frame: &Frame, design: &Design, coefficients: &Coefficients) -> Vec<Effect> {
+    // Values were standardised; for logits and logarithms of rates the sd is 1.
+    let unit = frame.y_sd;
     let each = design.names().into_iter().zip(design.sds());
     each.zip(coefficients.mean.iter().zip(coefficients.sd()))
         .map(|((of, per), (mean, sd))| Effect { of, mean: unit * mean, sd: unit * sd, per })

@@ -7,6 +7,7 @@ use super::{map::round, say};
 use crate::{
     checkpoint::{Card, Checkpoint},
     error::{Error, Result},
+    likelihood::{Kind, Likelihood},
     prior::gp::Gp,
     recipe::Recipe,
     settings,
@@ -58,7 +59,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn sections(checkpoint: &Checkpoint) -> Result<Vec<Section>> {
     let (card, recipe) = (&checkpoint.card, checkpoint.recipe()?);
-    let counts = checkpoint.likelihood()?.counts();
+    let likelihood = checkpoint.likelihood()?;
     let mut all = vec![
         Section { title: "The model".into(), lines: model(checkpoint, &recipe)? },
         Section { title: "Its training".into(), lines: training(card) },
@@ -66,7 +67,7 @@ fn sections(checkpoint: &Checkpoint) -> Result<Vec<Section>> {
             title: "Surfaces it learned from (lengths: the region's longer half-side is 1)".into(),
             lines: prior(&recipe)?,
         },
-        Section { title: "Surveys it learned from".into(), lines: surveys(&recipe, counts)? },
+        Section { title: "Surveys it learned from".into(), lines: surveys(&recipe, likelihood)? },
     ];
     let scores: Vec<_> =
         card.scores.iter().map(|(name, value)| (name.clone(), score(value))).collect();
@@ -159,7 +160,7 @@ fn prior(recipe: &Recipe) -> Result<Vec<(String, String)>> {
     Ok(lines)
 }
 
-fn surveys(recipe: &Recipe, counts: bool) -> Result<Vec<(String, String)>> {
+fn surveys(recipe: &Recipe, likelihood: &dyn Likelihood) -> Result<Vec<(String, String)>> {
     let design: Design = recipe.settings("design")?;
     let chances: f64 = design.context.iter().map(|s| s.weight).sum();
     let sizes: Vec<String> = design
@@ -174,12 +175,19 @@ fn surveys(recipe: &Recipe, counts: bool) -> Result<Vec<(String, String)>> {
     if design.line {
         lines.push(named("layout", "along a line"));
     }
-    if counts {
+    if likelihood.counts() {
         let trials: Trials = recipe.settings("trials")?;
         let table = whole(&trials)?;
         let tested = |key: &str| table.get(key).map_or(String::new(), law);
-        lines.push(named("tested at a site", tested("base")));
-        lines.push(named("spread of tested", format!("log-scale sd {}", tested("spread"))));
+        let what = if likelihood.kind() == Kind::Exposure { "exposure" } else { "tested" };
+        if likelihood.kind() != Kind::Single {
+            lines.push(named(&format!("{what} at a site"), tested("base")));
+            let spread = format!("log-scale sd {}", tested("spread"));
+            lines.push(named(&format!("spread of {what}"), spread));
+        }
+        if let Some(own) = likelihood.dispersion() {
+            lines.push(named(&format!("{own} of its counts"), tested(own)));
+        }
     }
     let shares = [
         ("clustered surveys", design.clustered),

@@ -16,7 +16,7 @@ use super::{
     output::Output,
     reading::ReadingArgs,
     say,
-    survey::SurveyArgs,
+    survey::{SurveyArgs, agree, default_model},
 };
 use crate::{
     attention::{Reading, Tally},
@@ -78,7 +78,8 @@ pub struct Args {
         default_value = "mean,sd,quantile:0.025,quantile:0.975,interval:0.95"
     )]
     products: Vec<String>,
-    /// What maps are of: the surface, or what a survey at a new site would find
+    /// What maps are of: the surface, or an observation: a new village's own level, or one more value.
+    /// What a survey of so many would count: `isopleth predict --new-survey N`
     #[arg(long, default_value = "surface", value_parser = ["surface", "observation"])]
     of: String,
     /// Directory for the GeoTIFFs, pictures and the run record
@@ -133,7 +134,7 @@ pub fn run(args: &Args) -> Result<()> {
     let (grid, cover) = cover(grid, &frame, output.scratch())?;
     let (mut model, others) =
         open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
-    model.note_effects(&frame, outcome.link);
+    model.note_effects(&frame);
     let processes = model.with(&others);
     tell_input(&survey, &grid, &frame, &model)?;
 
@@ -267,15 +268,17 @@ fn specs(args: &Args) -> Result<Vec<Spec>> {
 
 fn outcome(args: &Args, survey: &Survey) -> Outcome {
     let of = if args.of == "surface" { Of::Surface } else { Of::Observation };
-    match (&survey.outcome, &args.survey.columns.value) {
-        (survey::Outcome::Counts { .. }, _) => {
-            Outcome { name: "prevalence".into(), unit: "1".into(), link: Link::Logit, of }
+    let columns = &args.survey.columns;
+    let named = |name: &Option<String>| name.clone().unwrap_or_else(|| "value".into());
+    let (name, unit, link) = match &survey.outcome {
+        survey::Outcome::Counts { .. } => ("prevalence".into(), "1".into(), Link::Logit),
+        survey::Outcome::Cases { per, .. } => {
+            ("rate".into(), format!("cases per {per}"), Link::Log)
         }
-        (survey::Outcome::Values(_), name) => {
-            let name = name.clone().unwrap_or_else(|| "value".into());
-            Outcome { name, unit: String::new(), link: Link::Identity, of }
-        }
-    }
+        survey::Outcome::Values(_) => (named(&columns.value), String::new(), Link::Identity),
+        survey::Outcome::Positive(_) => (named(&columns.log_value), String::new(), Link::Log),
+    };
+    Outcome { name, unit, link, of }
 }
 
 /// The grid asked for: that of a raster, or one that covers the area or the sites.
@@ -343,9 +346,9 @@ pub(super) struct Model {
 
 impl Model {
     /// Writes into the card what the covariates do.
-    pub fn note_effects(&mut self, frame: &Frame, link: Link) {
+    pub fn note_effects(&mut self, frame: &Frame) {
         if let (Some(design), Some(coefficients)) = (&frame.covariates, &self.coefficients) {
-            self.card["coefficients"] = json!(effects(frame, design, coefficients, link));
+            self.card["coefficients"] = json!(effects(frame, design, coefficients));
         }
     }
 
@@ -402,28 +405,14 @@ pub(super) fn open_model(
     device: &Device,
     reading: Reading,
 ) -> Result<Model> {
-    let (likelihood, default) = match &survey.outcome {
-        survey::Outcome::Counts { .. } => ("binomial", "prevalence"),
-        survey::Outcome::Values(_) => ("gaussian", "continuous"),
-    };
-    let name = name.unwrap_or(default);
+    let likelihood = survey.outcome.likelihood();
+    let name = name.unwrap_or(default_model(&survey.outcome));
     let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
     if let Some(classical) = classical(name, context, wanted, reading)? {
         return Ok(classical);
     }
     let checkpoint = Checkpoint::resolve(name)?;
-    let own = checkpoint.likelihood()?;
-    if own.counts() != wanted.counts() {
-        let (reads, help) = if own.counts() {
-            ("counts", "name the columns with --positive and --tested, or use a continuous model")
-        } else {
-            ("continuous values", "name the column with --value, or use a prevalence model")
-        };
-        return Err(Error::input("the model and the survey are of different kinds")
-            .fact("model", format!("{name} reads {reads}"))
-            .fact("survey", if wanted.counts() { "counts" } else { "continuous values" })
-            .try_this(help));
-    }
+    agree(name, checkpoint.likelihood()?, survey)?;
     let tasks = checkpoint.recipe()?.tasks()?;
     if tasks.dim() != 2 {
         return Err(Error::input("the model was trained on sites along a line, not on a plane")
@@ -635,14 +624,14 @@ fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Res
 fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) -> Result<()> {
     let s = &record.summary;
     let range = |low: f64, high: f64| format!("{} … {}", round(low), round(high));
-    let seen = observed(survey);
+    let seen = survey.outcome.observed();
     let low = seen.iter().copied().fold(f64::INFINITY, f64::min);
     let high = seen.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let whose = if outcome.of == Of::Surface { "" } else { " at new sites" };
     line(
         &outcome.name,
         format!(
-            "{}{whose}, on average {}; observed {}",
+            "{}: {}, on average {}; observed {}",
+            outcome.whose(),
             range(s.lowest, s.highest),
             round(s.average),
             range(low, high)
@@ -676,16 +665,6 @@ pub(super) fn plural(n: usize) -> &'static str {
     if n == 1 { "" } else { "s" }
 }
 
-/// What was observed at each site, outcome units: proportions for counts.
-pub(super) fn observed(survey: &Survey) -> Vec<f64> {
-    match &survey.outcome {
-        survey::Outcome::Counts { positive, tested } => {
-            positive.iter().zip(tested).map(|(k, n)| k / n).collect()
-        }
-        survey::Outcome::Values(values) => values.clone(),
-    }
-}
-
 /// Draws a product beside its GeoTIFF.
 fn picture(
     file: &Path,
@@ -705,7 +684,7 @@ fn picture(
     };
     let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
     survey.crs.transform(&grid.crs, &mut x, &mut y)?;
-    let seen = observed(survey);
+    let seen = survey.outcome.observed();
     // Only a map of levels has the colours of what was observed.
     let coloured = spec.entry.name == "mean";
     let mut picture =

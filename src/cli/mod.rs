@@ -44,7 +44,7 @@ First steps:
 enum Command {
     Map(Box<map::Args>),
     Predict(Box<predict::Args>),
-    Validate(validate::Args),
+    Validate(Box<validate::Args>),
     Plan(Box<plan::Args>),
     Sample(sample::Args),
     Train(train::Args),

@@ -47,7 +47,7 @@ pub struct Args {
     /// The level that matters, outcome units (0.2 for 20 %); without it, variance is reduced
     #[arg(long, value_name = "VALUE", allow_negative_numbers = true)]
     threshold: Option<f64>,
-    /// How many a new survey would test; the median of the survey when left out
+    /// How many a new survey would test, or its population; the median of the survey when left out
     #[arg(long, value_name = "NUMBER")]
     new_tested: Option<f64>,
     /// Only sites in here: polygons (GeoPackage, GeoJSON, Shapefile), or a raster whose pixels with data
@@ -94,7 +94,9 @@ pub fn run(args: &Args) -> Result<()> {
     let layer = args.survey.columns.layer.as_deref();
     let survey = args.covariates.attach(args.survey.read()?, layer)?;
     let frame = Frame::fit(&survey)?;
-    let (aim, link) = aim(args, &survey, &frame)?;
+    let likelihood = likelihood::find(survey.outcome.likelihood())?;
+    let link = likelihood.link();
+    let aim = aim(args, link, &frame)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let fine = grid_of(
         args.like.as_deref(),
@@ -111,10 +113,6 @@ pub fn run(args: &Args) -> Result<()> {
         None => grid,
     };
     tell_survey(&survey)?;
-    let likelihood = likelihood::find(match link {
-        Link::Logit => "binomial",
-        _ => "gaussian",
-    })?;
     let gp = ExactGp::fit(&context, likelihood)?;
 
     let pixels: Vec<usize> = wanted(&grid);
@@ -123,7 +121,7 @@ pub fn run(args: &Args) -> Result<()> {
     line("grid", format!("{} pixels of {} to judge it by", pixels.len(), grid.resolution()))?;
     let places = frame.sites(&grid.crs, &x, &y, &Device::Cpu)?;
     let [mean, covariance] = gp.belief(&context, &places)?;
-    let tested = args.new_tested.map_or_else(|| median(&survey), |n| Some(n.max(1.0)));
+    let tested = tested(args, &survey, &frame);
     let noise = mean.iter().map(|m| gp.nugget + reading(*m, link, tested)).collect();
     let weight = vec![1.0; mean.len()];
     let belief = Belief { mean, covariance, noise, weight };
@@ -143,10 +141,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let found = belief.propose(aim, args.sites, &free, &|a, b| far(&spots[a], &spots[b]))?;
     let before = found.first().map_or(0.0, |p| p.left + p.gain);
-    let unit = match aim {
-        Aim::Variance if link == Link::Identity => frame.y_sd * frame.y_sd,
-        _ => 1.0,
-    };
+    let unit = if aim == Aim::Variance { frame.y_sd * frame.y_sd } else { 1.0 };
 
     let (mut px, mut py): (Vec<f64>, Vec<f64>) =
         found.iter().map(|p| (x[p.place], y[p.place])).unzip();
@@ -181,7 +176,7 @@ pub fn run(args: &Args) -> Result<()> {
     picture(&at(2), &grid, &pixels, &belief, aim, &what, [&px, &py], &survey)?;
     let effects = match &frame.covariates {
         Some(design) => {
-            json!(super::covariates::effects(&frame, design, &gp.coefficients(&context)?, link))
+            json!(super::covariates::effects(&frame, design, &gp.coefficients(&context)?))
         }
         None => json!(null),
     };
@@ -208,7 +203,8 @@ pub fn run(args: &Args) -> Result<()> {
 
     line("aim", format!("less {what}, on average over the pixels"))?;
     if let Some(n) = tested {
-        line("surveys", format!("of {} tested each", round(n)))?;
+        let what = if link == Link::Log { "cases expected in each" } else { "tested each" };
+        line("surveys", format!("of {} {what}", round(n)))?;
     }
     for (i, p) in found.iter().enumerate() {
         let share = 100.0 * (1.0 - p.left / before.max(f64::MIN_POSITIVE));
@@ -237,36 +233,34 @@ fn metres(text: &str) -> Result<f64> {
     }
 }
 
-/// What is to become small, in model units, and the link.
-fn aim(args: &Args, survey: &Survey, frame: &Frame) -> Result<(Aim, Link)> {
-    let link = match survey.outcome {
-        Outcome::Counts { .. } => Link::Logit,
-        Outcome::Values(_) => Link::Identity,
-    };
-    let Some(threshold) = args.threshold else { return Ok((Aim::Variance, link)) };
+/// What is to become small, in model units.
+fn aim(args: &Args, link: Link, frame: &Frame) -> Result<Aim> {
+    let Some(threshold) = args.threshold else { return Ok(Aim::Variance) };
     let level = (link.link(threshold) - frame.y_mean) / frame.y_sd;
     match level.is_finite() {
-        true => Ok((Aim::Threshold(level), link)),
+        true => Ok(Aim::Threshold(level)),
         false => Err(Error::input("no surface can be at this threshold")
             .fact("--threshold", threshold)
-            .try_this("write a prevalence between 0 and 1: 0.2 for 20 %")),
+            .try_this("write a prevalence between 0 and 1 (0.2 for 20 %), or a rate above 0")),
     }
 }
 
-/// What counting adds to the variance of what one survey reads, link scale².
+/// What counting adds to the variance of what one survey reads, link scale²: nothing for values.
 fn reading(mean: f64, link: Link, tested: Option<f64>) -> f64 {
-    match tested {
-        Some(n) if link == Link::Logit => 1.0 / (n * link.slope(mean)).max(1e-6),
-        _ => 0.0,
-    }
+    tested.map_or(0.0, |n| 1.0 / (n * link.slope(mean)).max(1e-6))
 }
 
-/// How many a survey usually tested.
-fn median(survey: &Survey) -> Option<f64> {
-    let Outcome::Counts { tested, .. } = &survey.outcome else { return None };
-    let mut sorted = tested.clone();
+/// The size of a new survey as the model counts it: people tested, or cases expected at the overall rate.
+fn tested(args: &Args, survey: &Survey, frame: &Frame) -> Option<f64> {
+    let (sizes, unit) = match &survey.outcome {
+        Outcome::Counts { tested, .. } => (tested, 1.0),
+        Outcome::Cases { exposure, .. } => (exposure, frame.y_mean.exp()),
+        Outcome::Values(_) | Outcome::Positive(_) => return None,
+    };
+    let mut sorted = sizes.clone();
     sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied()
+    let size = args.new_tested.or(sorted.get(sorted.len() / 2).copied());
+    size.map(|size| unit * size.max(f64::MIN_POSITIVE))
 }
 
 /// Pixels that are wanted, row-major.

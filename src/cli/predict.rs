@@ -27,8 +27,9 @@ use crate::{
         self, Plan, plan,
         record::{Predictions, TargetsNote},
     },
-    predictive::{Link, Marginals, Of},
+    predictive::{Marginals, Of},
     process::Posterior,
+    score::Counts,
     sites::Sites,
 };
 
@@ -43,7 +44,8 @@ pub struct Args {
     targets: PathBuf,
     /// Table to write (.parquet or .csv): the targets with columns surface_… and observation_…, in
     /// outcome units. The surface is what a map shows; an observation is what a survey at that
-    /// place would find, were it large (a new village), or one more noisy value
+    /// place would find, were it large (a new village), or one more noisy value. --new-survey adds
+    /// count_…, what a survey of so many would count there
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Model by name or file; `gp` fits an exact Gaussian process, `vecchia` one of nearest
@@ -56,6 +58,10 @@ pub struct Args {
     columns: ColumnArgs,
     #[command(flatten)]
     covariates: CovariateArgs,
+    /// Also predict what a new survey of N would count at each place: columns count_…, of positives
+    /// among N tested, or of cases in a population or person-time of N
+    #[arg(long, value_name = "N")]
+    new_survey: Option<f64>,
     /// Column of longitude or easting of the targets; --lon when left out, and then guessed
     #[arg(long, value_name = "COLUMN", requires = "target_lat")]
     target_lon: Option<String>,
@@ -80,14 +86,19 @@ pub struct Args {
 
 /// Rows of the targets in memory at once.
 const ROWS: usize = 8_192;
+/// Most people in a new survey: its law holds every count up to them.
+const MOST_TESTED: f64 = 100_000.0;
 
 /// What is asked of each of surface and observation, beside mean and sd.
 struct Asked<'a> {
     quantiles: &'a [f64],
     thresholds: &'a [f64],
+    /// Tested, population or person-time of a new survey.
+    new_survey: Option<f64>,
 }
 
-/// Both kinds of prediction, with the start of their columns' names.
+/// Both kinds of prediction of a level, with the start of their columns' names; the third, of a
+/// count, comes after the new village.
 const KINDS: [(&str, Of); 2] = [("surface", Of::Surface), ("observation", Of::Observation)];
 
 /// Predicts, from the tables to the table.
@@ -108,15 +119,37 @@ pub fn run(args: &Args) -> Result<()> {
         crs: args.target_crs.clone(),
         ..Default::default()
     };
+    if let Some(n) = args.new_survey {
+        let wrong = match survey.outcome {
+            Outcome::Counts { .. } if !(n >= 1.0 && n.fract() == 0.0 && n <= MOST_TESTED) => {
+                Some(("a new survey tests a whole number of people", "give 1 to 100000"))
+            }
+            Outcome::Cases { .. } if !(n > 0.0 && n.is_finite()) => {
+                Some(("a new survey has a population or person-time", "give a number above 0"))
+            }
+            Outcome::Values(_) | Outcome::Positive(_) => Some((
+                "a new survey of values counts nothing",
+                "leave --new-survey out: observation_… is one more value",
+            )),
+            _ => None,
+        };
+        if let Some((what, help)) = wrong {
+            return Err(Error::input(what).fact("--new-survey", n).try_this(help));
+        }
+    }
     let targets = Targets::read(&args.targets, &own, &said)?;
-    let asked = Asked { quantiles: &args.quantiles, thresholds: &args.threshold };
+    let asked = Asked {
+        quantiles: &args.quantiles,
+        thresholds: &args.threshold,
+        new_survey: args.new_survey,
+    };
     let names = asked.names(&targets)?;
 
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let (mut model, others) =
         open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
-    model.note_effects(&frame, likelihood_link(&survey));
+    model.note_effects(&frame);
     let processes = model.with(&others);
     tell_survey(&survey)?;
     let placed = targets.x.iter().filter(|x| !x.is_nan()).count();
@@ -183,6 +216,7 @@ pub fn run(args: &Args) -> Result<()> {
             round(frame.km(mapping::REACH))
         ));
     }
+    let kinds = kinds(&survey.outcome, args.new_survey);
     let record = Predictions {
         isopleth: env!("CARGO_PKG_VERSION").into(),
         command: std::env::args().collect(),
@@ -198,6 +232,7 @@ pub fn run(args: &Args) -> Result<()> {
         frame,
         file: args.out.file_name().unwrap_or_default().to_string_lossy().into(),
         columns: names,
+        of: kinds.iter().map(|(name, what)| (format!("{name}_"), what.clone())).collect(),
         device: Some(cards.record()),
         warnings,
         peak_memory_mib: plan::usage().map(|usage| usage.peak.mebibytes()),
@@ -205,23 +240,23 @@ pub fn run(args: &Args) -> Result<()> {
     };
     record.write(&args.out)?;
     record.warnings.iter().try_for_each(|w| line("warning", w))?;
-    let unit = match survey.outcome {
+    let unit = match &survey.outcome {
         Outcome::Counts { .. } => "prevalence".to_string(),
-        Outcome::Values(_) => format!("units of {}", said.value.as_deref().unwrap_or("the value")),
+        Outcome::Cases { per, .. } => format!("cases per {per}"),
+        Outcome::Values(_) | Outcome::Positive(_) => {
+            let value = said.value.as_deref().or(said.log_value.as_deref());
+            format!("units of {}", value.unwrap_or("the value"))
+        }
     };
     line("written", format!("{}: {} rows, {unit}", args.out.display(), targets.len()))?;
+    for (i, (kind, what)) in kinds.iter().enumerate() {
+        line(if i == 0 { "columns" } else { "" }, format!("{kind}_…: {what}"))?;
+    }
     line("", format!("{}: what was asked and used", Predictions::beside(&args.out).display()))?;
     if let Some(peak) = record.peak_memory_mib {
         line("memory", format!("{peak:.0} MiB at most"))?;
     }
     line("time", format!("{:.1} s", record.seconds))
-}
-
-fn likelihood_link(survey: &Survey) -> Link {
-    match survey.outcome {
-        Outcome::Counts { .. } => Link::Logit,
-        Outcome::Values(_) => Link::Identity,
-    }
 }
 
 /// What the targets turn out to have of the covariates.
@@ -291,6 +326,22 @@ impl Covered {
     }
 }
 
+/// What the columns are of, by how their names begin.
+fn kinds(outcome: &Outcome, new_survey: Option<f64>) -> Vec<(&'static str, String)> {
+    let counts = matches!(outcome, Outcome::Counts { .. } | Outcome::Cases { .. });
+    let village = if counts { "a new village" } else { "one more value" };
+    let [surface, observation] = KINDS.map(|(kind, _)| kind);
+    let mut kinds = vec![(surface, "the surface".to_string()), (observation, village.to_string())];
+    if let Some(n) = new_survey {
+        let among = match outcome {
+            Outcome::Cases { .. } => "cases in a population or person-time of",
+            _ => "positives among the tested:",
+        };
+        kinds.push(("count", format!("a new survey, {among} {n}")));
+    }
+    kinds
+}
+
 /// What can be checked before anything is read.
 fn check(args: &Args) -> Result<()> {
     if !args.out.extension().is_some_and(|e| e == "parquet" || e == "csv") {
@@ -346,6 +397,10 @@ impl Asked<'_> {
         names.extend(coordinates(targets).into_iter().flatten().map(String::from));
         names.extend(targets.names().iter().cloned());
         names.extend(KINDS.iter().flat_map(|(kind, _)| self.labels(kind)));
+        if self.new_survey.is_some() {
+            names.extend(["count_mean".to_string(), "count_sd".to_string()]);
+            names.extend(self.quantiles.iter().map(|q| format!("count_quantile_{q}")));
+        }
         for (i, name) in names.iter().enumerate() {
             if names[..i].contains(name) {
                 return Err(Error::input(format!("two columns would be called `{name}`"))
@@ -379,8 +434,22 @@ impl Asked<'_> {
             }
             let rows = marginals.map(|m, i| self.row(m, i));
             answers.iter_mut().zip(rows).for_each(|(answer, row)| answer.extend(row));
+            if let (Of::Observation, Some(trials)) = (of, self.new_survey) {
+                let rows = marginals.map(|m, i| self.count(m, i, trials));
+                for (answer, row) in answers.iter_mut().zip(rows) {
+                    answer.extend(row?);
+                }
+            }
         }
         Ok(answers)
+    }
+
+    /// What a new survey of `trials` would count.
+    fn count(&self, marginals: &Marginals, i: usize, trials: f64) -> Result<Vec<f64>> {
+        let counts = Counts::new(marginals, i, trials)?;
+        let mut row = vec![counts.mean(), counts.sd()];
+        row.extend(self.quantiles.iter().map(|q| counts.quantile(*q)));
+        Ok(row)
     }
 
     fn row(&self, marginals: &Marginals, i: usize) -> Vec<f64> {

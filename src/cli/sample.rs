@@ -9,6 +9,7 @@ use crate::{
     error::{Error, Result},
     geo::table::{Column, Columns},
     kernel::Kernel,
+    likelihood::Kind,
     picture::panels::{self, Dot, Panel, View},
     predictive::Link,
     recipe::Recipe,
@@ -101,9 +102,12 @@ fn begin(args: &Args, tasks: &Tasks, index: usize) -> (Stream, usize) {
 
 /// One row per site. Each draw is a chunk.
 fn write_table(args: &Args, tasks: &Tasks) -> Result<()> {
-    let counts = tasks.likelihood().counts();
     let mut names = vec!["task", "role", "x", "y", "surface", "noisy"];
-    names.extend(if counts { vec!["positive", "tested"] } else { vec!["value"] });
+    names.extend(match tasks.likelihood().kind() {
+        Kind::Tested | Kind::Single => vec!["positive", "tested"],
+        Kind::Exposure => vec!["cases", "exposure"],
+        Kind::Value | Kind::Positive => vec!["value"],
+    });
     let names: Vec<String> = names.into_iter().map(String::from).collect();
     let chunks = (0..args.count).map(|index| {
         let (mut rng, sites) = begin(args, tasks, index);
@@ -137,7 +141,10 @@ fn draw_sheet(args: &Args, tasks: &Tasks) -> Result<()> {
         Link::Logit => {
             ("Prevalence", "prevalence", "logit scale", ", larger where more were tested")
         }
-        Link::Log => ("Rate", "rate", "log scale", ""),
+        Link::Log if tasks.likelihood().counts() => {
+            ("Rate", "rate", "log scale", ", larger where the exposure is larger")
+        }
+        Link::Log => ("Positive", "value", "log scale", ""),
         Link::Identity => ("Continuous", "value", "units of the value", ""),
     };
     let how = if tasks.dim() == 1 { "at the height of" } else { "coloured by" };
@@ -168,7 +175,7 @@ fn panel(args: &Args, tasks: &Tasks, index: usize) -> Result<Panel> {
             Dot {
                 at: draw.xy[i],
                 value: draw.y[i] / tested.unwrap_or(1.0),
-                weight: tested.map_or(0.3, |n| n.ln() / 1000f64.ln()),
+                weight: tested.map_or(0.3, |n| (n.ln() / 1000f64.ln()).clamp(0.0, 1.0)),
             }
         })
         .collect();
@@ -223,9 +230,14 @@ fn caption(draw: &Draw, link: Link, dim: usize) -> [String; 2] {
         let tested = &trials[..draw.context];
         let low = tested.iter().copied().fold(f64::INFINITY, f64::min);
         let high = tested.iter().copied().fold(0.0, f64::max);
+        let what = if link == Link::Log { "exposure" } else { "tested" };
+        let (low, high) = match link {
+            Link::Log => (round(low), round(high)),
+            _ => (low.to_string(), high.to_string()),
+        };
         first += &match low == high {
-            true => format!(", {low} tested at each"),
-            false => format!(", {low} to {high} tested"),
+            true => format!(", {low} {what} at each"),
+            false => format!(", {low} to {high} {what}"),
         };
     }
     let rule = &draw.rule;

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use crate::{
-    error::Result,
-    geo::survey::{Survey, SurveyOptions},
+    error::{Error, Result},
+    geo::survey::{Outcome, Survey, SurveyOptions},
+    likelihood::{Kind, Likelihood},
 };
 
 /// Which table, and which of its columns.
@@ -33,9 +34,25 @@ pub struct ColumnArgs {
     /// Column of the number tested
     #[arg(long, value_name = "COLUMN")]
     pub tested: Option<String>,
-    /// Column of a continuous outcome, in place of --positive and --tested
-    #[arg(long, value_name = "COLUMN", conflicts_with_all = ["positive", "tested"])]
+    /// Column of 0 or 1, one person a row, instead of numbers positive and tested
+    #[arg(long, value_name = "COLUMN", group = "outcome")]
+    pub binary: Option<String>,
+    /// Column of cases in a population or over person-time, for rates; with one of the next two
+    #[arg(long, value_name = "COLUMN", group = "outcome")]
+    pub cases: Option<String>,
+    /// Column of the population: rates are cases per person (0.001 for 1 in 1,000)
+    #[arg(long, value_name = "COLUMN", conflicts_with = "person_time")]
+    pub population: Option<String>,
+    /// Column of the person-time: rates are cases per its unit (per year if it counts person-years)
+    #[arg(long, value_name = "COLUMN")]
+    pub person_time: Option<String>,
+    /// Column of a continuous outcome
+    #[arg(long, value_name = "COLUMN", group = "outcome",
+        conflicts_with_all = ["positive", "tested"])]
     pub value: Option<String>,
+    /// Column of a continuous outcome above 0, modelled by its logarithm
+    #[arg(long, value_name = "COLUMN", group = "outcome")]
+    pub log_value: Option<String>,
     /// Coordinate reference system of the columns: EPSG:4326, WKT, a PROJ string, local:m, local:km
     #[arg(long)]
     pub crs: Option<String>,
@@ -52,11 +69,58 @@ impl ColumnArgs {
             lat: self.lat.clone(),
             positive: self.positive.clone(),
             tested: self.tested.clone(),
+            binary: self.binary.clone(),
+            cases: self.cases.clone(),
+            population: self.population.clone(),
+            person_time: self.person_time.clone(),
             value: self.value.clone(),
+            log_value: self.log_value.clone(),
             crs: self.crs.clone(),
             layer: self.layer.clone(),
         }
     }
+}
+
+/// The model that is used when none is named: a shipped one where there is one for the outcome, else
+/// a Gaussian process fitted to the survey.
+pub fn default_model(outcome: &Outcome) -> &'static str {
+    match outcome {
+        Outcome::Counts { .. } => "prevalence",
+        Outcome::Values(_) => "continuous",
+        Outcome::Cases { .. } | Outcome::Positive(_) => "gp",
+    }
+}
+
+/// Refuses a model that was trained on another kind of outcome than the survey's.
+///
+/// # Errors
+/// [`Error::Input`] with the flags that would suit the model.
+pub fn agree(model: &str, reads: &dyn Likelihood, survey: &Survey) -> Result<()> {
+    let single = survey.outcome.is_single();
+    let fits = match (reads.kind(), &survey.outcome) {
+        (Kind::Tested, Outcome::Counts { .. })
+        | (Kind::Exposure, Outcome::Cases { .. })
+        | (Kind::Value, Outcome::Values(_))
+        | (Kind::Positive, Outcome::Positive(_)) => true,
+        (Kind::Single, Outcome::Counts { .. }) => single,
+        _ => false,
+    };
+    if fits {
+        return Ok(());
+    }
+    let help = match reads.kind() {
+        Kind::Tested => "name the columns with --positive and --tested",
+        Kind::Single => "name a column of 0 or 1 with --binary, one person a row",
+        Kind::Exposure => "name the columns with --cases and --population or --person-time",
+        Kind::Value => "name the column with --value",
+        Kind::Positive => "name the column with --log-value",
+    };
+    Err(Error::input("the model and the survey are of different kinds")
+        .fact("model", format!("{model} reads {}", reads.about()))
+        .fact("survey", survey.outcome.about())
+        .try_this(format!(
+            "{help}; or leave --model out, or use --model gp, which is fitted to the survey"
+        )))
 }
 
 impl SurveyArgs {

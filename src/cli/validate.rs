@@ -8,7 +8,12 @@ use std::{sync::Arc, time::Instant};
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{covariates::CovariateArgs, map::fit, note, say, survey::SurveyArgs};
+use super::{
+    covariates::CovariateArgs,
+    map::fit,
+    note, say,
+    survey::{SurveyArgs, agree, default_model},
+};
 use crate::{
     baseline::{
         Coefficients, ExactGp, Regressed,
@@ -34,6 +39,9 @@ const GP: &str = "gp";
 const VECCHIA: &str = "vecchia";
 /// What regression on the covariates alone is called beside the rules.
 const REGRESSION: &str = "covariates-only";
+
+/// What is scored.
+const SCORED: &str = "new observations, each of its site's own number tested or exposure";
 
 /// Hold sites out fold by fold, predict them from the others, and score the predictions
 #[derive(clap::Args)]
@@ -95,43 +103,26 @@ pub fn run(args: &Args) -> Result<()> {
         note(format!("row {} left out: {}", dropped.row, dropped.reason));
     }
     let folds = Folds::parse(&args.folds, &survey, args.seed)?;
-    let model = args.model.as_deref().unwrap_or(match survey.outcome {
-        Outcome::Counts { .. } => "prevalence",
-        Outcome::Values(_) => "continuous",
-    });
+    let model = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
     let scored = cross_validate(&survey, &folds, &*forecaster(model, &survey)?)?;
     if args.json { say(report(model, &scored)) } else { table(model, &scored) }
 }
 
-/// The likelihood of a survey's outcome.
-fn wanted(survey: &Survey) -> &'static str {
-    match survey.outcome {
-        Outcome::Counts { .. } => "binomial",
-        Outcome::Values(_) => "gaussian",
-    }
-}
-
 /// The forecaster that `--model` names.
 fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
-    let wanted = wanted(survey);
+    let wanted = likelihood::find(survey.outcome.likelihood())?;
     if [GP, VECCHIA].contains(&model) {
-        return Ok(classical(model, likelihood::find(wanted)?));
+        return Ok(classical(model, wanted));
     }
     let checkpoint = Checkpoint::resolve(model)?;
-    let reads = checkpoint.likelihood()?;
-    if reads.name() != wanted {
-        return Err(Error::input("the model does not read this kind of outcome")
-            .fact("model", format!("{model}: {}", reads.about()))
-            .fact("survey", format!("{}: {wanted}", survey.source.display()))
-            .try_this("leave --model out, or use --model gp"));
-    }
+    agree(model, checkpoint.likelihood()?, survey)?;
     let process: Arc<dyn Process + Send + Sync> = checkpoint.process(&Device::Cpu)?.into();
     Ok(Box::new(move |context, targets| {
         if context.sites.x.is_none() {
             return process.condition(context)?.at(targets);
         }
-        let (coefficients, _) = Coefficients::of(context, reads)?;
-        let all = Regressed::new(process.clone(), coefficients.spread()?, reads, true);
+        let (coefficients, _) = Coefficients::of(context, wanted)?;
+        let all = Regressed::new(process.clone(), coefficients.spread()?, wanted, true);
         all.condition(context)?.at(targets)
     }))
 }
@@ -185,7 +176,7 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
             .map(|(name, rule)| Ok((*name, forecasts(&rule(&by_rules, &there), &truths)?)));
         let mut rules = each.collect::<Result<Vec<_>>>()?;
         if context.sites.x.is_some() {
-            let likelihood = likelihood::find(wanted(&seen))?;
+            let likelihood = likelihood::find(seen.outcome.likelihood())?;
             let gp = ExactGp::regression(&context, likelihood)?;
             let marginals = gp.condition(&context)?.at(&targets)?.marginals(0, Of::Observation)?;
             rules.push((REGRESSION, forecasts(&frame.outcome(marginals), &truths)?));
@@ -197,7 +188,14 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
 
 fn truths(outcome: &Outcome) -> Vec<Truth> {
     match outcome {
-        Outcome::Values(values) => values.iter().map(|v| Truth::Value(*v)).collect(),
+        Outcome::Values(values) | Outcome::Positive(values) => {
+            values.iter().map(|v| Truth::Value(*v)).collect()
+        }
+        Outcome::Cases { cases, exposure, .. } => cases
+            .iter()
+            .zip(exposure)
+            .map(|(k, n)| Truth::Cases { cases: *k as u64, exposure: *n })
+            .collect(),
         Outcome::Counts { positive, tested } => positive
             .iter()
             .zip(tested)
@@ -294,6 +292,10 @@ fn counted(row: f64, file: &str) -> Result<usize> {
 fn seen_by_rules(survey: &Survey, sites: Vec<Vec<f64>>) -> Seen {
     match &survey.outcome {
         Outcome::Values(values) => Seen::values(sites, values.clone()),
+        Outcome::Positive(values) => {
+            Seen::logarithms(sites, values.iter().map(|v| v.ln()).collect())
+        }
+        Outcome::Cases { cases, exposure, .. } => Seen::rates(sites, cases, exposure),
         Outcome::Counts { positive, tested } => Seen::counts(sites, positive, tested),
     }
 }
@@ -318,6 +320,7 @@ pub fn report(model: &str, folds: &[Fold]) -> Value {
     };
     let mut object = timed(&all, folds.iter().map(|f| f.seconds).sum());
     object["model"] = json!(model);
+    object["of"] = json!(SCORED);
     object["folds"] = folds
         .iter()
         .map(|fold| {
@@ -355,6 +358,7 @@ fn table(model: &str, folds: &[Fold]) -> Result<()> {
             short(s.rmse)
         ))?;
     }
+    say(format!("scored: {SCORED}"))?;
     say("log score: nats per site, higher is better; crps, rmse: outcome units, lower is better")
 }
 

@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    predictive::{Link, Marginals},
-    sites::{Observations, Sites, mean_sd, unit_box},
+    predictive::Marginals,
+    sites::{Observations, Sites, log_rate, mean_sd, unit_box},
 };
 
 /// How world coordinates and outcomes become model units and back; goes into the run record.
@@ -29,9 +29,10 @@ pub struct Frame {
     pub centre: [f64; 2],
     /// Metres in one model unit: half the longer side of the sites' bounding box.
     pub metres_per_unit: f64,
-    /// Mean taken off a continuous outcome, its own units; 0 for counts.
+    /// Mean taken off a continuous outcome, its own units, or off its logarithm; for cases the log of
+    /// the overall rate; 0 for positives among tested.
     pub y_mean: f64,
-    /// Sd a continuous outcome is divided by, its own units; 1 for counts.
+    /// Sd a continuous outcome, or its logarithm, is divided by; 1 for counts.
     pub y_sd: f64,
     /// How covariates become features of a site, where the survey has some.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -49,7 +50,11 @@ impl Frame {
         let (centre, unit) = unit_box(&places).ok_or_else(|| flat(survey))?;
         let (y_mean, y_sd) = match &survey.outcome {
             Outcome::Counts { .. } => (0.0, 1.0),
+            Outcome::Cases { cases, exposure, .. } => (log_rate(cases, exposure), 1.0),
             Outcome::Values(values) => mean_sd(values),
+            Outcome::Positive(values) => {
+                mean_sd(&values.iter().map(|v| v.ln()).collect::<Vec<_>>())
+            }
         };
         let metres_per_unit = unit * plane.metres_per_unit();
         let covariates = survey.covariates.as_ref().map(Design::fit);
@@ -57,7 +62,7 @@ impl Frame {
     }
 
     /// A survey in model units: sites `[1, site, 2]`, `y` `[1, site, 1]`, and for counts
-    /// `trials` `[1, site]`.
+    /// `trials` `[1, site]`: the tested, or the cases expected at the overall rate.
     pub fn observations(&self, survey: &Survey, device: &Device) -> Result<Observations> {
         let sites = self.sites_of(survey, device)?;
         let tensor = |values: Vec<f32>| Tensor::from_vec(values, (1, survey.len()), device);
@@ -65,6 +70,16 @@ impl Frame {
             Outcome::Values(values) => {
                 let scaled = values.iter().map(|v| ((v - self.y_mean) / self.y_sd) as f32);
                 (tensor(scaled.collect())?, None)
+            }
+            Outcome::Positive(values) => {
+                let scaled = values.iter().map(|v| ((v.ln() - self.y_mean) / self.y_sd) as f32);
+                (tensor(scaled.collect())?, None)
+            }
+            Outcome::Cases { cases, exposure, .. } => {
+                let rate = self.y_mean.exp();
+                let expected = exposure.iter().map(|n| (n * rate) as f32);
+                let cases = cases.iter().map(|v| *v as f32);
+                (tensor(cases.collect())?, Some(tensor(expected.collect())?))
             }
             Outcome::Counts { positive, tested } => (
                 tensor(positive.iter().map(|v| *v as f32).collect())?,
@@ -124,13 +139,10 @@ impl Frame {
         Ok(sites)
     }
 
-    /// Marginals in the outcome's own units: undoes the standardisation of a continuous outcome,
-    /// and leaves counts as they are.
+    /// Marginals in the outcome's own units: undoes the standardisation of a continuous outcome or its
+    /// logarithm, gives rates their level back, and leaves positives among tested as they are.
     pub fn outcome(&self, marginals: Marginals) -> Marginals {
-        match marginals.link {
-            Link::Identity => marginals.rescale(self.y_mean, self.y_sd),
-            Link::Logit | Link::Log => marginals,
-        }
+        marginals.rescale(self.y_mean, self.y_sd)
     }
 
     /// The longer side of the sites' bounding box, km.
@@ -197,7 +209,7 @@ fn places(from: &Crs, to: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<[f64; 2]>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::predictive::Of;
+    use crate::predictive::{Link, Of};
 
     fn survey(crs: &str, x: Vec<f64>, y: Vec<f64>, outcome: Outcome) -> Survey {
         Survey {
@@ -257,7 +269,6 @@ mod tests {
         let out = frame.outcome(marginals(Link::Identity));
         assert!((out.mean[0] - (30.0 + frame.y_sd)).abs() < 1e-12);
         assert!((out.sd[0] - 0.5 * frame.y_sd).abs() < 1e-12);
-        assert_eq!(frame.outcome(marginals(Link::Logit)), marginals(Link::Logit));
     }
 
     #[test]
@@ -270,6 +281,38 @@ mod tests {
         assert_eq!(seen.y.dims(), [1, 3, 1]);
         assert_eq!(seen.y.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0, 3.0, 7.0]);
         assert_eq!(seen.trials.unwrap().to_vec2::<f32>().unwrap(), [[5.0, 9.0, 7.0]]);
+        let (weight, mean, sd) = (vec![1.0], vec![1.0], vec![0.5]);
+        let logit =
+            Marginals { link: Link::Logit, of: Of::Surface, components: 1, weight, mean, sd };
+        assert_eq!(frame.outcome(logit.clone()), logit);
+    }
+
+    /// Cases go in with what the overall rate expects, and rates come out at their own level; values
+    /// above 0 go in as standardised logarithms.
+    #[test]
+    fn rates_and_logarithms_come_back() {
+        let (cases, exposure) = (vec![2.0, 0.0, 5.5], vec![1000.0, 500.0, 500.0]);
+        let rates = Outcome::Cases { cases, exposure, per: "person".into() };
+        let at = |outcome| survey("local:m", vec![0.0, 4.0, 1.0], vec![0.0, 1.0, 2.0], outcome);
+        let rates = at(rates);
+        let frame = Frame::fit(&rates).unwrap();
+        assert!((frame.y_mean - (8.0f64 / 2000.0).ln()).abs() < 1e-12);
+        let expected = frame.observations(&rates, &Device::Cpu).unwrap().trials.unwrap();
+        for (e, n) in expected.to_vec2::<f32>().unwrap()[0].iter().zip([4.0, 2.0, 2.0]) {
+            assert!((e - n).abs() < 1e-5, "{e} of {n}");
+        }
+        let (weight, mean, sd) = (vec![1.0], vec![2f64.ln()], vec![1e-9]);
+        let twice = Marginals { link: Link::Log, of: Of::Surface, components: 1, weight, mean, sd };
+        assert!((frame.outcome(twice.clone()).mean_sd(0).0 - 0.008).abs() < 1e-9);
+        let values = at(Outcome::Positive(vec![1.0, 10.0, 100.0]));
+        let frame = Frame::fit(&values).unwrap();
+        let y = frame.observations(&values, &Device::Cpu).unwrap().y;
+        let y = y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (y, v) in y.iter().zip([1.0f64, 10.0, 100.0]) {
+            assert!((frame.y_mean + frame.y_sd * f64::from(*y) - v.ln()).abs() < 1e-5);
+        }
+        let back = frame.outcome(twice).mean_sd(0).0;
+        assert!((back / (frame.y_mean + frame.y_sd * 2f64.ln()).exp() - 1.0).abs() < 1e-6);
     }
 
     mod globe {

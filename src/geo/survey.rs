@@ -25,16 +25,29 @@ pub enum Outcome {
         /// People tested, `[site]`.
         tested: Vec<f64>,
     },
+    /// Cases in a population or over person-time: whole numbers ≥ 0, exposure > 0.
+    Cases {
+        /// Cases, `[site]`.
+        cases: Vec<f64>,
+        /// Population or person-time, `[site]`, in the unit of its column.
+        exposure: Vec<f64>,
+        /// What a rate is cases per: "person", or "unit of `COLUMN`" for person-time.
+        per: String,
+    },
     /// A continuous outcome in its own units, `[site]`, finite.
     Values(Vec<f64>),
+    /// A continuous outcome above 0 whose logarithm is mapped, in its own units, `[site]`.
+    Positive(Vec<f64>),
 }
 
 impl Outcome {
     /// Sites.
     pub fn len(&self) -> usize {
         match self {
-            Outcome::Counts { positive, .. } => positive.len(),
-            Outcome::Values(values) => values.len(),
+            Outcome::Counts { positive: of, .. }
+            | Outcome::Cases { cases: of, .. }
+            | Outcome::Values(of)
+            | Outcome::Positive(of) => of.len(),
         }
     }
 
@@ -43,9 +56,48 @@ impl Outcome {
         self.len() == 0
     }
 
+    /// The likelihood that classical processes read it by, of [`crate::likelihood::LIKELIHOODS`].
+    pub fn likelihood(&self) -> &'static str {
+        match self {
+            Outcome::Counts { .. } => "binomial",
+            Outcome::Cases { .. } => "poisson",
+            Outcome::Values(_) => "gaussian",
+            Outcome::Positive(_) => "log-gaussian",
+        }
+    }
+
+    /// What it is, in a few words, with the flags that name its columns.
+    pub fn about(&self) -> &'static str {
+        match self {
+            Outcome::Counts { .. } => "positive among tested (--positive, --tested)",
+            Outcome::Cases { .. } => "cases with an exposure (--cases, --population)",
+            Outcome::Values(_) => "a continuous outcome (--value)",
+            Outcome::Positive(_) => "a continuous outcome on the log scale (--log-value)",
+        }
+    }
+
+    /// One person a row: everywhere one tested.
+    pub fn is_single(&self) -> bool {
+        matches!(self, Outcome::Counts { tested, .. } if tested.iter().all(|n| *n == 1.0))
+    }
+
+    /// What was observed, outcome units: proportions, rates or values, `[site]`.
+    pub fn observed(&self) -> Vec<f64> {
+        let ratio = |k: &[f64], n: &[f64]| k.iter().zip(n).map(|(k, n)| k / n).collect();
+        match self {
+            Outcome::Counts { positive, tested } => ratio(positive, tested),
+            Outcome::Cases { cases, exposure, .. } => ratio(cases, exposure),
+            Outcome::Values(values) | Outcome::Positive(values) => values.clone(),
+        }
+    }
+
     fn subset(&self, sites: &[usize]) -> Self {
         let pick = |v: &[f64]| sites.iter().map(|i| v[*i]).collect();
         match self {
+            Outcome::Cases { cases, exposure, per } => {
+                Outcome::Cases { cases: pick(cases), exposure: pick(exposure), per: per.clone() }
+            }
+            Outcome::Positive(values) => Outcome::Positive(pick(values)),
             Outcome::Counts { positive, tested } => {
                 Outcome::Counts { positive: pick(positive), tested: pick(tested) }
             }
@@ -58,7 +110,10 @@ impl Outcome {
             Outcome::Counts { positive, tested } => {
                 positive[a] == positive[b] && tested[a] == tested[b]
             }
-            Outcome::Values(values) => values[a] == values[b],
+            Outcome::Cases { cases, exposure, .. } => {
+                cases[a] == cases[b] && exposure[a] == exposure[b]
+            }
+            Outcome::Values(values) | Outcome::Positive(values) => values[a] == values[b],
         }
     }
 }
@@ -106,8 +161,18 @@ pub struct SurveyOptions {
     pub positive: Option<String>,
     /// Column of people tested (`--tested`).
     pub tested: Option<String>,
+    /// Column of 0 or 1, one person a row (`--binary`), never guessed.
+    pub binary: Option<String>,
+    /// Column of cases (`--cases`), never guessed.
+    pub cases: Option<String>,
+    /// Column of the population the cases are among (`--population`).
+    pub population: Option<String>,
+    /// Column of the person-time the cases arose over (`--person-time`).
+    pub person_time: Option<String>,
     /// Column of a continuous outcome (`--value`), never guessed.
     pub value: Option<String>,
+    /// Column of a continuous outcome above 0, read on the log scale (`--log-value`), never guessed.
+    pub log_value: Option<String>,
     /// The coordinates' system (`--crs`), as [`Crs::from_user`] reads it.
     pub crs: Option<String>,
     /// The layer of a GeoPackage (`--layer`).
@@ -151,7 +216,7 @@ impl Survey {
     /// # Errors
     /// [`Error::Input`] for anything that could make a wrong map: text in a number column, more
     /// positive than tested, negative or fractional counts, infinite values, coordinates out of
-    /// range or swapped, no CRS, geometries that are not points, fewer than 3 usable sites or
+    /// range or swapped, exposures that are not above 0, no CRS, geometries that are not points, fewer than 3 usable sites or
     /// all at one place. [`Error::Io`] if the file cannot be read.
     pub fn read(path: impl AsRef<Path>, options: &SurveyOptions) -> Result<Self> {
         let path = path.as_ref();
@@ -476,19 +541,83 @@ impl Reading<'_> {
     // Outcomes
 
     fn outcome(&mut self) -> Result<Raw> {
-        let SurveyOptions { positive, tested, value, .. } = self.options;
-        if let Some(value) = value {
-            if let Some(other) = positive.as_ref().or(tested.as_ref()) {
+        let SurveyOptions { positive, tested, .. } = self.options;
+        let named: Vec<(&str, &String)> = [
+            ("--positive or --tested", positive.as_ref().or(tested.as_ref())),
+            ("--binary", self.options.binary.as_ref()),
+            ("--cases", self.options.cases.as_ref()),
+            ("--value", self.options.value.as_ref()),
+            ("--log-value", self.options.log_value.as_ref()),
+        ]
+        .into_iter()
+        .filter_map(|(flag, column)| Some((flag, column?)))
+        .collect();
+        if let [(a, one), (b, two), ..] = named[..] {
+            return Err(self
+                .refuse("a survey has one outcome, and two are named")
+                .fact(a, one)
+                .fact(b, two)
+                .try_this(
+                    "name one: --positive and --tested, --binary, --cases, --value or --log-value",
+                ));
+        }
+        let exposure = match (&self.options.population, &self.options.person_time) {
+            (Some(population), Some(time)) => {
                 return Err(self
-                    .refuse("a survey has one outcome, and two are named")
-                    .fact("--value", value)
-                    .fact("--positive or --tested", other)
-                    .try_this("use --value for a continuous outcome, or --positive and --tested for counts"));
+                    .refuse("cases have one exposure, and two are named")
+                    .fact("--population", population)
+                    .fact("--person-time", time)
+                    .try_this(
+                        "use --population for cases at one time, --person-time for incidence",
+                    ));
             }
-            return Ok(Raw::Values {
-                name: value.clone(),
-                values: self.table.numbers(value)?.to_vec(),
-            });
+            (Some(people), None) => Some((people, "person".to_string())),
+            (None, Some(time)) => Some((time, format!("unit of {time}"))),
+            (None, None) => None,
+        };
+        let numbers =
+            |name: &String| -> Result<Vec<f64>> { Ok(self.table.numbers(name)?.to_vec()) };
+        match (&self.options.cases, exposure) {
+            (Some(cases), Some((exposure, per))) => {
+                if self.table.find(cases)? == self.table.find(exposure)? {
+                    return Err(self
+                        .refuse(format!("`{cases}` cannot be both cases and their exposure"))
+                        .fact("columns", self.table.list())
+                        .try_this(
+                            "name two columns with --cases and --population or --person-time",
+                        ));
+                }
+                let numbers = [numbers(cases)?, numbers(exposure)?];
+                let names = [cases.clone(), exposure.clone()];
+                return Ok(Raw::Cases { names, numbers, per });
+            }
+            (Some(cases), None) => {
+                return Err(self
+                    .refuse("cases say nothing of a rate without those they are among")
+                    .fact("--cases", cases)
+                    .fact("columns", self.table.list())
+                    .try_this(
+                        "name the column with --population or --person-time; for cases among people \
+                         tested use --positive and --tested",
+                    ));
+            }
+            (None, Some((exposure, _))) => {
+                return Err(self
+                    .refuse("a population or person-time needs the cases that arose in it")
+                    .fact("--population or --person-time", exposure)
+                    .fact("columns", self.table.list())
+                    .try_this("name their column with --cases"));
+            }
+            (None, None) => {}
+        }
+        if let Some(name) = &self.options.binary {
+            return Ok(Raw::Single { name: name.clone(), values: numbers(name)? });
+        }
+        if let Some(name) = &self.options.log_value {
+            return Ok(Raw::Positive { name: name.clone(), values: numbers(name)? });
+        }
+        if let Some(name) = &self.options.value {
+            return Ok(Raw::Values { name: name.clone(), values: numbers(name)? });
         }
         let (positive, guessed_positive) = self.counts("positive", positive, POSITIVE)?;
         let (tested, guessed_tested) = self.counts("tested", tested, TESTED)?;
@@ -531,7 +660,7 @@ impl Reading<'_> {
                 .fact("columns", self.table.list())
                 .try_this(format!(
                     "name it with --{what} COLUMN, or a continuous outcome with --value COLUMN; \
-                     tables of single people need adding up to one row per site"
+                     tables of single people need adding up to one row per site, or --binary COLUMN"
                 ))),
             _ => Err(self
                 .refuse(format!("more than one column could be the number {what}"))
@@ -683,7 +812,7 @@ impl Reading<'_> {
         // Single people, one per row, may truly be alike: a repeat says nothing.
         let people = match outcome {
             Outcome::Counts { tested, .. } => rows.iter().all(|i| tested[*i] == 1.0),
-            Outcome::Values(_) => false,
+            _ => false,
         };
         let mut seen: HashMap<[u64; 2], Vec<usize>> = HashMap::new();
         let mut kept = Vec::with_capacity(rows.len());
@@ -791,15 +920,38 @@ impl Reading<'_> {
 /// Outcomes as they stand in the file, missing ones included.
 enum Raw {
     Counts { names: [String; 2], numbers: [Vec<f64>; 2] },
+    Single { name: String, values: Vec<f64> },
+    Cases { names: [String; 2], numbers: [Vec<f64>; 2], per: String },
     Values { name: String, values: Vec<f64> },
+    Positive { name: String, values: Vec<f64> },
 }
 
 impl Raw {
     /// Refuses what is wrong, in the order of the file.
     fn check(&self, reading: &Reading) -> Result<()> {
         match self {
-            Raw::Values { name, values } => {
+            Raw::Single { name, values } => {
+                if let Some(i) = values.iter().position(|v| !(v.is_nan() || *v == 0.0 || *v == 1.0))
+                {
+                    return Err(reading
+                        .refuse_cell("a binary outcome is 0 or 1", i, name, values[i])
+                        .try_this(
+                            "write 0 for no and 1 for yes; for counts use --positive and --tested, \
+                             for a measurement --value",
+                        ));
+                }
+            }
+            Raw::Values { name, values } | Raw::Positive { name, values } => {
+                let logged = matches!(self, Raw::Positive { .. });
                 for (i, &v) in values.iter().enumerate() {
+                    if logged && v <= 0.0 && !CODES.contains(&v) {
+                        return Err(reading
+                            .refuse_cell("a value on the log scale is above 0", i, name, v)
+                            .try_this(
+                                "write what is below the limit of detection as half that limit, or \
+                                 use --value",
+                            ));
+                    }
                     if v.is_infinite() || v.abs() > 1e30 {
                         return Err(reading
                             .refuse_cell("a value is too large to be one", i, name, v)
@@ -809,6 +961,32 @@ impl Raw {
                         return Err(reading
                             .refuse_cell("a value looks like a code for a missing one", i, name, v)
                             .try_this("leave cells without a value empty"));
+                    }
+                }
+            }
+            Raw::Cases { names, numbers: [cases, exposure], .. } => {
+                for i in 0..cases.len() {
+                    let (k, n) = (cases[i], exposure[i]);
+                    if k < 0.0 || k.is_infinite() || (k.is_finite() && k.fract() != 0.0) {
+                        return Err(reading
+                            .refuse_cell("cases are a whole number", i, &names[0], k)
+                            .try_this(
+                                "correct the cell; map a rate that is worked out with --log-value",
+                            ));
+                    }
+                    if n < 0.0 || n.is_infinite() {
+                        let what = "a population or person-time is not above 0";
+                        return Err(reading
+                            .refuse_cell(what, i, &names[1], n)
+                            .try_this("correct the cell, or leave it empty if it is unknown"));
+                    }
+                    if n == 0.0 && k > 0.0 {
+                        return Err(reading
+                            .refuse("cases where nobody is")
+                            .fact("row", reading.table.place(i))
+                            .fact(&names[0], k)
+                            .fact(&names[1], n)
+                            .try_this("correct the population or the person-time of the row"));
                     }
                 }
             }
@@ -849,8 +1027,15 @@ impl Raw {
     /// Why row `i` has no outcome.
     fn absent(&self, i: usize) -> Option<String> {
         match self {
-            Raw::Values { name, values } => values[i].is_nan().then(|| format!("no {name}")),
-            Raw::Counts { names, numbers: [positive, tested] } => {
+            Raw::Values { name, values }
+            | Raw::Positive { name, values }
+            | Raw::Single { name, values } => values[i].is_nan().then(|| format!("no {name}")),
+            Raw::Counts { names, numbers: [positive, tested] }
+            | Raw::Cases { names, numbers: [positive, tested], .. } => {
+                let nobody = match self {
+                    Raw::Cases { .. } => "nobody at risk",
+                    _ => "nobody tested",
+                };
                 if positive[i].is_nan() && tested[i].is_nan() {
                     Some(format!("no {} and no {}", names[0], names[1]))
                 } else if positive[i].is_nan() {
@@ -858,7 +1043,7 @@ impl Raw {
                 } else if tested[i].is_nan() {
                     Some(format!("no {}", names[1]))
                 } else {
-                    (tested[i] == 0.0).then(|| format!("nobody tested ({} is 0)", names[1]))
+                    (tested[i] == 0.0).then(|| format!("{nobody} ({} is 0)", names[1]))
                 }
             }
         }
@@ -867,6 +1052,13 @@ impl Raw {
     fn outcome(self) -> Outcome {
         match self {
             Raw::Values { values, .. } => Outcome::Values(values),
+            Raw::Positive { values, .. } => Outcome::Positive(values),
+            Raw::Single { values, .. } => {
+                Outcome::Counts { tested: vec![1.0; values.len()], positive: values }
+            }
+            Raw::Cases { numbers: [cases, exposure], per, .. } => {
+                Outcome::Cases { cases, exposure, per }
+            }
             Raw::Counts { numbers: [positive, tested], .. } => Outcome::Counts { positive, tested },
         }
     }

@@ -2,15 +2,35 @@
 
 use candle_core::Tensor;
 
-use super::Likelihood;
-use crate::{
-    error::{Error, Result},
-    predictive::Link,
-    sites::Observations,
-};
+use super::{Kind, Likelihood, binomial_log_pmf, counted};
+use crate::{error::Result, predictive::Link, rng::Stream, sites::Observations};
 
 /// `positive ~ Binomial(tested, logistic(surface + village effect))`.
 pub struct Binomial;
+
+/// Empirical logit ln((k + ½)/(n − k + ½)) and ln(n)/3 − 1.
+pub(super) fn features(observations: &Observations) -> Result<Tensor> {
+    let [k, n] = counted(
+        observations,
+        "a binomial model needs the number tested at every site",
+        "give --tested COLUMN, or use a continuous model with --value COLUMN",
+    )?;
+    let logit = ((&k + 0.5)?.log()? - ((&n - &k)? + 0.5)?.log()?)?;
+    // Padded sites may carry zero trials: keep the logarithm finite there.
+    let size = ((n.maximum(1.0)?.log()? / 3.0)? - 1.0)?;
+    Ok(Tensor::cat(&[logit, size], 2)?)
+}
+
+/// One binomial count.
+pub(super) fn observe(eta: f64, trials: f64, rng: &mut Stream) -> f64 {
+    rng.binomial(trials as u64, Link::Logit.outcome(eta)) as f64
+}
+
+/// Log probability with its derivatives k − np and −np(1 − p).
+pub(super) fn log_probability(k: f64, n: f64, eta: f64) -> [f64; 3] {
+    let p = Link::Logit.outcome(eta);
+    [binomial_log_pmf(k, n, eta), k - n * p, -n * p * (1.0 - p)]
+}
 
 impl Likelihood for Binomial {
     fn name(&self) -> &'static str {
@@ -22,23 +42,19 @@ impl Likelihood for Binomial {
     fn link(&self) -> Link {
         Link::Logit
     }
-    fn counts(&self) -> bool {
-        true
+    fn kind(&self) -> Kind {
+        Kind::Tested
     }
     fn width(&self) -> usize {
         2
     }
-    /// Empirical logit ln((k + ½)/(n − k + ½)) and ln(n)/3 − 1.
     fn features(&self, observations: &Observations) -> Result<Tensor> {
-        let Some(trials) = &observations.trials else {
-            return Err(Error::input("a binomial model needs the number tested at every site")
-                .try_this("give --tested COLUMN, or use a continuous model with --value COLUMN"));
-        };
-        let n = trials.unsqueeze(2)?; // [batch, site, 1]
-        let k = &observations.y;
-        let logit = ((k + 0.5)?.log()? - ((&n - k)? + 0.5)?.log()?)?;
-        // Padded sites may carry zero trials: keep the logarithm finite there.
-        let size = ((n.maximum(1.0)?.log()? / 3.0)? - 1.0)?;
-        Ok(Tensor::cat(&[logit, size], 2)?)
+        features(observations)
+    }
+    fn observe(&self, eta: f64, trials: f64, rng: &mut Stream) -> f64 {
+        observe(eta, trials, rng)
+    }
+    fn log_probability(&self, y: f64, trials: f64, eta: f64, _: f64) -> Option<[f64; 3]> {
+        Some(log_probability(y, trials, eta))
     }
 }

@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 
-use super::Likelihood;
-use crate::{error::Result, predictive::Link, sites::Observations};
+use super::{Kind, Likelihood};
+use crate::{error::Result, predictive::Link, rng::Stream, sites::Observations};
 
 /// Continuous values with Gaussian noise.
 pub struct Gaussian;
@@ -18,13 +18,16 @@ impl Likelihood for Gaussian {
     fn link(&self) -> Link {
         Link::Identity
     }
-    fn counts(&self) -> bool {
-        false
+    fn kind(&self) -> Kind {
+        Kind::Value
     }
     fn width(&self) -> usize {
         1
     }
     fn features(&self, observations: &Observations) -> Result<Tensor> {
         Ok(observations.y.clone())
+    }
+    fn observe(&self, eta: f64, _: f64, _: &mut Stream) -> f64 {
+        eta
     }
 }

@@ -1,7 +1,10 @@
 //! The run record: what was asked, what was used, what came out. Written last, so that a directory
 //! with a record is whole.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -82,7 +85,7 @@ pub struct SurveyNote {
     pub dropped: Vec<Dropped>,
     /// What was guessed.
     pub notes: Vec<String>,
-    /// People positive and tested over all sites, for counts.
+    /// People positive and tested, or cases and their exposure, over all sites; for counts.
     pub people: Option<[f64; 2]>,
 }
 
@@ -98,7 +101,10 @@ impl From<&Survey> for SurveyNote {
                 Outcome::Counts { positive, tested } => {
                     Some([positive.iter().sum(), tested.iter().sum()])
                 }
-                Outcome::Values(_) => None,
+                Outcome::Cases { cases, exposure, .. } => {
+                    Some([cases.iter().sum(), exposure.iter().sum()])
+                }
+                Outcome::Values(_) | Outcome::Positive(_) => None,
             },
         }
     }
@@ -198,6 +204,9 @@ pub struct Predictions {
     pub file: String,
     /// Its columns, in order.
     pub columns: Vec<String>,
+    /// What its columns are of, by how their names begin: surface, observation, count.
+    #[serde(default)]
+    pub of: BTreeMap<String, String>,
     /// Where the model computed.
     #[serde(default)]
     pub device: Option<DeviceNote>,

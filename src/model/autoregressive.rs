@@ -190,7 +190,7 @@ impl Posterior for Conditioned<'_> {
                     .expect("a component");
                 let value = mean + sd * rng.normal();
                 values.push(match likelihood.counts() {
-                    true => rng.binomial(trials as u64, link.outcome(value)) as f64,
+                    true => likelihood.observe(value, trials, rng),
                     false => value,
                 });
             }

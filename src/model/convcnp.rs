@@ -7,6 +7,8 @@
 //! mean of what was seen; density enters as ln(1 + density), unsquashed, since surveys cluster;
 //! weights back to sites add up to 1; and the raster does not depend on the targets.
 
+use std::sync::OnceLock;
+
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -44,8 +46,8 @@ pub struct Config {
     /// Cells in a model unit; 0 for 64 on a line and 16 in the plane.
     pub points_per_unit: usize,
     /// Half the side of the square, about the origin, that the raster covers, model units. A
-    /// context that reaches further widens it; targets that lie further out are answered as the
-    /// nearest place inside.
+    /// context that lies beyond moves it, and one that is wider widens it; targets that lie further
+    /// out are answered as if nothing had been observed.
     pub reach: f64,
     /// What lies around that square, model units; 0 for eight cells.
     pub margin: f64,
@@ -119,6 +121,8 @@ pub struct Backbone {
 pub struct Encoded {
     /// Rows of the batch that share a lattice, in order.
     parts: Vec<Part>,
+    /// What stands where nothing was observed, `[1, 1, outputs]`: made when first asked for.
+    nothing: OnceLock<Tensor>,
 }
 
 #[derive(Debug)]
@@ -128,10 +132,17 @@ struct Part {
     field: Tensor, // [rows, row, column, outputs]
 }
 
-/// How far a raster goes along an axis: `reach` both ways, or as far as a site was observed.
+/// How far a raster goes along an axis: `reach` both ways, moved or widened by as little as lets it
+/// hold every site observed. A raster that is moved, and not widened, is of the size it was trained on.
 pub(super) fn reached(sites: &[Vec<f64>], observed: &[f64], axis: usize, reach: f64) -> (f64, f64) {
-    let seen = sites.iter().zip(observed).filter(|(_, seen)| **seen > 0.0);
-    seen.fold((-reach, reach), |(low, high), (site, _)| (low.min(site[axis]), high.max(site[axis])))
+    let seen = sites.iter().zip(observed).filter(|(_, seen)| **seen > 0.0).map(|(s, _)| s[axis]);
+    let none = (f64::INFINITY, f64::NEG_INFINITY);
+    let (low, high) = seen.fold(none, |(low, high), s| (low.min(s), high.max(s)));
+    match high - low <= 2.0 * reach {
+        true if high > reach => (high - 2.0 * reach, high),
+        true if low < -reach => (low, low + 2.0 * reach),
+        _ => (low.min(-reach), high.max(reach)),
+    }
 }
 
 impl Backbone {
@@ -188,7 +199,7 @@ impl Backbone {
             let low = ((low - self.margin) * per_unit / multiple).floor() * multiple;
             let high = ((high + self.margin) * per_unit / multiple).ceil() * multiple;
             // Places that are not finite, too.
-            let fits = high - low < MOST;
+            let fits = high - low < MOST && high.max(-low) < MOST;
             if !fits {
                 return Err(Error::input("the sites reach too far for a raster")
                     .fact("cells along one axis", high - low)
@@ -226,7 +237,17 @@ impl Backbone {
             parts.push(Part { rows, lattice, field });
             start += rows;
         }
-        Ok(Encoded { parts })
+        Ok(Encoded { parts, nothing: OnceLock::new() })
+    }
+
+    /// The middle of a raster on which nothing was observed, `[1, 1, outputs]`.
+    fn nothing(&self, like: &Tensor) -> Result<Tensor> {
+        let lattice = self.lattice(&[], &[])?;
+        let shape = (1, lattice.cells[0], lattice.cells[1], 1 + self.likelihood.width());
+        let raster = Tensor::zeros(shape, like.dtype(), like.device())?;
+        let field = self.network.forward(&self.embed.forward(&raster)?)?;
+        let middle = Tensor::zeros((1, 1, self.dim), like.dtype(), like.device())?;
+        Ok(from_lattice(&middle, &field, &self.log_length_out, lattice)?)
     }
 
     /// `[batch, row, column, outputs]`.
@@ -264,9 +285,22 @@ impl Backbone {
                 let edges = Tensor::new(edges, s.device())?.to_dtype(s.dtype())?;
                 Ok(edges.reshape((1, 1, self.dim))?)
             };
-            let s = s.broadcast_maximum(&edge(false)?)?.broadcast_minimum(&edge(true)?)?;
-            let sums = from_lattice(&s, &part.field, &self.log_length_out, part.lattice)?;
-            parts.push(sums);
+            let near = s.broadcast_maximum(&edge(false)?)?.broadcast_minimum(&edge(true)?)?;
+            let sums = from_lattice(&near, &part.field, &self.log_length_out, part.lattice)?;
+            let outside = s.ne(&near)?.to_dtype(DType::U32)?.sum_keepdim(2)?.gt(0u32)?;
+            if outside.to_dtype(DType::U32)?.sum_all()?.to_scalar::<u32>()? == 0 {
+                parts.push(sums);
+                continue;
+            }
+            let nothing = match encoded.nothing.get() {
+                Some(known) => known.clone(),
+                None => {
+                    let made = self.nothing(&s)?;
+                    encoded.nothing.get_or_init(|| made).clone()
+                }
+            };
+            let nothing = nothing.broadcast_as(sums.shape())?;
+            parts.push(outside.broadcast_as(sums.shape())?.where_cond(&nothing, &sums)?);
         }
         let sums = Tensor::cat(&parts, 0)?;
         // A Gaussian of length ℓ adds up to √(2π) ℓ over cells that are one unit apart.

@@ -45,7 +45,8 @@ pub struct Config {
     /// Where the middle of some pixel lies, the same along both axes, model units.
     pub origin: f64,
     /// Half the side of the square, about the origin of the model units, that has pixels. A context
-    /// that reaches further widens it; targets further out are answered as the nearest pixel.
+    /// that lies beyond moves it, and one that is wider widens it; targets further out are answered
+    /// as if nothing had been observed.
     pub reach: f64,
     /// Channels.
     pub width: usize,
@@ -198,15 +199,18 @@ impl ConvCnpGrid {
         Ok(pixels)
     }
 
-    /// The pixel, in memory, that is the nearest to a site.
-    fn nearest(&self, pixels: Pixels, site: &[f64]) -> usize {
+    /// The pixel, in memory, that a site lies in; nothing outside.
+    fn within(&self, pixels: Pixels, site: &[f64]) -> Option<usize> {
         let mut at = [0; 2];
         for (d, s) in site.iter().enumerate() {
             let last = pixels.cells[1 - d] - 1;
             let number = self.number(*s) - pixels.first[1 - d] as f64;
-            at[1 - d] = number.clamp(0.0, last as f64) as usize;
+            if !(0.0..=last as f64).contains(&number) {
+                return None;
+            }
+            at[1 - d] = number as usize;
         }
-        at[0] * pixels.cells[1] + at[1]
+        Some(at[0] * pixels.cells[1] + at[1])
     }
 
     /// Which pixels were seen, and the mean of what was seen there: `[batch, row, column, 1 +
@@ -222,8 +226,10 @@ impl ConvCnpGrid {
         let mut raster = vec![0.0f64; rows * tall * wide * channels];
         for (row, raster) in raster.chunks_exact_mut(tall * wide * channels).enumerate() {
             for (i, site) in sites[row].iter().enumerate() {
-                if mask[row][i] > 0.0 {
-                    let cell = &mut raster[self.nearest(pixels, site) * channels..][..channels];
+                if mask[row][i] > 0.0
+                    && let Some(pixel) = self.within(pixels, site)
+                {
+                    let cell = &mut raster[pixel * channels..][..channels];
                     cell[0] += 1.0;
                     cell[1..].iter_mut().zip(&features[row][i]).for_each(|(sum, x)| *sum += x);
                 }
@@ -235,6 +241,16 @@ impl ConvCnpGrid {
         }
         let shape = (rows, tall, wide, channels);
         Ok(Tensor::from_vec(raster, shape, device)?.to_dtype(dtype)?)
+    }
+
+    /// The middle of a raster on which nothing was observed, `[1, width]`.
+    fn nothing(&self, like: &Tensor) -> Result<Tensor> {
+        let pixels = self.pixels(&[], &[])?;
+        let [rows, columns] = pixels.cells;
+        let shape = (1, rows, columns, 1 + self.likelihood.width());
+        let field = self.field(&Tensor::zeros(shape, like.dtype(), like.device())?)?;
+        let middle = field.narrow(1, rows / 2, 1)?.narrow(2, columns / 2, 1)?;
+        Ok(middle.reshape((1, ()))?)
     }
 
     /// `[batch, row, column, width]`.
@@ -305,15 +321,21 @@ impl Posterior for Conditioned<'_> {
         for part in &self.parts {
             let [tall, wide] = part.pixels.cells;
             let mut index = Vec::with_capacity(part.rows * targets.len());
+            let nowhere = (part.rows * tall * wide) as u32;
             for row in 0..part.rows {
-                let nearest = |site: &Vec<f64>| {
-                    (row * tall * wide + self.model.nearest(part.pixels, site)) as u32
+                let pixel = |site: &Vec<f64>| {
+                    let within = self.model.within(part.pixels, site);
+                    within.map_or(nowhere, |pixel| (row * tall * wide + pixel) as u32)
                 };
-                index.extend(sites[start + row].iter().map(nearest));
+                index.extend(sites[start + row].iter().map(pixel));
             }
             start += part.rows;
+            let mut field = part.field.flatten_to(2)?;
+            if index.contains(&nowhere) {
+                field = Tensor::cat(&[&field, &self.model.nothing(&field)?], 0)?;
+            }
             let index = Tensor::new(index, part.field.device())?;
-            let found = part.field.flatten_to(2)?.index_select(&index, 0)?;
+            let found = field.index_select(&index, 0)?;
             parts.push(found.reshape((part.rows, targets.len(), ()))?);
         }
         let raw = self.model.decode.forward(&Tensor::cat(&parts, 0)?)?;

@@ -26,8 +26,10 @@ pub enum Family {
     Gaussian,
     /// Positive of tested, where the prevalence of villages has a beta law: raw mean and precision.
     BetaBinomial,
-    /// Counts, of which the log rate per trial (person, or person-time) is the one output.
+    /// Cases, of which the log rate per trial (person, or person-time) is the one output.
     Poisson,
+    /// Cases, where the rate of villages has a gamma law: log of its mean, and raw size.
+    NegativeBinomial,
     /// One of so many classes, numbered from 0: raw log shares. It has no surface.
     Categorical(usize),
 }
@@ -55,7 +57,7 @@ impl Family {
     pub fn outputs(self) -> usize {
         match self {
             Family::Gaussian => 0,
-            Family::BetaBinomial => 2,
+            Family::BetaBinomial | Family::NegativeBinomial => 2,
             Family::Poisson => 1,
             Family::Categorical(classes) => classes,
         }
@@ -68,6 +70,7 @@ impl Family {
             Family::Gaussian => None,
             Family::BetaBinomial => Some(Arc::new(BetaBinomial::of(&part(0)?, &part(1)?)?)),
             Family::Poisson => Some(Arc::new(Poisson { log_rate: part(0)?.clamp(-RATE, RATE)? })),
+            Family::NegativeBinomial => Some(Arc::new(NegativeBinomial::of(&part(0)?, &part(1)?)?)),
             Family::Categorical(_) => {
                 let total = raw.log_sum_exp(D::Minus1)?.unsqueeze(2)?;
                 Some(Arc::new(Categorical { log_share: raw.broadcast_sub(&total)? }))
@@ -98,16 +101,25 @@ impl Family {
                 let sd = (mean.zeros_like()? + 1e-6)?;
                 (mean, sd)
             }
+            (Family::NegativeBinomial, Link::Log) => {
+                let part = |i: usize| raw.narrow(2, i, 1)?.squeeze(2);
+                let NegativeBinomial { log_rate, size } =
+                    NegativeBinomial::of(&part(0)?, &part(1)?)?;
+                // The logarithm of a gamma variable of this mean.
+                let mean = (log_rate + (digamma(&size)? - size.log()?)?)?;
+                (mean, trigamma(&size)?.sqrt()?)
+            }
             (Family::BetaBinomial, _) => {
                 return wrong(
                     "beta-binomial counts need a logit link",
-                    "use it with likelihood = \"binomial\"",
+                    "use it with likelihood = \"binomial\", \"beta-binomial\" or \"bernoulli\"",
                 );
             }
-            (Family::Poisson, _) => {
+            (Family::Poisson | Family::NegativeBinomial, _) => {
                 return wrong(
-                    "Poisson counts need a logarithmic link",
-                    "use family = \"beta-binomial\" for positive of tested",
+                    "cases need a logarithmic link",
+                    "use it with likelihood = \"poisson\" or \"negative-binomial\", and family = \
+                     \"beta-binomial\" for positive of tested",
                 );
             }
             _ => {
@@ -147,6 +159,23 @@ impl BetaBinomial {
 pub struct Poisson {
     /// Log rate per trial, `[batch, target]`.
     pub log_rate: Tensor,
+}
+
+/// Cases: `Poisson(trials · rate)` where the rate has a gamma law of this mean, of shape `size`.
+#[derive(Debug, Clone)]
+pub struct NegativeBinomial {
+    /// Log of the mean rate per trial, `[batch, target]`.
+    pub log_rate: Tensor,
+    /// Size, `[batch, target]`.
+    pub size: Tensor,
+}
+
+impl NegativeBinomial {
+    /// From the log of the mean rate and the raw size, `[batch, target]` each.
+    fn of(log_rate: &Tensor, size: &Tensor) -> Result<Self> {
+        let log_rate = log_rate.clamp(-RATE, RATE)?;
+        Ok(NegativeBinomial { log_rate, size: (softplus(size)? + LEAST)? })
+    }
 }
 
 /// One of some classes.
@@ -190,6 +219,18 @@ impl Law for Poisson {
         let [k, n] = counts(seen, &self.log_rate)?;
         let log_mean = (&self.log_rate + n.maximum(1e-30)?.log()?)?;
         Ok((((&k * &log_mean)? - log_mean.exp()?)? - log_gamma(&(k + 1.0)?)?)?)
+    }
+}
+
+impl Law for NegativeBinomial {
+    fn log_prob(&self, seen: &Observations) -> Result<Tensor> {
+        let [k, n] = counts(seen, &self.log_rate)?;
+        let r = &self.size;
+        let mean = (&self.log_rate.exp()? * n.maximum(1e-30)?)?;
+        let ways = ((log_gamma(&(&k + r)?)? - log_gamma(r)?)? - log_gamma(&(&k + 1.0)?)?)?;
+        let whole = (r + &mean)?.log()?;
+        let none = (r * (r.log()? - &whole)?)?;
+        Ok(((ways + none)? + (k * (mean.log()? - whole)?)?)?)
     }
 }
 
@@ -261,6 +302,13 @@ mod tests {
         let mean: f64 = p.iter().zip(&all).map(|(p, k)| p.exp() * k).sum();
         assert!((p.iter().map(|l| l.exp()).sum::<f64>() - 1.0).abs() < 1e-10);
         assert!((mean - 7.0 * 0.9f64.exp()).abs() < 1e-9);
+        let all: Vec<f64> = (0..3000).map(f64::from).collect();
+        let raw_of_all = raw(&[0.9, 0.4].repeat(all.len()), 2);
+        let law = Family::NegativeBinomial.law(&raw_of_all).unwrap().unwrap();
+        let p = host(&law.log_prob(&seen(&all, Some(&vec![7.0; all.len()]))).unwrap());
+        let mean: f64 = p.iter().zip(&all).map(|(p, k)| p.exp() * k).sum();
+        assert!((p.iter().map(|l| l.exp()).sum::<f64>() - 1.0).abs() < 1e-9);
+        assert!((mean - 7.0 * 0.9f64.exp()).abs() < 1e-6);
         let law =
             Family::Categorical(3).law(&raw(&[0.3, -2.0, 5.0].repeat(3), 3)).unwrap().unwrap();
         let p = host(&law.log_prob(&seen(&[0.0, 1.0, 2.0], None)).unwrap());
@@ -282,6 +330,10 @@ mod tests {
         let law = Poisson { log_rate: raw(&[-0.4], 1).squeeze(2).unwrap() };
         let found = host(&law.log_prob(&seen(&[5.0], Some(&[6.0]))).unwrap())[0];
         assert!((found - -1.8506146728556079).abs() < 1e-10, "{found}");
+        let (log_rate, size) = (raw(&[-1.0], 1).squeeze(2).unwrap(), raw(&[2.5], 1));
+        let law = NegativeBinomial { log_rate, size: size.squeeze(2).unwrap() };
+        let found = host(&law.log_prob(&seen(&[3.0], Some(&[10.0]))).unwrap())[0];
+        assert!((found - -1.9363237172720).abs() < 1e-10, "{found}");
     }
 
     /// The gradient of what training minimises is its slope.
@@ -289,23 +341,30 @@ mod tests {
     fn laws_can_be_learned() {
         let start = [-0.7, 0.4, 1.2, -0.3];
         let counts = seen(&[3.0, 9.0], Some(&[10.0, 12.0]));
-        let loss = |raw: &Tensor| -> Tensor {
-            let predictive = Family::BetaBinomial.predictive(Link::Logit, raw).unwrap();
-            let density = predictive.law.as_ref().unwrap().log_prob(&counts).unwrap();
-            (density.sum_all().unwrap() + predictive.surface_sd.log().unwrap().sum_all().unwrap())
+        for (family, link) in
+            [(Family::BetaBinomial, Link::Logit), (Family::NegativeBinomial, Link::Log)]
+        {
+            let loss = |raw: &Tensor| -> Tensor {
+                let predictive = family.predictive(link, raw).unwrap();
+                let density = predictive.law.as_ref().unwrap().log_prob(&counts).unwrap();
+                let spread = predictive.surface_sd.log().unwrap().sum_all().unwrap();
+                ((density.sum_all().unwrap() + spread).unwrap()
+                    + predictive.mean.sum_all().unwrap())
                 .unwrap()
-        };
-        let var = Var::from_tensor(&raw(&start, 2)).unwrap();
-        let grads = loss(&var).backward().unwrap();
-        let grad = host(grads.get(&var).unwrap());
-        for i in 0..start.len() {
-            let at = |h: f64| {
-                let mut moved = start;
-                moved[i] += h;
-                loss(&raw(&moved, 2)).to_scalar::<f64>().unwrap()
             };
-            let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
-            assert!((grad[i] - numeric).abs() < 1e-6, "{i}: {} of {numeric}", grad[i]);
+            let var = Var::from_tensor(&raw(&start, 2)).unwrap();
+            let grads = loss(&var).backward().unwrap();
+            let grad = host(grads.get(&var).unwrap());
+            for i in 0..start.len() {
+                let at = |h: f64| {
+                    let mut moved = start;
+                    moved[i] += h;
+                    loss(&raw(&moved, 2)).to_scalar::<f64>().unwrap()
+                };
+                let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
+                let found = grad[i];
+                assert!((found - numeric).abs() < 1e-6, "{family:?} {i}: {found} of {numeric}");
+            }
         }
     }
 
@@ -315,6 +374,7 @@ mod tests {
         let raw = raw(&[0.1, 0.2], 2);
         assert!(Family::BetaBinomial.predictive(Link::Identity, &raw).is_err());
         assert!(Family::Poisson.predictive(Link::Logit, &raw).is_err());
+        assert!(Family::NegativeBinomial.predictive(Link::Identity, &raw).is_err());
         assert!(Family::Categorical(2).predictive(Link::Logit, &raw).is_err());
         assert!(Family::Categorical(1).check().is_err());
     }

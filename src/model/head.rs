@@ -123,6 +123,6 @@ impl Head {
         } else {
             mean.zeros_like()?
         };
-        Ok(Predictive { link, log_weight, mean, surface_sd, observation_sd, law: None })
+        Ok(Predictive { link, log_weight, mean, surface_sd, observation_sd, lift: None, law: None })
     }
 }

@@ -207,6 +207,7 @@ pub fn mixture(each: Predictive, n: usize) -> Result<Predictive> {
         mean: merge(&each.mean)?,
         surface_sd: merge(&each.surface_sd)?,
         observation_sd: merge(&each.observation_sd)?,
+        lift: None,
         law: None,
     })
 }
@@ -225,6 +226,7 @@ pub fn side_by_side(parts: &[Predictive]) -> Result<Predictive> {
         mean: join(|p| &p.mean)?,
         surface_sd: join(|p| &p.surface_sd)?,
         observation_sd: join(|p| &p.observation_sd)?,
+        lift: None,
         law: None,
     })
 }

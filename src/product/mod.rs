@@ -229,17 +229,24 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// What maps are of, in words: the surface, a new village, or one more value.
+    pub fn whose(&self) -> &'static str {
+        match self.of {
+            Of::Surface => "surface",
+            // Of values the unit is not known.
+            Of::Observation if self.unit.is_empty() => "new value",
+            Of::Observation => "new village",
+        }
+    }
+
     /// Title and unit of a product.
     pub fn band(&self, spec: &Spec) -> Band {
-        let name = match self.of {
-            Of::Surface => self.name.clone(),
-            Of::Observation => format!("{} at a new site", self.name),
-        };
         let unit = match spec.entry.scale {
             Scale::Probability => "1".into(),
             Scale::Level | Scale::Spread => self.unit.clone(),
         };
-        Band { description: (spec.entry.title)(&name, spec.parameter), unit }
+        let title = (spec.entry.title)(&self.name, spec.parameter);
+        Band { description: format!("{title}, {}", self.whose()), unit }
     }
 }
 
@@ -310,7 +317,7 @@ pub fn open(
         tag("ISOPLETH_VERSION", env!("CARGO_PKG_VERSION").into());
         tag("PRODUCT", spec.to_string());
         tag("OUTCOME", outcome.name.clone());
-        tag("OF", if outcome.of == Of::Surface { "surface" } else { "observation" }.into());
+        tag("OF", outcome.whose().into());
         if let Some(parameter) = &spec.entry.parameter {
             tag(&parameter.name.to_uppercase(), spec.parameter.to_string());
         }

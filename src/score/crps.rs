@@ -1,7 +1,7 @@
 //! Continuous ranked probability score: the integral of (F(x) − 1{observed ≤ x})² over x.
 //!
 //! Source: Grimit et al. (2006), doi:10.1256/qj.05.235, eq. 5, for mixtures of Gaussians; the plain
-//! sum for counts, on the scale of the proportion.
+//! sum for counts, on the scale of the proportion or rate.
 
 use statrs::function::erf::erf;
 
@@ -85,18 +85,9 @@ pub fn marginal(m: &Marginals, i: usize, truth: f64) -> f64 {
 }
 
 fn crps(forecast: &Forecast) -> f64 {
+    let y = forecast.observed();
     match &forecast.law {
-        Law::Mixture(m) => mixture(&m.components(0).collect::<Vec<_>>(), forecast.observed()),
-        Law::Counts { pmf, .. } => {
-            let tested = (pmf.len() - 1) as f64;
-            let observed = (forecast.observed() * tested).round() as usize;
-            let mut below = 0.0;
-            let steps = pmf[..pmf.len() - 1].iter().enumerate().map(|(k, p)| {
-                below += p;
-                let past = if k >= observed { 1.0 } else { 0.0 };
-                (below - past) * (below - past)
-            });
-            steps.sum::<f64>() / tested
-        }
+        Law::Mixture(m) => marginal(m, 0, m.link.link(y)),
+        Law::Counts { counts, .. } => counts.crps((y * counts.trials()).round()) / counts.trials(),
     }
 }

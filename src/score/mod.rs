@@ -12,12 +12,14 @@ use crate::{
 };
 
 pub mod calibration;
+mod counts;
 pub mod crps;
 mod forecast;
 pub mod interval;
 pub mod log_score;
 pub mod rmse;
 
+pub use counts::Counts;
 pub use forecast::{Forecast, Truth};
 
 /// Which way a score improves.

@@ -8,32 +8,43 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Error, Result},
     kernel::Kernel,
-    likelihood::{self, Likelihood},
+    likelihood::{self, Kind, Likelihood},
     prior::{self, Prior, Rule, hyper::Law},
     rng::Stream,
     settings,
-    sites::{Observations, Sites, Task, mean_sd, unit_box},
+    sites::{Observations, Sites, Task, log_rate, mean_sd, unit_box},
 };
 
 pub mod design;
 
 use design::{Design, Layout};
 
-/// How counts come about: people tested per site.
+/// How counts come about: people tested per site, or cases expected there at a rate of 1, and what
+/// likelihoods with a dispersion of their own add to a village.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Trials {
-    /// Typical number tested in a survey.
+    /// Typical number tested, population or person-time in a survey.
     pub base: Law,
-    /// Log-scale sd of the number tested between sites of one survey.
+    /// Log-scale sd of it between sites of one survey.
     pub spread: Law,
-    /// Chance that every site has the same number tested.
+    /// Chance that every site has the same.
     pub equal: f64,
+    /// Precision of beta-binomial counts, one for each survey.
+    pub precision: Law,
+    /// Size of negative binomial counts, one for each survey.
+    pub size: Law,
 }
 
 impl Default for Trials {
     fn default() -> Self {
-        Trials { base: Law::log_uniform(2.0, 500.0), spread: Law::uniform(0.0, 0.8), equal: 0.15 }
+        Trials {
+            base: Law::log_uniform(2.0, 500.0),
+            spread: Law::uniform(0.0, 0.8),
+            equal: 0.15,
+            precision: Law::log_uniform(2.0, 100.0),
+            size: Law::log_uniform(0.5, 50.0),
+        }
     }
 }
 
@@ -41,7 +52,8 @@ impl Default for Trials {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
 pub enum Frame {
-    /// As a map does it: the context's box becomes [−1, 1], continuous values are standardised.
+    /// As a map does it: the context's box becomes [−1, 1], continuous values (or their logarithms)
+    /// are standardised, and rates are relative to the context's overall rate.
     #[default]
     Context,
     /// As drawn: the published benchmarks' convention.
@@ -61,7 +73,7 @@ pub struct Tasks {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// "binomial" or "gaussian".
+    /// One of [`likelihood::LIKELIHOODS`]: "binomial", "gaussian", "poisson", …
     pub likelihood: String,
     /// Frame of the tasks.
     pub frame: Frame,
@@ -89,12 +101,14 @@ pub struct Draw {
     pub first_target: usize,
     /// Surface, link scale.
     pub latent: Vec<f64>,
-    /// Surface plus nugget, link scale.
+    /// Surface plus nugget and the likelihood's own dispersion, link scale: the level of a village.
     pub noisy: Vec<f64>,
-    /// Observed value or count.
+    /// Observed value, in its own units, or count.
     pub y: Vec<f64>,
-    /// Tested, for counts.
+    /// Tested, population or person-time, for counts.
     pub trials: Option<Vec<f64>>,
+    /// Precision or size, for likelihoods that have one; else ∞.
+    pub dispersion: f64,
 }
 
 /// A batch of tasks, with what ruled each row expressed in that row's model units.
@@ -103,8 +117,10 @@ pub struct Batch {
     pub task: Task,
     /// Kernel, nugget and mean of each row, in model units: what an exact GP needs.
     pub rules: Vec<Rule>,
-    /// Centre and size of the frame and (mean, sd) of the outcome, per row.
+    /// Centre and size of the frame and (mean, sd) of the outcome, link scale, per row.
     pub frames: Vec<([f64; 2], f64, f64, f64)>,
+    /// [`Draw::dispersion`] of each row.
+    pub dispersions: Vec<f64>,
 }
 
 impl Batch {
@@ -120,6 +136,7 @@ impl Batch {
             },
             rules: self.rules[start..start + len].to_vec(),
             frames: self.frames[start..start + len].to_vec(),
+            dispersions: self.dispersions[start..start + len].to_vec(),
         })
     }
 }
@@ -171,6 +188,8 @@ impl Tasks {
         trials.base.check("base", true)?;
         trials.spread.check("spread", true)?;
         prior::hyper::check_share("equal", trials.equal)?;
+        trials.precision.check("precision", true)?;
+        trials.size.check("size", true)?;
         let settings: Settings = settings::parse_table("[task]", &table("task")?)?;
         let likelihood = likelihood::find(&settings.likelihood)?;
         let fewest = design.context.iter().map(|s| s.sites[0]).min().unwrap_or(0);
@@ -227,37 +246,51 @@ impl Tasks {
         Ok(surfaces
             .into_iter()
             .map(|(rule, surface)| {
-                let trials = self.likelihood.counts().then(|| self.tested(layout.xy.len(), rng));
-                let y = match &trials {
-                    None => surface.noisy.clone(),
-                    Some(trials) => surface
-                        .noisy
-                        .iter()
-                        .zip(trials)
-                        .map(|(eta, n)| {
-                            rng.binomial(*n as u64, self.likelihood.link().outcome(*eta)) as f64
-                        })
-                        .collect(),
+                let trials = self.trials(layout.xy.len(), rng);
+                let dispersion = match self.likelihood.dispersion() {
+                    None => f64::INFINITY,
+                    Some("precision") => self.trials.precision.draw(rng),
+                    Some(_) => self.trials.size.draw(rng),
                 };
+                let level = |eta: &f64| self.likelihood.village(*eta, dispersion, rng);
+                let noisy: Vec<f64> = surface.noisy.iter().map(level).collect();
+                let of = |i: usize| trials.as_ref().map_or(0.0, |n| n[i]);
+                let y = (0..noisy.len())
+                    .map(|i| self.likelihood.observe(noisy[i], of(i), rng))
+                    .collect();
                 Draw {
                     rule,
                     xy: layout.xy.clone(),
                     context: layout.context,
                     first_target: layout.first_target,
                     latent: surface.latent,
-                    noisy: surface.noisy,
+                    noisy,
                     y,
                     trials,
+                    dispersion,
                 }
             })
             .collect())
     }
 
-    fn tested(&self, n: usize, rng: &mut Stream) -> Vec<f64> {
+    /// Tested, population or person-time of `n` sites.
+    fn trials(&self, n: usize, rng: &mut Stream) -> Option<Vec<f64>> {
+        match self.likelihood.kind() {
+            Kind::Value | Kind::Positive => None,
+            Kind::Single => Some(vec![1.0; n]),
+            Kind::Tested => {
+                let people = |n: f64| n.round().clamp(1.0, 1000.0);
+                Some(self.efforts(n, rng).into_iter().map(people).collect())
+            }
+            Kind::Exposure => Some(self.efforts(n, rng)),
+        }
+    }
+
+    fn efforts(&self, n: usize, rng: &mut Stream) -> Vec<f64> {
         let base = self.trials.base.draw(rng);
         let spread =
             if rng.unit() < self.trials.equal { 0.0 } else { self.trials.spread.draw(rng) };
-        (0..n).map(|_| (base * (spread * rng.normal()).exp()).round().clamp(1.0, 1000.0)).collect()
+        (0..n).map(|_| base * (spread * rng.normal()).exp()).collect()
     }
 
     /// Batch number `index` under `seed`: `rows` tasks with `context` sites each.
@@ -281,28 +314,39 @@ impl Tasks {
         let (rows, context, first) = (draws.len(), draws[0].context, draws[0].first_target);
         let targets = draws[0].xy.len() - first;
         let dim = self.dim();
-        let counts = self.likelihood.counts();
+        let (counts, kind) = (self.likelihood.counts(), self.likelihood.kind());
         let (mut s, mut y, mut trials, mut latent, mut noisy) =
             (vec![], vec![], vec![], vec![], vec![]);
-        let (mut rules, mut frames) = (vec![], vec![]);
-        for draw in draws {
+        let (mut rules, mut frames, mut dispersions) = (vec![], vec![], vec![]);
+        for mut draw in draws {
+            if kind == Kind::Positive {
+                draw.y.iter_mut().for_each(|y| *y = y.ln());
+            }
             let (centre, unit) = match self.settings.frame {
                 // Coinciding context sites span no box; any unit will do.
                 Frame::Context => unit_box(&draw.xy[..context]).unwrap_or((draw.xy[0], 1.0)),
                 Frame::Raw => ([0.0; 2], 1.0),
             };
-            let (mean, sd) = match (self.settings.frame, counts) {
-                (Frame::Context, false) => mean_sd(&draw.y[..context]),
+            let (mean, sd) = match (self.settings.frame, kind, &draw.trials) {
+                (Frame::Context, Kind::Value | Kind::Positive, _) => mean_sd(&draw.y[..context]),
+                (Frame::Context, Kind::Exposure, Some(n)) => {
+                    (log_rate(&draw.y[..context], &n[..context]), 1.0)
+                }
                 _ => (0.0, 1.0),
             };
             for p in &draw.xy {
                 s.extend((0..dim).map(|d| ((p[d] - centre[d]) / unit) as f32));
             }
             let value = |v: &f64| ((v - mean) / sd) as f32;
-            y.extend(draw.y.iter().map(value));
+            match counts {
+                true => y.extend(draw.y.iter().map(|k| *k as f32)),
+                false => y.extend(draw.y.iter().map(value)),
+            }
             latent.extend(draw.latent[first..].iter().map(value));
             noisy.extend(draw.noisy[first..].iter().map(value));
-            trials.extend(draw.trials.iter().flatten().map(|n| *n as f32));
+            // Rates of the frame are relative: their offset is what the overall rate expects.
+            let offset = if kind == Kind::Exposure { mean.exp() } else { 1.0 };
+            trials.extend(draw.trials.iter().flatten().map(|n| (n * offset) as f32));
             rules.push(Rule {
                 kernel: draw.rule.kernel.map(|kernel| {
                     let scale = 1.0 / (sd * sd);
@@ -313,6 +357,7 @@ impl Tasks {
                 class: draw.rule.class,
             });
             frames.push((centre, unit, mean, sd));
+            dispersions.push(draw.dispersion);
         }
         let n = first + targets;
         let cpu = &Device::Cpu;
@@ -337,6 +382,7 @@ impl Tasks {
             },
             rules,
             frames,
+            dispersions,
         })
     }
 }

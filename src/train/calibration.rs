@@ -15,8 +15,8 @@ use crate::{
     },
     checkpoint::Checkpoint,
     error::{Error, Result},
-    likelihood::Likelihood,
-    predictive::{Marginals, Of, Predictive},
+    likelihood::{Kind, Likelihood},
+    predictive::{Link, Marginals, Of, Predictive},
     prior::Rule,
     process::Process,
     rng::Stream,
@@ -70,7 +70,8 @@ pub struct Group {
     pub surface: Option<Figures>,
     /// Of a new observation: a new village's prevalence, or a new noisy value.
     pub observation: Figures,
-    /// Mean CRPS of a new observation: of a village's prevalence, or a value, outcome units.
+    /// Mean CRPS of a new observation: of a village's prevalence, or a value, outcome units; for
+    /// rates and logarithms on the scale of the frame, which is relative to the context.
     pub crps: f64,
 }
 
@@ -128,7 +129,7 @@ struct Truth {
     /// Targets that are context sites again: a new observation there is not new.
     seen: usize,
     resolution: f64,
-    /// What outcomes were divided by: 1 for counts.
+    /// What outcomes were divided by: 1 for counts, and for what is relative to its context's mean.
     outcome_sd: f64,
 }
 
@@ -200,7 +201,10 @@ fn score(tasks: &Tasks, process: &dyn Process, batch: &Batch) -> Result<Vec<Row>
                 noisy: host(&one.task.noisy)?,
                 seen: if tasks.design().pool > 0 { sites } else { 0 },
                 resolution: resolution(&one.rules[0])?,
-                outcome_sd: batch.frames[row].3,
+                outcome_sd: match tasks.likelihood().link() {
+                    Link::Log => 1.0,
+                    _ => batch.frames[row].3,
+                },
             };
             let asked = one.task.target.sites.host()?.swap_remove(0);
             let seen = seen(&one, tasks.likelihood())?;
@@ -208,7 +212,7 @@ fn score(tasks: &Tasks, process: &dyn Process, batch: &Batch) -> Result<Vec<Row>
                 .iter()
                 .map(|(_, rule)| Some(truth.meet(None, &rule(&seen, &asked))))
                 .collect();
-            rivals.push(match sites <= EXACT_SITES {
+            rivals.push(match sites <= EXACT_SITES && super::known(tasks.likelihood()) {
                 true => Some(truth.meet_both(&exact(&one, tasks.likelihood())?, 0)?),
                 false => None,
             });
@@ -221,8 +225,10 @@ fn score(tasks: &Tasks, process: &dyn Process, batch: &Batch) -> Result<Vec<Row>
 fn seen(one: &Batch, likelihood: &dyn Likelihood) -> Result<Seen> {
     let context = &one.task.context;
     let (sites, y) = (context.sites.host()?.swap_remove(0), host(&context.y)?);
-    Ok(match (&context.trials, likelihood.counts()) {
-        (Some(trials), true) => Seen::counts(sites, &y, &host(trials)?),
+    Ok(match (&context.trials, likelihood.kind()) {
+        (Some(trials), Kind::Tested | Kind::Single) => Seen::counts(sites, &y, &host(trials)?),
+        (Some(trials), Kind::Exposure) => Seen::rates(sites, &y, &host(trials)?),
+        (_, Kind::Positive) => Seen::logarithms(sites, y),
         _ => Seen::values(sites, y),
     })
 }
@@ -232,6 +238,7 @@ fn exact(one: &Batch, likelihood: &'static dyn Likelihood) -> Result<Predictive>
     let rule = &one.rules[0];
     let nugget = rule.nugget.max(resolution(rule)?.powi(2));
     let gp = ExactGp::new(Box::new(rule.known_kernel()?), nugget, rule.mean, likelihood)?;
+    let gp = gp.dispersed(one.dispersions[0])?;
     gp.condition(&one.task.context)?.at(&one.task.target.sites)
 }
 

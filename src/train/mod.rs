@@ -19,6 +19,7 @@ use crate::{
     checkpoint::{self, Card, Checkpoint},
     error::{Error, Result},
     fused::{self, Products, cuda::Choice},
+    likelihood::Likelihood,
     model::{self, Problem, params::Params},
     predictive::Predictive,
     process::{Objective, Process, Reward},
@@ -335,7 +336,7 @@ impl Validation {
             .collect::<Result<_>>()?;
         let mut exact_gp = None;
         // The exact GP knows the surface; a law of counts it has not.
-        let told = settings.loss != Reward::Outcome;
+        let told = settings.loss != Reward::Outcome && known(tasks.likelihood());
         if told && batches.iter().flat_map(|b| &b.rules).all(|rule| rule.kernel.is_some()) {
             let mut total = 0.0;
             for batch in &batches {
@@ -357,6 +358,11 @@ impl Validation {
     }
 }
 
+/// Whether the exact GP reads what this likelihood counts.
+pub(crate) fn known(likelihood: &dyn Likelihood) -> bool {
+    !likelihood.counts() || likelihood.log_probability(0.0, 1.0, 0.0, 1.0).is_some()
+}
+
 /// The loss of the exact GP that is told the true kernel, nugget and mean of every task.
 fn exact_loss(tasks: &Tasks, batch: &Batch, reward: Reward) -> Result<f64> {
     let losses: Vec<f64> = batch
@@ -370,7 +376,8 @@ fn exact_loss(tasks: &Tasks, batch: &Batch, reward: Reward) -> Result<f64> {
                 rule.nugget,
                 rule.mean,
                 tasks.likelihood(),
-            )?;
+            )?
+            .dispersed(batch.dispersions[row])?;
             let value = loss(&answer(&gp, &one.task)?, &one.task, reward)?;
             Ok(value.to_dtype(DType::F64)?.to_scalar::<f64>()?)
         })

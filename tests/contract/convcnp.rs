@@ -74,8 +74,9 @@ fn convolutions_move_with_the_map() -> Result<()> {
     Ok(())
 }
 
-/// Targets beyond the raster are answered as the nearest place inside, whoever else is asked; a
-/// context that reaches further takes the raster with it, and leaves its neighbours in the batch alone.
+/// Targets beyond the raster are answered as if nothing had been observed, whoever else is asked: what was
+/// seen at the edge says nothing of them. A context that reaches further takes the raster with it, and
+/// leaves its neighbours in the batch alone.
 #[test]
 fn the_raster_ends_where_it_says() -> Result<()> {
     let (model, _) = build("kind = 'convcnp'\nreach = 1.5\npoints_per_unit = 16", 1);
@@ -89,6 +90,15 @@ fn the_raster_ends_where_it_says() -> Result<()> {
     let (far, farther) = (at(&[30.0, -7.0, 1.4])?, at(&[1e6, -1e9, 1.4])?);
     assert_eq!(gap(&far, &farther), 0.0);
     assert!(gap(&edge, &far).is_finite());
+    let mut unseen = observed(sites(9, 1, 1.0, 0.0));
+    unseen.mask = unseen.mask.zeros_like()?;
+    let middle = Sites::new(Tensor::zeros((1, 3, 1), candle_core::DType::F32, &CPU)?);
+    let nothing = ask(&model, &unseen, &middle)?;
+    let first = |p: &Predictive| -> Result<f32> {
+        Ok(p.mean.flatten_all()?.to_vec1::<f32>()?[0]
+            + p.surface_sd.flatten_all()?.to_vec1::<f32>()?[0])
+    };
+    assert_eq!(first(&far)?, first(&nothing)?);
 
     let wide = observed(sites(9, 1, 1.0, 9.0));
     let both = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b, a], 0);
@@ -110,6 +120,7 @@ fn the_raster_ends_where_it_says() -> Result<()> {
             mean: cut(&whole.mean)?,
             surface_sd: cut(&whole.surface_sd)?,
             observation_sd: cut(&whole.observation_sd)?,
+            lift: None,
             law: None,
         };
         let moved = gap(&alone, &here);

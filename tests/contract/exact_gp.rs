@@ -448,3 +448,94 @@ fn colour_whiten_and_solve_undo_each_other() -> Result<()> {
     near("solved", &product, &z, 1e-14);
     Ok(())
 }
+
+/// One village: the mode of its level solves f = (sill + nugget) · slope of the log probability, and
+/// the surface moves by the sill's share of it. Found here by bisection.
+#[test]
+fn one_village_of_any_count_has_its_mode() -> Result<()> {
+    for (name, k, n, size) in [
+        ("poisson", 9.0, 120.0, f64::INFINITY),
+        ("poisson", 0.0, 0.4, f64::INFINITY),
+        // Newton's first step from the mean would overflow.
+        ("poisson", 90_000.0, 30.0, f64::INFINITY),
+        ("negative-binomial", 9.0, 120.0, 1.7),
+        ("bernoulli", 1.0, 1.0, f64::INFINITY),
+    ] {
+        let law = likelihood::find(name)?;
+        let (sill, nugget, mean) = (0.8, 0.3, -1.1);
+        let gp = ExactGp::new(matern(sill), nugget, mean, law)?.dispersed(size)?;
+        let seen = counts(&S[..1], &[k], &[n]);
+        let [found, surface, observation] = ask(&gp, &seen, &S[..1])?;
+        let slope = |f: f64| {
+            let p = 1.0 / (1.0 + (-(mean + f)).exp());
+            let mu = n * (mean + f).exp();
+            match name {
+                "poisson" => (k - mu, mu),
+                "bernoulli" => (k - p, p * (1.0 - p)),
+                _ => ((k - mu) * size / (size + mu), (k + size) * size * mu / (size + mu).powi(2)),
+            }
+        };
+        let (mut low, mut high) = (-20.0, 20.0);
+        for _ in 0..200 {
+            let f = 0.5 * (low + high);
+            if f < (sill + nugget) * slope(f).0 { low = f } else { high = f }
+        }
+        let weight = slope(low).0;
+        assert!((found[0] - (mean + sill * weight)).abs() < 1e-4, "{name}: {}", found[0]);
+        let variance = sill - sill * sill / (sill + nugget + 1.0 / slope(low).1);
+        assert!((surface[0] - variance.sqrt()).abs() < 1e-4, "{name}: {}", surface[0]);
+        // A new village varies by the nugget, and by a gamma factor of its own, which has mean 1.
+        let posterior = gp.condition(&seen)?.at(&sites(&S[..1]))?;
+        let [s, o] = [Of::Surface, Of::Observation].map(|of| posterior.marginals(0, of).unwrap());
+        let rate = |variance: f64| (found[0] + 0.5 * variance).exp();
+        if name == "negative-binomial" {
+            assert!((s.mean_sd(0).0 / rate(variance) - 1.0).abs() < 1e-6);
+            assert!((o.mean_sd(0).0 / rate(variance + nugget) - 1.0).abs() < 1e-6);
+        } else {
+            assert!((observation[0] - (variance + nugget).sqrt()).abs() < 1e-4, "{name}");
+        }
+    }
+    let refused = ExactGp::new(matern(1.0), 0.1, 0.0, likelihood::find("beta-binomial")?);
+    assert!(refused.unwrap_err().help().unwrap().contains("binomial"));
+    Ok(())
+}
+
+/// Rates drawn from the process's own law are foretold better by its fit than by their mean, and the
+/// offset is one: populations in thousands change the level and nothing else.
+#[test]
+fn rates_are_fitted_with_their_offset() -> Result<()> {
+    let mut rng = Stream::new(4, "rates", 0);
+    let xy: Vec<[f64; 2]> =
+        (0..60).map(|_| [rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)]).collect();
+    let level = |p: &[f64; 2]| -5.0 + 1.2 * (3.0 * p[0]).sin() * (2.0 * p[1]).cos();
+    let people: Vec<f64> = xy.iter().map(|_| rng.log_uniform(300.0, 5000.0)).collect();
+    for name in ["poisson", "negative-binomial"] {
+        let law = likelihood::find(name)?;
+        let cases: Vec<f64> = xy
+            .iter()
+            .zip(&people)
+            .map(|(p, n)| law.observe(law.village(level(p), 4.0, &mut rng), *n, &mut rng))
+            .collect();
+        let here: Vec<[f64; 2]> =
+            (0..40).map(|_| [rng.uniform(-0.9, 0.9), rng.uniform(-0.9, 0.9)]).collect();
+        let answer = |scale: f64| -> Result<Vec<f64>> {
+            let scaled: Vec<f64> = people.iter().map(|n| n / scale).collect();
+            let seen = counts(&xy, &cases, &scaled);
+            let gp = ExactGp::fit(&seen, law)?;
+            assert_eq!(gp.dispersion.is_finite(), name == "negative-binomial");
+            // The surface is the same in every component.
+            let found = ask(&gp, &seen, &here)?[0].clone();
+            Ok(found.chunks(found.len() / here.len()).map(|parts| parts[0]).collect())
+        };
+        let (each, thousands) = (answer(1.0)?, answer(1000.0)?);
+        let moved: Vec<f64> = thousands.iter().map(|m| m - 1000f64.ln()).collect();
+        assert!(gap(&each[..40], &moved[..40]) < 1e-2, "{name}: the unit moved the surface");
+        let off = |found: &dyn Fn(usize) -> f64| -> f64 {
+            (0..40).map(|i| (found(i) - level(&here[i])).powi(2)).sum::<f64>() / 40.0
+        };
+        let flat = (cases.iter().sum::<f64>() / people.iter().sum::<f64>()).ln();
+        let (model, intercept) = (off(&|i| each[i]), off(&|_| flat));
+        assert!(model < 0.5 * intercept, "{name}: {model} of {intercept}");
+    }
+    Ok(())
+}

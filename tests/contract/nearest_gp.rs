@@ -37,6 +37,10 @@ fn binomial() -> &'static dyn Likelihood {
     likelihood::find("binomial").expect("registered")
 }
 
+fn poisson() -> &'static dyn Likelihood {
+    likelihood::find("poisson").expect("registered")
+}
+
 /// Mean, and sds of surface and observation.
 fn ask(process: &dyn Process, context: &Observations, at: &[Vec<f64>]) -> Result<[Vec<f64>; 3]> {
     let posterior = process.condition(context)?.at(&sites(at, at[0].len()))?;
@@ -103,7 +107,9 @@ fn with_every_site_a_neighbour_it_is_the_exact_process() -> Result<()> {
         let values = seen(&places, &latent, None);
         let counts = seen(&places, &counted(&latent, &tested), Some(&tested));
         for doubt in [0.0, 25.0] {
-            for (context, likelihood) in [(&values, gaussian()), (&counts, binomial())] {
+            for (context, likelihood) in
+                [(&values, gaussian()), (&counts, binomial()), (&counts, poisson())]
+            {
                 let (exact, nearest) = both(kernel, 0.3, 0.25, doubt, likelihood)?;
                 let nearest = nearest.neighbours(60, 61);
                 near(

@@ -2,7 +2,7 @@
 
 use isopleth::{
     Link, Marginals, Of, Stream,
-    score::{Better, Forecast, SCORES, Score, Summary, Truth, forecasts},
+    score::{Better, Counts, Forecast, SCORES, Score, Summary, Truth, forecasts},
 };
 
 fn law(link: Link, parts: &[(f64, f64, f64)]) -> Marginals {
@@ -56,7 +56,15 @@ fn the_true_law_wins_on_average() {
             Truth::Count { positive: rng.binomial(tested, p), tested }
         })
         .collect();
-    for (link, truths) in [(Link::Identity, values), (Link::Logit, counts)] {
+    let cases: Vec<Truth> = (0..1500)
+        .map(|i| {
+            let exposure = [5.0, 30.0, 60.0][i % 3];
+            let rate = draw(&mut rng, &MIXTURE).exp();
+            Truth::Cases { cases: rng.poisson(exposure * rate) as u64, exposure }
+        })
+        .collect();
+    let laws = [(Link::Identity, values), (Link::Logit, counts), (Link::Log, cases)];
+    for (link, truths) in laws {
         let meet = |parts: &[(f64, f64, f64)]| -> Vec<Forecast> {
             truths.iter().map(|t| forecast(&law(link, parts), *t)).collect()
         };
@@ -81,7 +89,7 @@ fn the_true_law_wins_on_average() {
             if let Better::Near(level) = score.better {
                 let seen = score.over(&right);
                 // 6000 truths: a standard error of 0.6 points. Counts cover more, never less.
-                let above = if link == Link::Logit { 0.15 } else { 0.02 };
+                let above = if link == Link::Identity { 0.02 } else { 0.15 };
                 let fair = seen > level - 0.02 && seen < level + above;
                 assert!(fair, "{}, {link:?}: {seen} of {level}", score.name);
             }
@@ -193,6 +201,64 @@ fn counts_score_as_scipy_says() {
     }
 }
 
+/// Poisson counts of a rate whose logarithm is a mixture: quad and sums over scipy.stats.poisson.
+/// Small counts are summed one by one, large ones through a law that keeps every twentieth width.
+#[test]
+fn rates_have_known_scores() {
+    let village: [(f64, f64, f64); 1] = [(1.0, -6.0, 0.3)];
+    type Golden<'a> = (&'a [(f64, f64, f64)], f64, u64, [f64; 3], [f64; 4], f64);
+    let golden: [Golden; 3] = [
+        (
+            &MIXTURE,
+            3.0,
+            4,
+            [-2.722728214049249, 0.4153601231634192, 1.8717968090870185],
+            [0.0, 1.0, 3.0, 22.0],
+            0.0,
+        ),
+        (
+            &village,
+            1e4,
+            0,
+            [-14.900186577316841, 0.002072397904841363, 0.0025928438346023847],
+            [11.0, 19.0, 25.0, 48.0],
+            0.0,
+        ),
+        (
+            &village,
+            2e5,
+            700,
+            [-6.922196336396189, 0.00061984490306139, 0.0025928438346023847],
+            [272.0, 404.0, 496.0, 896.0],
+            1.0,
+        ),
+    ];
+    for (parts, exposure, cases, [log_score, crps, mean], counts, slack) in golden {
+        let met = forecast(&law(Link::Log, parts), Truth::Cases { cases, exposure });
+        let seen = (score("log-score").each)(&met);
+        assert!((seen - log_score).abs() < 1e-7, "log score of {cases}/{exposure}: {seen}");
+        let seen = (score("crps").each)(&met);
+        assert!((seen / crps - 1.0).abs() < 2e-4, "CRPS of {cases}/{exposure}: {seen} of {crps}");
+        assert!((met.mean() - mean).abs() < 1e-9 * mean, "mean of {exposure}: {}", met.mean());
+        for (level, count) in [0.025, 0.25, 0.5, 0.975].iter().zip(counts) {
+            let seen = met.quantile(*level) * exposure;
+            assert!((seen - count).abs() < slack + 1e-6, "quantile {level}: {seen} of {count}");
+        }
+    }
+}
+
+/// A value above 0: densities and distances of the value, not of its logarithm (scipy.stats.lognorm).
+#[test]
+fn positive_values_have_known_scores() {
+    let parts = [(0.6, 0.3, 0.4), (0.4, 1.2, 1.1)];
+    let met = forecast(&law(Link::Log, &parts), Truth::Value(2.5));
+    let seen = (score("log-score").each)(&met);
+    assert!((seen - -2.046592179818227).abs() < 1e-10, "{seen}");
+    let seen = (score("crps").each)(&met);
+    assert!((seen - 0.6102202097105625).abs() < 1e-5, "{seen}");
+    assert!(Forecast::new(&law(Link::Log, &parts), 0, Truth::Value(-1.0)).is_err());
+}
+
 /// A count that was all but impossible has a finite, correct score.
 #[test]
 fn a_far_miss_is_finite() {
@@ -229,5 +295,8 @@ fn a_truth_of_the_wrong_kind_is_refused() {
     assert!(Forecast::new(&counts, 0, Truth::Value(0.2)).is_err());
     assert!(Forecast::new(&counts, 0, Truth::Count { positive: 3, tested: 2 }).is_err());
     assert!(Forecast::new(&counts, 0, Truth::Count { positive: 0, tested: 0 }).is_err());
+    assert!(Forecast::new(&counts, 0, Truth::Cases { cases: 1, exposure: 9.0 }).is_err());
+    assert!(Counts::new(&values, 0, 10.0).is_err());
+    assert!(Counts::new(&counts, 0, 2.5).is_err());
     assert!(forecasts(&values, &[]).is_err());
 }

@@ -15,7 +15,7 @@ fn table(out: &Path) -> String {
     let lines = text.lines().map(|line| match line.starts_with("| cnp | ") {
         true => {
             let cells: Vec<&str> = line.split(" | ").collect();
-            let trained = cells.len() == 8;
+            let trained = cells.len() == 9;
             let kept = cells.iter().enumerate().filter(|(i, _)| !(trained && *i == 5));
             kept.map(|(_, cell)| *cell).collect::<Vec<_>>().join(" | ")
         }
@@ -57,8 +57,20 @@ fn a_killed_benchmark_goes_on_to_the_same_table() {
     assert_eq!(table(&killed), table(&whole));
 
     // Nothing is trained twice, and what another recipe trained is not taken for one's own.
-    let run = benchmark(&killed, &again).output().unwrap();
+    let asked = [&again[..], &["--integrated", "60"]].concat();
+    let run = benchmark(&killed, &asked).output().unwrap();
     assert!(!String::from_utf8_lossy(&run.stderr).contains("steps/s"));
+    let printed = String::from_utf8(run.stdout).unwrap();
+    let score = |who: &str| -> f64 {
+        let row = printed.lines().find(|l| l.starts_with(who)).unwrap_or_else(|| panic!("{who}"));
+        let cell = row.split(" | ").nth(1).unwrap().split(' ').next().unwrap();
+        cell.replace('−', "-").parse().unwrap()
+    };
+    let [told, asked] = ["| *true process* |", "| *true prior, kernel not told* |"].map(score);
+    assert!(
+        asked < told && asked > told - 0.5,
+        "not to know the kernel costs little: {asked}, {told}"
+    );
     let run = benchmark(&killed, &[&again[..], &["--floor", "0.2"]].concat()).output().unwrap();
     assert_eq!(run.status.code(), Some(2), "{}", String::from_utf8_lossy(&run.stderr));
 }

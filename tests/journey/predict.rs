@@ -191,7 +191,14 @@ fn what_cannot_be_predicted_is_refused_and_nothing_is_lost() {
         (targets, &out, &["--quantiles", "0.5,1.5"], "between 0 and 1", "1.5", "0.975"),
         (targets, &out, &["--threshold", "nan"], "threshold", "NaN", "0.2"),
         (targets, targets, &["--force"], "would replace an input", "targets.csv", "--out"),
-        (targets, &out, &["--value", "tested"], "different kinds", "counts", "--positive"),
+        (
+            targets,
+            &out,
+            &["--value", "tested"],
+            "different kinds",
+            "positive of tested",
+            "--positive",
+        ),
         (targets, &out, &["--positive", "cases"], "no column `cases`", "survey.csv", ""),
         (&out, &out, &[], "could not read", "", "check the path"),
     ];
@@ -295,6 +302,8 @@ fn long_tables_are_streamed() {
         (&40_000.into(), &39_960.into())
     );
     assert_eq!(record["columns"].as_array().unwrap().len(), table.names().len());
+    assert_eq!(record["of"]["surface_"], "the surface");
+    assert_eq!(record["of"]["observation_"], "a new village");
 }
 
 /// What targets carry along is never held whole.
@@ -349,4 +358,78 @@ fn without_a_card_the_processor_answers_and_says_so() {
         assert!(super::text(&output.stderr).contains("help: "), "{device}");
         assert!(!std::path::Path::new(&out).exists());
     }
+}
+
+/// Survey with cases that grow to the north-east among a thousand and more.
+const CASES: &str = "\
+east,north,cases,people
+0,0,2,1000
+10,0,4,1500
+20,5,9,1100
+0,20,11,1400
+10,20,20,1300
+20,25,35,1500
+30,10,18,1000
+30,30,46,1200
+5,12,7,1250
+15,14,12,1100
+25,18,21,1050
+8,28,17,1000
+";
+
+/// Surface, new village, and a new survey of so many: three laws, each wider than the one before.
+#[test]
+fn counts_of_a_new_survey_are_foretold() {
+    let desk = Desk::new();
+    let rates = write(&desk.folder, "rates.csv", CASES);
+    let surveys = [
+        (desk.survey.clone(), vec!["--new-survey", "50", "--model", "gp"], 50.0),
+        (desk.survey.clone(), vec!["--new-survey", "50"], 50.0),
+        // No model is shipped for rates: a Gaussian process is fitted.
+        (rates, vec!["--cases", "cases", "--population", "people", "--new-survey", "2000"], 2000.0),
+    ];
+    for (i, (survey, more, n)) in surveys.iter().enumerate() {
+        let out = desk.place(&format!("new{i}.csv"));
+        let mut args = vec!["predict", "--context", survey, "--targets", &desk.targets];
+        args.extend(["--crs", "local:km", "--out", &out, "--quantiles", "0.025,0.975"]);
+        args.extend(more);
+        if i == 1 {
+            args.extend(["--model", &desk.model]);
+        }
+        let said = ok(&args);
+        assert!(i != 2 || said.contains("cases per person"), "{said}");
+        let table = Columns::read(&out).unwrap();
+        let get = |what: &str| table.numbers(what).unwrap();
+        for row in [0, 1, 3] {
+            let [mean, low, high] =
+                ["count_mean", "count_quantile_0.025", "count_quantile_0.975"].map(|c| get(c)[row]);
+            assert!((mean / (n * get("observation_mean")[row]) - 1.0).abs() < 1e-6, "{mean}");
+            assert!(low.fract() == 0.0 && high.fract() == 0.0 && low < mean && mean < high);
+            // Wider than the village by what is counted there.
+            let (own, village) = (get("count_sd")[row], n * get("observation_sd")[row]);
+            assert!(own > village, "{own} and {village}");
+            assert!(get("observation_sd")[row] >= get("surface_sd")[row]);
+        }
+        assert!(get("count_mean")[2].is_nan());
+        if i == 2 {
+            let rate = get("surface_mean");
+            assert!(rate[0] < rate[3] && (0.001..0.01).contains(&rate[0]), "{rate:?}");
+        }
+    }
+    let out = desk.place("not.csv");
+    let error = refused(&desk.args(&desk.targets, &out, &["--new-survey", "2.5"]));
+    assert_error(&error, "whole number of people", &["2.5"], "give 1 to");
+}
+
+/// A model that reads one kind of outcome says which flags would suit it.
+#[test]
+fn outcomes_and_models_must_agree() {
+    let desk = Desk::new();
+    let rates = write(&desk.folder, "rates.csv", CASES);
+    let out = desk.place("not.csv");
+    let mut args = vec!["predict", "--context", &rates, "--targets", &desk.targets, "--out", &out];
+    args.extend(["--crs", "local:km", "--cases", "cases", "--population", "people"]);
+    args.extend(["--model", &desk.model]);
+    let error = refused(&args);
+    assert_error(&error, "different kinds", &["positive of tested", "--cases"], "--positive");
 }
