@@ -35,6 +35,24 @@ pub trait Process {
     }
 }
 
+/// A process that several owners hold.
+impl Process for std::sync::Arc<dyn Process + Send + Sync> {
+    fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
+        (**self).condition(context)
+    }
+    fn memory(&self, sites: usize) -> Memory {
+        (**self).memory(sites)
+    }
+    fn objective(
+        &self,
+        task: &Task,
+        reward: Reward,
+        rng: &mut Stream,
+    ) -> Result<Option<Objective>> {
+        (**self).objective(task, reward, rng)
+    }
+}
+
 /// What of a task a network is rewarded for foretelling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

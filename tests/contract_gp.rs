@@ -4,6 +4,8 @@
 mod autoregressive;
 #[path = "contract/covariates.rs"]
 mod covariates;
+#[path = "contract/displaced.rs"]
+mod displaced;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
 #[path = "contract/integrated_gp.rs"]

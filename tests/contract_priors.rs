@@ -493,3 +493,26 @@ fn bad_laws_are_refused() {
     let unknown = Tasks::new(&table("prior = { kind = 'gp', kernels = { 'matern-3/4' = 1 } }"));
     assert!(matches!(unknown.err(), Some(Error::Unknown { kind: "kernel", .. })));
 }
+
+/// A recipe may move the context before it is recorded: same surveys, other places; never the targets.
+#[test]
+fn a_displaced_design_moves_the_context_alone() {
+    let tasks = |more: &str| {
+        let recipe = format!("[design]\ntargets = 9\n{more}\n[task]\nlikelihood = \"binomial\"");
+        Tasks::new(&recipe.parse().unwrap())
+    };
+    let draw = |more: &str| {
+        let mut rng = Stream::new(2, "sample", 0);
+        tasks(more).unwrap().draws(20, 1, &mut rng).unwrap().remove(0)
+    };
+    let (plain, moved) = (draw(""), draw("displacement = 0.1"));
+    assert_eq!((&plain.y, &plain.latent), (&moved.y, &moved.latent));
+    assert_eq!(plain.xy[20..], moved.xy[20..]);
+    let far: Vec<f64> = (0..20)
+        .map(|i| (plain.xy[i][0] - moved.xy[i][0]).hypot(plain.xy[i][1] - moved.xy[i][1]))
+        .collect();
+    assert!(far.iter().all(|far| (1e-9..=0.1).contains(far)), "{far:?}");
+    assert!(far.iter().any(|far| *far > 0.05), "{far:?}");
+    assert!(tasks("displacement = -1.0").is_err());
+    assert!(tasks("displacement = 0.1\npool = 30\ngrid = 0").is_err());
+}

@@ -6,3 +6,5 @@ mod cuda_train;
 mod layers;
 #[path = "contract/training.rs"]
 mod training;
+#[path = "contract/trust.rs"]
+mod trust;

@@ -15,7 +15,7 @@ use isopleth::{
         survey::{self, Survey},
     },
     mapping::{self, Plan, record},
-    product::{self, Outcome, PRODUCTS, Spec},
+    product::{self, Around, Outcome, PRODUCTS, Reads, Scale, Spec},
 };
 
 fn utm() -> Crs {
@@ -51,6 +51,13 @@ fn pixels(path: &Path) -> Vec<f32> {
     let data = Dataset::open(path).unwrap();
     let band = data.rasterband(1).unwrap();
     band.read_band_as::<f32>().unwrap().into_shape_and_vec().1
+}
+
+/// A distance for each wanted pixel of a window, and a variance.
+fn around(grid: &Grid, window: isopleth::geo::grid::Window) -> Around {
+    let (x, y) = grid.centres(window, &grid.valid(window));
+    let km = x.iter().zip(&y).map(|(x, y)| 1e-3 * (x - 3e5) + 1e-5 * y);
+    Around { km: km.collect(), spread: 2.0 }
 }
 
 /// Equal bit for bit, any NaN equal to any other.
@@ -304,7 +311,7 @@ fn products_are_the_known_raster_masked_as_asked_for_any_tile() {
         for window in grid.windows(size) {
             let (valid, known) = (grid.valid(window), known(&grid, window, outcome.link));
             for product in &mut products {
-                let values = product.spec().values(&known);
+                let values = product.spec().values(&known, &around(&grid, window));
                 let raster = product::scatter(&valid, &values).unwrap();
                 product.accept(window, &raster).unwrap();
             }
@@ -316,13 +323,25 @@ fn products_are_the_known_raster_masked_as_asked_for_any_tile() {
     let everything = grid.windows(1000).next().unwrap();
     let known = known(&grid, everything, outcome.link);
     for (spec, path) in specs.iter().zip(&whole) {
-        let values = known.map(|m, i| (spec.entry.value)(m, i, spec.parameter) as f32);
+        let around = around(&grid, everything);
+        let number = |i: usize| match spec.entry.reads {
+            Reads::Parameter => spec.parameter,
+            Reads::Nearest => around.km[i],
+            Reads::Spread => around.spread,
+        };
+        let values = known.map(|m, i| (spec.entry.value)(m, i, number(i)) as f32);
+        assert!(values.iter().all(|v| v.is_finite()), "{spec}");
         let expected = product::scatter(&grid.valid(everything), &values).unwrap();
         assert!(same(&pixels(path), &expected), "{spec} is not the known raster");
         let data = Dataset::open(path).unwrap();
         assert_eq!(data.metadata_item("PRODUCT", "").unwrap(), spec.to_string());
         assert_eq!(data.metadata_item("OF", "").unwrap(), "surface");
-        assert_eq!(data.rasterband(1).unwrap().unit(), "1");
+        let description = data.rasterband(1).unwrap().description().unwrap();
+        if spec.entry.scale != Scale::Distance {
+            assert!(description.ends_with(", surface"), "{description}");
+        }
+        let unit = if spec.entry.scale == Scale::Distance { "km" } else { "1" };
+        assert_eq!(data.rasterband(1).unwrap().unit(), unit);
     }
     for size in [7, 16] {
         let (_kept, parts) = make(size);
@@ -377,6 +396,7 @@ fn survey(outcome: survey::Outcome) -> Survey {
         outcome,
         covariates: None,
         dropped: Vec::new(),
+        displacement: None,
         notes: Vec::new(),
     }
 }

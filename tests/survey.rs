@@ -997,3 +997,16 @@ fn single_people_and_logarithms_are_read() {
     assert!(error.to_string().contains("above 0"), "{error}");
     assert!(error.help().unwrap().contains("detection"), "{:?}", error.help());
 }
+
+/// A unit that may be wrong is named; more cases than people may be right, and are counted.
+#[test]
+fn spans_and_rates_that_surprise_are_noted() {
+    let text = "x,y,cases,people\n0,0,3,10\n9000,0,12,10\n0,4000,1,10\n";
+    let options = SurveyOptions { crs: option("local:km"), ..rates("cases", Some("people"), None) };
+    let notes = read_as(text, &options).unwrap().notes.join("\n");
+    assert!(notes.contains("span 9000 km") && notes.contains("local:m"), "{notes}");
+    assert!(notes.contains("1 of 3 rows have more cases than people"), "{notes}");
+    let time = SurveyOptions { crs: option("local:m"), ..rates("cases", None, Some("people")) };
+    let notes = read_as(text, &time).unwrap().notes.join("\n");
+    assert!(!notes.contains("span") && !notes.contains("more cases"), "{notes}");
+}

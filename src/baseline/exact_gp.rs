@@ -59,6 +59,9 @@ pub struct ExactGp {
     likelihood: &'static dyn Likelihood,
 }
 
+/// What makes the kernel of a process of a Matérn kernel.
+pub type MadeOf<'a> = &'a (dyn Fn(Matern) -> Result<Box<dyn Kernel>> + Sync);
+
 /// One row of a context on the host, padding removed.
 pub(super) struct Row {
     /// Coordinates, and behind them the covariates.
@@ -181,6 +184,18 @@ impl ExactGp {
     /// [`Error::Axis`] for several rows; [`Error::Input`] for fewer than three sites or sites that
     /// are all in one place.
     pub fn fit(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
+        Self::fit_as(context, likelihood, &|kernel| Ok(Box::new(kernel)))
+    }
+
+    /// As [`ExactGp::fit`], of a kernel that `of` makes of each Matérn kernel tried.
+    ///
+    /// # Errors
+    /// As [`ExactGp::fit`].
+    pub fn fit_as(
+        context: &Observations,
+        likelihood: &'static dyn Likelihood,
+        of: MadeOf,
+    ) -> Result<Self> {
         let features = width(&context.sites);
         let rows = rows(context, likelihood, features)?;
         let [row] = &rows[..] else {
@@ -209,7 +224,7 @@ impl ExactGp {
         let process = |smoothness: Smoothness, p: &[f64]| -> Result<ExactGp> {
             let (length_scale, sill) = (p[0].exp(), p[1].exp());
             let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
-            let gp = ExactGp::new(Box::new(kernel), p[2].exp(), centre, likelihood)?;
+            let gp = ExactGp::new(of(kernel)?, p[2].exp(), centre, likelihood)?;
             let gp = gp.uncertain_mean(mean_variance);
             let coefficients = if features > 0 { p[p.len() - 1].exp() } else { 0.0 };
             let gp = gp.with_covariates(features, coefficients)?;

@@ -30,7 +30,7 @@ use rayon::prelude::*;
 
 use super::{
     elimination::{LANES, Lane, eliminate, row_of},
-    exact_gp::{Row, check_levels, rows},
+    exact_gp::{MadeOf, Row, check_levels, rows},
     neighbours::{Found, Tree, spread},
     nelder_mead::minimise,
 };
@@ -366,6 +366,18 @@ impl NearestGp {
     /// [`Error::Axis`] for several rows; [`Error::Input`] for fewer than three sites or sites that
     /// are all in one place.
     pub fn fit(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
+        Self::fit_as(context, likelihood, &|kernel| Ok(Box::new(kernel)))
+    }
+
+    /// As [`NearestGp::fit`], of a kernel that `of` makes of each Matérn kernel tried.
+    ///
+    /// # Errors
+    /// As [`NearestGp::fit`].
+    pub fn fit_as(
+        context: &Observations,
+        likelihood: &'static dyn Likelihood,
+        of: MadeOf,
+    ) -> Result<Self> {
         let rows = rows(context, likelihood, 0)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
@@ -379,6 +391,7 @@ impl NearestGp {
         }
         let (centre, variance) = row.centre(likelihood);
         let search = Search {
+            of,
             likelihood,
             centre,
             mean_variance: if likelihood.counts() { 25.0 } else { 100.0 * variance },
@@ -712,7 +725,8 @@ struct Absorbed {
 }
 
 /// What a search for parameters is told.
-struct Search {
+struct Search<'f> {
+    of: MadeOf<'f>,
     likelihood: &'static dyn Likelihood,
     centre: f64,
     mean_variance: f64,
@@ -728,11 +742,11 @@ struct Ended {
     cost: f64,
 }
 
-impl Search {
+impl Search<'_> {
     fn process(&self, smoothness: Smoothness, p: &[f64]) -> Result<NearestGp> {
         let (length_scale, sill) = (p[0].exp(), p[1].exp());
         let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
-        let gp = NearestGp::new(Box::new(kernel), p[2].exp(), self.centre, self.likelihood)?;
+        let gp = NearestGp::new((self.of)(kernel)?, p[2].exp(), self.centre, self.likelihood)?;
         Ok(gp.uncertain_mean(self.mean_variance))
     }
 

@@ -12,7 +12,7 @@ use super::{note, say};
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
-    train::calibration::{self, Figures, Group, Options, Report},
+    train::calibration::{self, Figures, Group, Options, Ranks, Report},
 };
 
 /// Measure a model's intervals and scores on fresh simulated surveys, where the truth is known
@@ -78,8 +78,27 @@ fn object(args: &Args, report: &Report, seconds: f64) -> Value {
         (rival.name.to_string(), its)
     });
     object["baselines"] = Value::Object(rivals.collect::<Map<_, _>>());
+    object["ranks"] = json!({
+        "surface": ranks(&report.surface),
+        "observation": ranks(&report.observation),
+    });
+    if let Some([surface, observation]) = &report.exact {
+        object["baselines"]["exact-gp"]["ranks"] =
+            json!({ "surface": ranks(surface), "observation": ranks(observation) });
+    }
     object["seconds"] = json!(seconds);
     object
+}
+
+/// Rounded, since a card is read by people.
+fn ranks(ranks: &Ranks) -> Value {
+    let three = |v: f64| (1e3 * v).round() / 1e3;
+    json!({
+        "bins": ranks.bins.map(three),
+        "tasks": ranks.tasks,
+        "chi_square": ranks.chi_square.map(three),
+        "kolmogorov": [(1e5 * ranks.kolmogorov[0]).round() / 1e5, three(ranks.kolmogorov[1])],
+    })
 }
 
 fn table(args: &Args, report: &Report, seconds: f64) -> Result<()> {
@@ -130,6 +149,21 @@ fn table(args: &Args, report: &Report, seconds: f64) -> Result<()> {
             let name = format!("  {}, surface", rival.name);
             say(format!("{name:<28}{:45.3}{:8.3}", its.log_density, model.log_density))?;
         }
+    }
+    say("")?;
+    for (name, ranks) in [("surface", &report.surface), ("observation", &report.observation)] {
+        say(format!("rank of the true {name} in its law, 1 = as often as promised"))?;
+        let bins: Vec<String> = ranks.bins.iter().map(|b| format!("{b:.2}")).collect();
+        say(format!("  0   {}", bins[..10].join(" ")))?;
+        say(format!("  ½   {}", bins[10..].join(" ")))?;
+        say(format!(
+            "  one target of each of {} tasks: χ² {:.1}, p {:.3}; Kolmogorov-Smirnov {:.4}, p {:.3}",
+            ranks.tasks,
+            ranks.chi_square[0],
+            ranks.chi_square[1],
+            ranks.kolmogorov[0],
+            ranks.kolmogorov[1]
+        ))?;
     }
     say(format!(
         "\nlog density: nats per target, link scale, higher is better; crps: of a new observation, \

@@ -69,8 +69,13 @@ fn sections(checkpoint: &Checkpoint) -> Result<Vec<Section>> {
         },
         Section { title: "Surveys it learned from".into(), lines: surveys(&recipe, likelihood)? },
     ];
-    let scores: Vec<_> =
-        card.scores.iter().map(|(name, value)| (name.clone(), score(value))).collect();
+    let mut scores = Vec::new();
+    for (name, value) in &card.scores {
+        let mut value = value.clone();
+        let ranks = value.as_object_mut().and_then(|group| group.remove("ranks"));
+        scores.push((name.clone(), score(&value)));
+        scores.extend(ranks.iter().flat_map(ranked));
+    }
     if !scores.is_empty() {
         all.push(Section { title: "Scores".into(), lines: scores });
     }
@@ -172,6 +177,10 @@ fn surveys(recipe: &Recipe, likelihood: &dyn Likelihood) -> Result<Vec<(String, 
         })
         .collect();
     let mut lines = vec![named("sites", sizes.join(", ")), named("targets", design.target_count())];
+    if design.displaces() {
+        let displaced = whole(&design)?.get("displacement").map_or(String::new(), law);
+        lines.push(named("recorded elsewhere, by up to", displaced));
+    }
     if design.line {
         lines.push(named("layout", "along a line"));
     }
@@ -256,6 +265,24 @@ fn law(value: &Value) -> String {
         Value::Boolean(false) => "no".into(),
         other => number(other).map_or_else(|| other.to_string(), round),
     }
+}
+
+/// Ranks of the truth in the model's laws: their tests of uniformity, and their histogram.
+fn ranked(ranks: &serde_json::Value) -> Vec<(String, String)> {
+    let number = |v: &serde_json::Value| v.as_f64().map_or("?".into(), |v| v.to_string());
+    let line = |of: &str| {
+        let its = ranks.get(of)?;
+        let bins: Vec<String> = its["bins"].as_array()?.iter().map(number).collect();
+        let text = format!(
+            "p of uniformity {} (χ²), {} (Kolmogorov-Smirnov), {} tasks; twentieths {}",
+            number(&its["chi_square"][1]),
+            number(&its["kolmogorov"][1]),
+            its["tasks"],
+            bins.join(" ")
+        );
+        Some((format!("ranks, {of}"), text))
+    };
+    ["surface", "observation"].into_iter().filter_map(line).collect()
 }
 
 /// A score as written, or the numbers of a group of scores.

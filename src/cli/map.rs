@@ -17,6 +17,7 @@ use super::{
     reading::ReadingArgs,
     say,
     survey::{SurveyArgs, agree, default_model},
+    trust::{self, StrictArgs},
 };
 use crate::{
     attention::{Reading, Tally},
@@ -26,14 +27,17 @@ use crate::{
     geo::{
         covariates::Cover,
         crs::Crs,
+        displacement::Displacement,
         frame::Frame,
         geotiff::{self, Band, Cog, Polygons, Raster},
         grid::{Extent, Grid, Resolution},
         survey::{self, Survey},
     },
+    kernel::{Displaced, Kernel},
     likelihood::{self, Likelihood},
     mapping::{
         self, Plan,
+        displaced::{self, Expected, Placed},
         plan::{self, Bytes, Needs},
         record::{self, ProductNote, Record},
     },
@@ -42,6 +46,7 @@ use crate::{
     process::{Memory, Posterior, Process},
     product::{self, Outcome, Scale, Spec},
     sites::Observations,
+    task::design::Design,
 };
 
 /// Map prevalence and its uncertainty from a table of survey sites
@@ -100,6 +105,8 @@ pub struct Args {
     #[arg(long)]
     no_pictures: bool,
     #[command(flatten)]
+    strict: StrictArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -130,12 +137,15 @@ pub fn run(args: &Args) -> Result<()> {
     let outcome = outcome(args, &survey);
     specs.iter().try_for_each(|spec| spec.check(outcome.link))?;
     let grid = grid(args, resolution, &survey, &frame)?;
-    let inside = grid.overlap(&survey.crs, &survey.x, &survey.y)?;
+    let inside = overlap(&grid, &survey)?;
     let (grid, cover) = cover(grid, &frame, output.scratch())?;
     let (mut model, others) =
-        open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     model.note_effects(&frame);
     let processes = model.with(&others);
+    let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let verdict = trust::examine(called, &survey, &frame)?;
+    args.strict.settle(called, &survey, &verdict)?;
     tell_input(&survey, &grid, &frame, &model)?;
 
     let mut plan = Plan { of: outcome.of, ..Plan::on(cards.devices.clone()) };
@@ -211,11 +221,13 @@ pub fn run(args: &Args) -> Result<()> {
         warnings: [
             cards.warnings(summary.cut_to),
             cover.as_ref().map_or_else(Vec::new, Cover::warnings),
-            warnings(&model, &survey, &grid, &frame, inside, &summary),
+            trust::warnings(&verdict),
+            warnings(&survey, &grid, &frame, inside, &summary),
         ]
         .concat(),
         summary,
         covariates: cover,
+        trust: Some(json!(verdict)),
         reading,
         left_out,
         device: Some(cards.record()),
@@ -332,14 +344,29 @@ pub(super) fn grid_of(
     Grid::cover(extent.grow(MARGIN), &crs, resolution)
 }
 
+/// How many sites lie on the grid.
+///
+/// # Errors
+/// [`Error::Input`] if none does; with the remedy, where they would if x and y changed places.
+fn overlap(grid: &Grid, survey: &Survey) -> Result<usize> {
+    grid.overlap(&survey.crs, &survey.x, &survey.y).map_err(|error| {
+        let degrees = !survey.crs.is_geographic() || survey.x.iter().all(|x| x.abs() <= 90.0);
+        match degrees && grid.overlap(&survey.crs, &survey.y, &survey.x).is_ok() {
+            true => error.try_this(
+                "the two coordinates look swapped: with x and y exchanged the sites lie on the grid; \
+                 name the columns with --lon and --lat",
+            ),
+            false => error,
+        }
+    })
+}
+
 /// A process that is ready, with what is known about it.
 pub(super) struct Model {
     pub name: String,
     pub process: Box<dyn Process + Send + Sync>,
     /// For the run record.
     pub card: Value,
-    /// Context sizes it was trained on, where it was trained.
-    pub trained_sites: Option<[usize; 2]>,
     /// What covariates do, where the survey has some.
     pub coefficients: Option<Coefficients>,
 }
@@ -370,37 +397,28 @@ impl Model {
     pub fn with<'a>(&'a self, others: &'a [Model]) -> Vec<&'a (dyn Process + Send + Sync)> {
         std::iter::once(self).chain(others).map(|model| &*model.process).collect()
     }
-
-    /// A warning if a survey is larger or smaller than any that the model was trained on.
-    pub fn unlike_training(&self, sites: usize) -> Option<String> {
-        let [least, most] = self.trained_sites?;
-        (!(least..=most).contains(&sites)).then(|| {
-            format!(
-                "the model was trained on {least} to {most} sites and the survey has {sites}: \
-                 compare with --model {}",
-                if sites > 5_000 { "vecchia" } else { "gp" }
-            )
-        })
-    }
 }
 
 /// The same model on every device, as [`open_model`]: the first, and the others.
 pub(super) fn open_models(
     name: Option<&str>,
     survey: &Survey,
+    frame: &Frame,
     context: &Observations,
     devices: &[Device],
     reading: Reading,
 ) -> Result<(Model, Vec<Model>)> {
-    let open = |device: &Device| open_model(name, survey, context, device, reading);
+    let open = |device: &Device| open_model(name, survey, frame, context, device, reading);
     let (first, others) = devices.split_first().unwrap_or((&Device::Cpu, &[]));
     Ok((open(first)?, others.iter().map(open).collect::<Result<_>>()?))
 }
 
-/// A trained model by name or file, or the exact Gaussian process fitted to the context.
+/// A trained model by name or file, or a Gaussian process fitted to the context; either integrated over
+/// where the survey's sites may stand.
 pub(super) fn open_model(
     name: Option<&str>,
     survey: &Survey,
+    frame: &Frame,
     context: &Observations,
     device: &Device,
     reading: Reading,
@@ -408,7 +426,8 @@ pub(super) fn open_model(
     let likelihood = survey.outcome.likelihood();
     let name = name.unwrap_or(default_model(&survey.outcome));
     let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
-    if let Some(classical) = classical(name, context, wanted, reading)? {
+    let moved = survey.displacement.as_ref().map(|moved| frame.displacement(moved));
+    if let Some(classical) = classical(name, context, wanted, reading, moved.as_ref())? {
         return Ok(classical);
     }
     let checkpoint = Checkpoint::resolve(name)?;
@@ -419,18 +438,14 @@ pub(super) fn open_model(
             .fact("model", name)
             .try_this("`isopleth list models` shows the models for maps"));
     }
-    let sizes = tasks.design().context.clone();
-    let least = sizes.iter().map(|s| s.sites[0]).min();
-    let most = sizes.iter().map(|s| s.sites[1]).max();
     let process = checkpoint.process_reading(device, reading)?;
-    let (process, coefficients) = match context.sites.x {
-        None => (process, None),
-        Some(_) => {
+    let (process, coefficients): (Box<dyn Process + Send + Sync>, _) = match (moved, &context.sites.x) {
+        (Some(moved), _) => (Box::new(placed(process, tasks.design(), moved)), None),
+        (None, None) => (process, None),
+        (None, Some(_)) => {
             let (coefficients, _) = Coefficients::of(context, wanted)?;
             let betas = coefficients.spread()?;
-            let all: Box<dyn Process + Send + Sync> =
-                Box::new(Regressed::new(process.into(), betas, wanted, true));
-            (all, Some(coefficients))
+            (Box::new(Regressed::new(process.into(), betas, wanted, true)), Some(coefficients))
         }
     };
     Ok(Model {
@@ -438,7 +453,6 @@ pub(super) fn open_model(
         process,
         card: serde_json::to_value(&checkpoint.card)
             .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
-        trained_sites: least.zip(most).map(|(a, b)| [a, b]),
         coefficients,
     })
 }
@@ -449,6 +463,7 @@ fn classical(
     context: &Observations,
     likelihood: &'static dyn Likelihood,
     reading: Reading,
+    moved: Option<&Displacement>,
 ) -> Result<Option<Model>> {
     if !["gp", "vecchia"].contains(&name) {
         return Ok(None);
@@ -458,10 +473,14 @@ fn classical(
             .try_this("leave --lose and --precision out, or use a trained model"));
     }
     let mut card = json!({ "name": name, "predicts": "", "likelihood": likelihood.name() });
-    let Fitted { process, about, coefficients } = fit(name, context, likelihood)?;
+    let Fitted { process, about, coefficients } = fit(name, context, likelihood, moved)?;
     card["predicts"] = json!(format!("{}, fitted to this survey by maximum likelihood", about.0));
     about.1.into_iter().for_each(|(key, value)| card[key] = value);
-    Ok(Some(Model { name: name.to_string(), process, card, trained_sites: None, coefficients }))
+    let process: Box<dyn Process + Send + Sync> = match moved {
+        Some(moved) => Box::new(Expected::new(process, moved.clone())),
+        None => process,
+    };
+    Ok(Some(Model { name: name.to_string(), process, card, coefficients }))
 }
 
 /// A classical process with what its card says.
@@ -476,6 +495,7 @@ pub(super) fn fit(
     name: &str,
     context: &Observations,
     likelihood: &'static dyn Likelihood,
+    moved: Option<&Displacement>,
 ) -> Result<Fitted> {
     let covariates = context.sites.x.is_some();
     if name == "gp" {
@@ -484,7 +504,7 @@ pub(super) fn fit(
                 let (coefficients, gp) = Coefficients::of(context, likelihood)?;
                 (gp, Some(coefficients))
             }
-            false => (ExactGp::fit(context, likelihood)?, None),
+            false => (exact(context, likelihood, moved)?, None),
         };
         let mut facts = vec![
             ("kernel", json!(format!("{:?}", gp.kernel))),
@@ -511,15 +531,48 @@ pub(super) fn fit(
         let about = (what, facts(&gp));
         Fitted { process: Box::new(all), about, coefficients: Some(coefficients) }
     } else {
-        let gp = NearestGp::fit(context, likelihood)?;
+        let gp = nearest(context, likelihood, moved)?;
         let about = (what, facts(&gp));
         Fitted { process: Box::new(gp), about, coefficients: None }
     })
 }
 
+/// A trained process whose context is displaced: it has learned to read it, or is asked about places.
+pub(super) fn placed(
+    process: Box<dyn Process + Send + Sync>,
+    design: &Design,
+    moved: Displacement,
+) -> Placed {
+    match design.displaces() {
+        true => Placed::learned(process, moved),
+        false => Placed::new(process, moved, 1),
+    }
+}
+
+/// The exact Gaussian process fitted to a context, whose sites may be displaced.
+pub(super) fn exact(
+    context: &Observations,
+    likelihood: &'static dyn Likelihood,
+    moved: Option<&Displacement>,
+) -> Result<ExactGp> {
+    let Some(moved) = moved else { return ExactGp::fit(context, likelihood) };
+    let of = |kernel| Ok(Box::new(Displaced::new(kernel, &moved.laws)?) as Box<dyn Kernel>);
+    ExactGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
+}
+
+/// The nearest-neighbour Gaussian process fitted to a context, whose sites may be displaced.
+pub(super) fn nearest(
+    context: &Observations,
+    likelihood: &'static dyn Likelihood,
+    moved: Option<&Displacement>,
+) -> Result<NearestGp> {
+    let Some(moved) = moved else { return NearestGp::fit(context, likelihood) };
+    let of = |kernel| Ok(Box::new(Displaced::new(kernel, &moved.laws)?) as Box<dyn Kernel>);
+    NearestGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
+}
+
 /// What the user should know before believing the map.
 fn warnings(
-    model: &Model,
     survey: &Survey,
     grid: &Grid,
     frame: &Frame,
@@ -528,7 +581,6 @@ fn warnings(
 ) -> Vec<String> {
     let sites = survey.x.len();
     let mut warnings = grid.notes.clone();
-    warnings.extend(model.unlike_training(sites));
     // On an equal-area plane the scale at angle c from the centre is off by up to 1/cos(c/2) − 1.
     let angle = 0.5 * frame.extent_km() / 6371.0;
     let off = 1.0 / (0.5 * angle.min(3.0)).cos() - 1.0;
@@ -593,7 +645,11 @@ pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
             line("dropped", format!("{} row{}, {text}", rows.len(), plural(rows.len())))?;
         }
     }
-    survey.notes.iter().try_for_each(|n| line("note", n))
+    survey.notes.iter().try_for_each(|n| line("note", n))?;
+    match &survey.displacement {
+        None => Ok(()),
+        Some(moved) => line("displaced", format!("{moved}: integrated over")),
+    }
 }
 
 fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {
@@ -698,7 +754,8 @@ fn picture(
     };
     (picture.palette, picture.range) = match spec.entry.scale {
         Scale::Level => (Palette::Level, None),
-        Scale::Spread => (Palette::Spread, None),
+        Scale::Spread | Scale::Distance => (Palette::Spread, None),
+        Scale::Share => (Palette::Spread, Some([0.0, 1.0])),
         Scale::Probability => (Palette::Diverging, Some([0.0, 1.0])),
     };
     let path = file.with_extension("png");

@@ -23,6 +23,7 @@ pub mod reading;
 pub mod sample;
 pub mod survey;
 pub mod train;
+pub mod trust;
 pub mod validate;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
@@ -46,6 +47,7 @@ enum Command {
     Predict(Box<predict::Args>),
     Validate(Box<validate::Args>),
     Plan(Box<plan::Args>),
+    Trust(trust::Args),
     Sample(sample::Args),
     Train(train::Args),
     Calibrate(calibrate::Args),
@@ -65,6 +67,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Predict(args) => predict::run(args),
         Command::Validate(args) => validate::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Trust(args) => trust::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Train(args) => train::run(args),
         Command::Calibrate(args) => calibrate::run(args),

@@ -6,7 +6,7 @@ use std::{
 };
 
 use candle_core::Device;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     cards::DeviceArgs,
@@ -14,7 +14,8 @@ use super::{
     map::{line, open_models, plural, round, tell_survey},
     reading::ReadingArgs,
     sample::refuse_existing,
-    survey::ColumnArgs,
+    survey::{ColumnArgs, default_model},
+    trust::{self, StrictArgs},
 };
 use crate::{
     error::{Error, Result},
@@ -77,6 +78,8 @@ pub struct Args {
     /// Also give the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
     #[arg(long, value_name = "VALUE", value_delimiter = ',', allow_negative_numbers = true)]
     threshold: Vec<f64>,
+    #[command(flatten)]
+    strict: StrictArgs,
     #[command(flatten)]
     device: DeviceArgs,
     /// Replace a file that exists
@@ -148,9 +151,12 @@ pub fn run(args: &Args) -> Result<()> {
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let (mut model, others) =
-        open_models(args.model.as_deref(), &survey, &context, &cards.devices, reading)?;
+        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     model.note_effects(&frame);
     let processes = model.with(&others);
+    let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let verdict = trust::examine(called, &survey, &frame)?;
+    args.strict.settle(called, &survey, &verdict)?;
     tell_survey(&survey)?;
     let placed = targets.x.iter().filter(|x| !x.is_nan()).count();
     line("targets", format!("{}: {placed} places", args.targets.display()))?;
@@ -206,7 +212,7 @@ pub fn run(args: &Args) -> Result<()> {
     Columns::write(&args.out, &names, chunks)?;
 
     let mut warnings = cards.warnings(part.less());
-    warnings.extend(model.unlike_training(survey.len()));
+    warnings.extend(trust::warnings(&verdict));
     warnings.extend(found.warnings());
     if beyond > 0 {
         warnings.push(format!(
@@ -232,6 +238,7 @@ pub fn run(args: &Args) -> Result<()> {
         frame,
         file: args.out.file_name().unwrap_or_default().to_string_lossy().into(),
         columns: names,
+        trust: Some(json!(verdict)),
         of: kinds.iter().map(|(name, what)| (format!("{name}_"), what.clone())).collect(),
         device: Some(cards.record()),
         warnings,

@@ -59,6 +59,13 @@ pub struct ColumnArgs {
     /// Layer of a GeoPackage
     #[arg(long)]
     pub layer: Option<String>,
+    /// How far sites were moved before the table was made public: a number of km, any distance up to
+    /// which is as likely, or `dhs` (urban 2 km, rural 5 km, 1 % of those 10 km). Integrated over
+    #[arg(long, value_name = "KM|dhs")]
+    pub displacement: Option<String>,
+    /// Column of urban or rural, for --displacement dhs; guessed when left out
+    #[arg(long, value_name = "COLUMN")]
+    pub urban_rural: Option<String>,
 }
 
 impl ColumnArgs {
@@ -77,6 +84,8 @@ impl ColumnArgs {
             log_value: self.log_value.clone(),
             crs: self.crs.clone(),
             layer: self.layer.clone(),
+            displacement: self.displacement.clone(),
+            urban_rural: self.urban_rural.clone(),
         }
     }
 }

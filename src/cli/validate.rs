@@ -3,16 +3,19 @@
 //! Nothing is retrained: a model sees the other folds as its context. Beside it stand two rules
 //! that anyone could apply, since a score means nothing alone.
 
-use std::{sync::Arc, time::Instant};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::{
     covariates::CovariateArgs,
-    map::fit,
-    note, say,
+    map::{exact, nearest, placed},
+    note,
+    output::Output,
+    say,
     survey::{SurveyArgs, agree, default_model},
+    trust::{self, StrictArgs},
 };
 use crate::{
     baseline::{
@@ -22,17 +25,23 @@ use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
+        displacement::Displacement,
         frame::Frame,
         survey::{Outcome, Survey},
         table::Columns,
     },
+    kernel::displaced::mark,
     likelihood::{self, Likelihood},
+    mapping::displaced::Expected,
     predictive::{Of, Predictive},
     process::Process,
     rng::Stream,
     score::{Forecast, Summary, Truth, forecasts},
     sites::{Observations, Sites},
 };
+
+mod report;
+mod space;
 
 /// The model names of the exact Gaussian process and of that of nearest neighbours.
 const GP: &str = "gp";
@@ -51,20 +60,34 @@ pub struct Args {
     survey: SurveyArgs,
     #[command(flatten)]
     covariates: CovariateArgs,
-    /// A number of random folds, or a table with a column of fold labels: FILE:COLUMN. Its rows are
-    /// those of the survey file, in order or named by a column `row` that counts from 0
-    #[arg(long, value_name = "N|FILE:COLUMN")]
+    /// How sites are held out: a number of random folds (10); whole areas, as many as you say
+    /// (blocks:10) or squares of a size (blocks:100km); whole clusters, sites nearer to each other than
+    /// a length (clusters:5km) or alike in a column (clusters:district); or a table with a column of
+    /// fold labels (FILE:COLUMN), whose rows are those of the survey file, in order or named by a
+    /// column `row` that counts from 0
+    #[arg(long, value_name = "N|blocks:…|clusters:…|FILE:COLUMN")]
     folds: String,
-    /// Model by name or file: `prevalence` for counts and `continuous` for values when left out; `gp`
-    /// fits an exact Gaussian process to every fold's context, `vecchia` one of nearest neighbours
-    #[arg(long, value_name = "NAME|FILE")]
-    model: Option<String>,
-    /// Seed of the random folds
+    /// Models by name or file, the first compared with all others: `prevalence` for counts and
+    /// `continuous` for values when left out; `gp` fits an exact Gaussian process to every fold's
+    /// context, `vecchia` one of nearest neighbours. `intercept-only` and `nearest-site` always stand
+    /// beside them
+    #[arg(long, value_name = "NAME|FILE,…", value_delimiter = ',')]
+    model: Vec<String>,
+    /// Seed of folds that chance has a part in
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Directory for the predictions of every site (sites.csv, sites.parquet), the tables (report.md,
+    /// report.json) and a picture of the calibration (calibration.png)
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Replace the files of an earlier run in that directory
+    #[arg(long, requires = "out")]
+    force: bool,
+    #[command(flatten)]
+    strict: StrictArgs,
 }
 
 /// Which fold each site belongs to.
@@ -77,7 +100,11 @@ pub struct Folds {
 }
 
 /// What predicts the held-out sites: context in, predictive at targets out.
-pub type Forecaster<'a> = dyn Fn(&Observations, &Sites) -> Result<Predictive> + 'a;
+///
+/// Where the survey's sites are displaced, it is told by which law each of the context's is, in model
+/// units; and the targets are marked ([`crate::kernel::displaced::mark`]).
+pub type Forecaster<'a> =
+    dyn Fn(&Observations, &Sites, Option<&Displacement>) -> Result<Predictive> + 'a;
 
 /// One fold, scored.
 pub struct Fold {
@@ -102,47 +129,122 @@ pub fn run(args: &Args) -> Result<()> {
     for dropped in &survey.dropped {
         note(format!("row {} left out: {}", dropped.row, dropped.reason));
     }
+    if let Some(moved) = &survey.displacement {
+        note(format!("displaced: {moved}: integrated over, for sites held out too"));
+    }
     let folds = Folds::parse(&args.folds, &survey, args.seed)?;
-    let model = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
-    let scored = cross_validate(&survey, &folds, &*forecaster(model, &survey)?)?;
-    if args.json { say(report(model, &scored)) } else { table(model, &scored) }
+    let mut output = args.out.as_deref().map(|out| Output::prepare(out, args.force)).transpose()?;
+    let models = models(&args.model, &survey)?;
+    let forecasters =
+        models.iter().map(|model| forecaster(model, &survey)).collect::<Result<Vec<_>>>()?;
+    let (frame, mut warnings) = (Frame::fit(&survey)?, Vec::new());
+    for model in &models {
+        let verdict = trust::examine(model, &survey, &frame)?;
+        args.strict.settle(model, &survey, &verdict)?;
+        warnings.extend(trust::warnings(&verdict).into_iter().map(|w| format!("{model}: {w}")));
+    }
+    warnings.iter().for_each(|w| note(format!("warning: {w}")));
+    let each = forecasters.iter().map(|ask| cross_validate(&survey, &folds, &**ask));
+    let scored = each.collect::<Result<Vec<_>>>()?;
+    let whole = report::Report::new(&survey, &folds, &args.folds, &models, &scored, warnings);
+    if let Some(output) = &mut output {
+        whole.write(output)?;
+    }
+    match (args.json, &models[..], &scored[..]) {
+        (true, ..) => say(whole.json(&models[0], &scored[0])),
+        (false, [model], [folds]) => {
+            table(model, folds)?;
+            whole.calibration().try_for_each(say)
+        }
+        _ => whole.table().try_for_each(say),
+    }
+}
+
+/// The models asked for, each once; rules stand beside every model, and need no asking for.
+fn models(asked: &[String], survey: &Survey) -> Result<Vec<String>> {
+    let mut models: Vec<String> = Vec::new();
+    for model in asked.iter().map(|m| m.trim()) {
+        if model.is_empty() {
+            return Err(Error::input("a model has no name")
+                .fact("--model", asked.join(","))
+                .try_this("write for example --model prevalence,gp"));
+        }
+        if !models.iter().any(|m| m == model) && !RULES.iter().any(|(name, _)| *name == model) {
+            models.push(model.to_string());
+        }
+    }
+    if models.is_empty() {
+        models.push(default_model(&survey.outcome).into());
+    }
+    Ok(models)
+}
+
+/// What stands beside each other: the model's forecasts of every site, then each rule's.
+fn entrants(folds: &[Fold]) -> (Vec<Forecast>, Vec<(&'static str, Vec<Forecast>)>) {
+    let names = folds.first().map_or(Vec::new(), |f| f.rules.iter().map(|(name, _)| *name).collect());
+    let rule = |(r, name): (usize, &'static str)| {
+        (name, folds.iter().flat_map(|f| f.rules[r].1.clone()).collect())
+    };
+    let rules = names.into_iter().enumerate().map(rule).collect();
+    (folds.iter().flat_map(|f| f.met.clone()).collect(), rules)
 }
 
 /// The forecaster that `--model` names.
 fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
     let wanted = likelihood::find(survey.outcome.likelihood())?;
-    if [GP, VECCHIA].contains(&model) {
-        return Ok(classical(model, wanted));
+    if model == GP {
+        return Ok(exact_gp(wanted));
+    }
+    if model == VECCHIA {
+        return Ok(nearest_gp(wanted));
     }
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
+    let design = checkpoint.recipe()?.tasks()?.design().clone();
     let process: Arc<dyn Process + Send + Sync> = checkpoint.process(&Device::Cpu)?.into();
-    Ok(Box::new(move |context, targets| {
-        if context.sites.x.is_none() {
-            return process.condition(context)?.at(targets);
+    Ok(Box::new(move |context, targets, moved| match (moved, &context.sites.x) {
+        (None, None) => process.condition(context)?.at(targets),
+        (None, Some(_)) => {
+            let (coefficients, _) = Coefficients::of(context, wanted)?;
+            let all = Regressed::new(process.clone(), coefficients.spread()?, wanted, true);
+            all.condition(context)?.at(targets)
         }
-        let (coefficients, _) = Coefficients::of(context, wanted)?;
-        let all = Regressed::new(process.clone(), coefficients.spread()?, wanted, true);
-        all.condition(context)?.at(targets)
+        (Some(moved), _) => {
+            let process = placed(Box::new(process.clone()), &design, moved.clone());
+            process.condition(context)?.at(targets)
+        }
     }))
 }
 
 /// Fits an exact Gaussian process to each context, then conditions it on that context.
 pub fn exact_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
-    classical(GP, likelihood)
+    Box::new(move |context, targets, moved| {
+        fitted(Box::new(exact(context, likelihood, moved)?), context, targets, moved)
+    })
 }
 
 /// Fits a nearest-neighbour Gaussian process to each context, then conditions it on that context.
 pub fn nearest_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
-    classical(VECCHIA, likelihood)
+    Box::new(move |context, targets, moved| {
+        if context.sites.x.is_some() {
+            let (process, ..) = Regressed::nearest(context, likelihood)?;
+            return process.condition(context)?.at(targets);
+        }
+        fitted(Box::new(nearest(context, likelihood, moved)?), context, targets, moved)
+    })
 }
 
-/// Fits the process of that name to each context, covariates and all, then conditions it on that.
-fn classical(name: &str, likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
-    let name = name.to_string();
-    Box::new(move |context, targets| {
-        fit(&name, context, likelihood)?.process.condition(context)?.at(targets)
-    })
+/// What a process fitted to a context says of targets.
+fn fitted(
+    process: Box<dyn Process + Send + Sync>,
+    context: &Observations,
+    targets: &Sites,
+    moved: Option<&Displacement>,
+) -> Result<Predictive> {
+    match moved {
+        None => process.condition(context)?.at(targets),
+        Some(moved) => Expected::new(process, moved.clone()).condition(context)?.at(targets),
+    }
 }
 
 /// Predicts every fold from the others.
@@ -166,7 +268,14 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
         let frame = Frame::fit(&seen)?;
         let context = frame.observations(&seen, &device)?;
         let targets = frame.sites_of(&held, &device)?;
-        let marginals = ask(&context, &targets)?.marginals(0, Of::Observation)?;
+        let (moved, asked) = match (&seen.displacement, &held.displacement) {
+            (Some(seen), Some(held)) => {
+                let asked = mark(&targets, &frame.displacement(held))?;
+                (Some(frame.displacement(seen)), asked)
+            }
+            _ => (None, targets.clone()),
+        };
+        let marginals = ask(&context, &asked, moved.as_ref())?.marginals(0, Of::Observation)?;
         let seconds = started.elapsed().as_secs_f64();
         let met = forecasts(&frame.outcome(marginals), &truths)?;
         let (here, there) = (context.sites.host()?.swap_remove(0), targets.host()?.swap_remove(0));
@@ -214,10 +323,16 @@ impl Folds {
         if let Ok(n) = text.parse() {
             return Self::random(n, survey.len(), seed);
         }
+        if let Some(folds) = space::parse(text, survey, seed)? {
+            return Ok(folds);
+        }
         let Some((file, column)) = text.rsplit_once(':') else {
-            return Err(Error::input("--folds is neither a number nor FILE:COLUMN")
+            return Err(Error::input("--folds is no number, blocks:…, clusters:… or FILE:COLUMN")
                 .fact("--folds", text)
-                .try_this("write --folds 10, or --folds folds.csv:fold"));
+                .try_this(
+                    "write --folds 10, blocks:10, blocks:100km, clusters:5km, clusters:COLUMN or \
+                     folds.csv:fold",
+                ));
         };
         let table = Columns::read(file)?;
         let labels = table.text(column)?;
@@ -302,11 +417,8 @@ fn seen_by_rules(survey: &Survey, sites: Vec<Vec<f64>>) -> Seen {
 
 /// Every site of every fold: the model's forecasts, then each rule's.
 fn pooled(folds: &[Fold]) -> (Summary, Vec<(&'static str, Summary)>) {
-    let all: Vec<Forecast> = folds.iter().flat_map(|f| f.met.clone()).collect();
-    let names =
-        folds.first().map_or(Vec::new(), |f| f.rules.iter().map(|(name, _)| *name).collect());
-    let of = |r: usize| folds.iter().flat_map(|f| f.rules[r].1.clone()).collect::<Vec<_>>();
-    let rules = names.into_iter().enumerate().map(|(r, name)| (name, Summary::of(&of(r))));
+    let (all, rules) = entrants(folds);
+    let rules = rules.into_iter().map(|(name, met)| (name, Summary::of(&met)));
     (Summary::of(&all), rules.collect())
 }
 

@@ -308,6 +308,11 @@ impl Covariates {
                 .fact("name", &specs[i].name)
                 .try_this("give each a name of its own: NAME=FILE"));
         }
+        if survey.displacement.is_some() {
+            return Err(Error::input("covariates are read where sites are, and these were displaced")
+                .fact("covariate", &specs[0])
+                .try_this("leave out --displacement or the covariates: the two do not go together yet"));
+        }
         let named = specs.iter().any(|spec| matches!(spec.source, Source::Column(_)));
         let table = match named {
             true => Some(load(&survey.source, layer, &|_| Keep::Cells)?.columns),

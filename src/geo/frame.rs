@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     covariates::Design,
     crs::Crs,
+    displacement::Displacement,
     survey::{Outcome, Survey},
 };
 use crate::{
@@ -145,6 +146,11 @@ impl Frame {
         marginals.rescale(self.y_mean, self.y_sd)
     }
 
+    /// A displacement in model units.
+    pub fn displacement(&self, moved: &Displacement) -> Displacement {
+        moved.scaled(1.0 / self.km(1.0))
+    }
+
     /// The longer side of the sites' bounding box, km.
     pub fn extent_km(&self) -> f64 {
         2.0 * self.metres_per_unit / 1000.0
@@ -221,6 +227,7 @@ mod tests {
             outcome,
             covariates: None,
             dropped: Vec::new(),
+            displacement: None,
             notes: Vec::new(),
         }
     }

@@ -2,6 +2,7 @@
 
 pub mod covariates;
 pub mod crs;
+pub mod displacement;
 pub mod frame;
 pub mod geotiff;
 pub mod grid;

@@ -11,6 +11,7 @@ use std::{
 use super::{
     covariates::Covariates,
     crs::{self, Crs},
+    displacement::{self, Displacement, Law},
     table::{Column, Columns, Keep, Loaded, Points, load},
 };
 use crate::error::{Error, Result};
@@ -146,6 +147,8 @@ pub struct Survey {
     pub rows: Vec<usize>,
     /// Rows left out, in the order of the file.
     pub dropped: Vec<Dropped>,
+    /// How far from where they were recorded the sites may stand; nothing where they are there.
+    pub displacement: Option<Displacement>,
     /// What was guessed or noticed, to be printed: one sentence each.
     pub notes: Vec<String>,
 }
@@ -177,6 +180,10 @@ pub struct SurveyOptions {
     pub crs: Option<String>,
     /// The layer of a GeoPackage (`--layer`).
     pub layer: Option<String>,
+    /// How sites were moved (`--displacement`), as [`displacement::Rule`] reads it.
+    pub displacement: Option<String>,
+    /// Column of urban or rural (`--urban-rural`), for the rule of the DHS.
+    pub urban_rural: Option<String>,
 }
 
 /// Spellings of columns, compared without case and without anything but letters and digits.
@@ -195,6 +202,8 @@ const POSITIVE: &str = "positive positives pos npos npositive npositives numpos 
 const TESTED: &str = "tested ntested numtested notested numbertested numbertes testedn examined nexamined \
      examinedn numexamined noexamined numberexamined numberexa screened nscreened trials ntrials n ntot \
      total totaltested totalexamined sampled nsampled samplesize";
+
+const URBAN_RURAL: &str = "urbanrura urbanrural urbanicity typeofresidence hv025 v025";
 
 /// `name` is one of `spellings`.
 fn spelled(name: &str, spellings: &str) -> bool {
@@ -253,6 +262,7 @@ impl Survey {
             covariates: self.covariates.as_ref().map(|c| c.subset(sites)),
             rows: sites.iter().map(|i| self.rows[*i]).collect(),
             dropped: self.dropped.clone(),
+            displacement: self.displacement.as_ref().map(|moved| moved.subset(sites)),
             notes: self.notes.clone(),
         }
     }
@@ -702,11 +712,83 @@ impl Reading<'_> {
             covariates: None,
             rows: rows.iter().map(|i| i + 1).collect(),
             dropped,
+            displacement: self.displacement(&rows)?,
             notes: Vec::new(),
         };
         self.enough(&survey)?;
+        self.in_unit(&survey)?;
         self.in_area(&survey)?;
+        if let Outcome::Cases { cases, exposure, per } = &survey.outcome
+            && per == "person"
+        {
+            let more = cases.iter().zip(exposure).filter(|(k, n)| k > n).count();
+            if more > 0 {
+                self.notes.push(format!(
+                    "{more} of {} rows have more cases than people: right for repeated episodes, \
+                     wrong if the columns are swapped or the population is in thousands",
+                    survey.len()
+                ));
+            }
+        }
         Ok(Survey { notes: self.notes, ..survey })
+    }
+
+    /// How the sites in `rows` (from 0) were moved.
+    fn displacement(&mut self, rows: &[usize]) -> Result<Option<Displacement>> {
+        let Some(said) = &self.options.displacement else {
+            return match &self.options.urban_rural {
+                None => Ok(None),
+                Some(column) => Err(self
+                    .refuse(
+                        "urban or rural says how far sites were moved by the DHS, and nothing else",
+                    )
+                    .fact("--urban-rural", column)
+                    .try_this("add --displacement dhs, or leave --urban-rural out")),
+            };
+        };
+        let law = match (said.parse()?, &self.options.urban_rural) {
+            (displacement::Rule::UpTo(km), None) => Law::up_to(km),
+            (displacement::Rule::UpTo(km), Some(column)) => {
+                return Err(self
+                    .refuse("one distance for all sites needs no column of urban or rural")
+                    .fact("--displacement", km)
+                    .fact("--urban-rural", column)
+                    .try_this("write --displacement dhs, or leave --urban-rural out"));
+            }
+            (displacement::Rule::Dhs, _) => return self.by_dhs(rows).map(Some),
+        };
+        Ok(Some(Displacement { laws: vec![law], of: vec![0; rows.len()] }))
+    }
+
+    fn by_dhs(&mut self, rows: &[usize]) -> Result<Displacement> {
+        let named = self.options.urban_rural.clone();
+        let column = match (named, &self.candidates(URBAN_RURAL)[..]) {
+            (Some(named), _) => named,
+            (None, [one]) => {
+                self.notes.push(format!("took `{one}` as urban or rural"));
+                one.clone()
+            }
+            (None, _) => {
+                return Err(self
+                    .refuse("the DHS moves urban sites by less than rural ones, and no column tells them apart")
+                    .fact("columns", self.table.list())
+                    .try_this("name it with --urban-rural COLUMN, or give one distance: --displacement 5"));
+            }
+        };
+        let cells = self.table.text(&column)?;
+        let of = rows
+            .iter()
+            .map(|i| match displacement::urban(&cells[*i]) {
+                Some(urban) => Ok(usize::from(!urban)),
+                None => Err(self
+                    .refuse("a site is neither urban nor rural")
+                    .fact("row", self.table.place(*i))
+                    .fact("column", &column)
+                    .fact("value", &cells[*i])
+                    .try_this("write U or R (or urban, rural; or 1, 2 as in DHS recodes)")),
+            })
+            .collect::<Result<_>>()?;
+        Ok(Displacement { laws: vec![Law::dhs_urban(), Law::dhs_rural()], of })
     }
 
     /// Coordinates that can be what the CRS says; longitudes from 0 to 360 become −180 to 180.
@@ -878,6 +960,54 @@ impl Reading<'_> {
         Err(if survey.dropped.is_empty() { error } else { error.fact("dropped", left_out()) })
     }
 
+    /// Metres read as kilometres make a map of nowhere: sites farther apart than the Earth allows.
+    fn in_unit(&mut self, survey: &Survey) -> Result<()> {
+        if survey.crs.is_geographic() {
+            return Ok(());
+        }
+        let side = |v: &[f64]| {
+            let ends = v
+                .iter()
+                .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
+            (ends.1 - ends.0) * survey.crs.metres_per_unit() / 1000.0
+        };
+        let km = side(&survey.x).max(side(&survey.y));
+        let shown =
+            |km: f64| if km < 10.0 { format!("{:.3} km", km) } else { format!("{km:.0} km") };
+        if km > 20_004.0 {
+            let help = match survey.crs.is_local() {
+                true => {
+                    "if the coordinates are metres, say --crs local:m; if they are of a projection, its EPSG code"
+                }
+                false => "check --crs and the columns of the coordinates",
+            };
+            return Err(self
+                .refuse("the sites lie farther apart than any two places on Earth")
+                .fact("span", shown(km))
+                .fact("coordinate system", survey.crs.name())
+                .try_this(help));
+        }
+        // No system of a country or zone has its origin among the country's people.
+        let small = |v: &[f64]| v.iter().all(|v| v.abs() * survey.crs.metres_per_unit() < 12_000.0);
+        if survey.crs.area_of_use().is_some() && small(&survey.x) && small(&survey.y) {
+            return Err(self
+                .refuse(format!(
+                    "the coordinates look like kilometres, and {} is in metres",
+                    survey.crs.name()
+                ))
+                .fact("first site's x and y", format!("{}, {}", survey.x[0], survey.y[0]))
+                .try_this("multiply both columns by 1000, or say --crs local:km"));
+        }
+        if survey.crs.is_local() && !(1.0..=5000.0).contains(&km) {
+            let other = if survey.crs.metres_per_unit() > 1.0 { "local:m" } else { "local:km" };
+            self.notes.push(format!(
+                "the sites span {}: if that is wrong, the unit is another (--crs {other})",
+                shown(km)
+            ));
+        }
+        Ok(())
+    }
+
     /// Places far outside the area a projection is meant for are in another projection.
     fn in_area(&mut self, survey: &Survey) -> Result<()> {
         let Some([west, south, east, north]) = survey.crs.area_of_use() else {
@@ -1003,7 +1133,10 @@ impl Raw {
                             continue;
                         };
                         let help = match v.is_finite() && v.fract() != 0.0 {
-                            true => "counts are of people; map a rate or a prevalence with --value",
+                            true => {
+                                "counts are of people: turn percentages back into how many were \
+                                 positive, or map a rate or a prevalence with --value"
+                            }
                             false => "correct the cell, or leave it empty if it is unknown",
                         };
                         return Err(reading.refuse_cell(wrong, i, name, v).try_this(help));

@@ -5,11 +5,13 @@
 use crate::registry::Named;
 
 pub mod combine;
+pub mod displaced;
 pub mod matern;
 pub mod metric;
 pub mod periodic;
 
 pub use combine::{Product, Sum};
+pub use displaced::Displaced;
 pub use matern::{Matern, Smoothness};
 pub use metric::Metric;
 pub use periodic::Periodic;

@@ -9,11 +9,13 @@ use crate::{
     error::{Error, Result},
     geo::{frame::Frame, grid::Grid},
     process::Posterior,
-    product::Product,
+    product::{Product, Reads, Spec, prior_share},
     sites::Observations,
 };
 
+pub mod displaced;
 mod near;
+mod nearest;
 pub mod next;
 mod part;
 mod pipeline;
@@ -25,6 +27,7 @@ pub use pipeline::in_parts;
 pub use plan::Plan;
 
 use near::Near;
+use nearest::Nearest;
 use pipeline::Stage;
 
 /// Pixels farther than this from every site are counted as far: model units, where the sites span
@@ -100,12 +103,19 @@ pub fn run_each(
     // A small map is shared by all threads too.
     let share = grid.wanted().div_ceil(4 * plan.workers.max(1)).max(plan::LEAST_TARGETS);
     let targets = plan.targets.min(share);
+    let specs: Vec<Spec> = products.iter().map(|p| p.spec()).collect();
+    let read = |what: Reads| specs.iter().any(|spec| spec.entry.reads == what);
     let stage = Stage {
         posteriors,
         grid,
         frame,
         near: Near::new(context)?,
-        specs: products.iter().map(|p| p.spec()).collect(),
+        nearest: if read(Reads::Nearest) { Some(Nearest::new(context)?) } else { None },
+        spread: match read(Reads::Spread) {
+            true => spread(posteriors, grid, frame, plan)?,
+            false => f64::NAN,
+        },
+        specs,
         plan,
         targets,
         part: Part::new(targets),
@@ -124,4 +134,30 @@ pub fn run_each(
         reach_km: frame.km(REACH),
         cut_to: stage.part.less(),
     })
+}
+
+/// Variance of what is mapped over the whole map, link scale ([`prior_share`]): from pixels at even steps
+/// through it, the same ones for any plan.
+fn spread(posteriors: &[&dyn Posterior], grid: &Grid, frame: &Frame, plan: &Plan) -> Result<f64> {
+    const PIXELS: usize = 2_048;
+    const WINDOW: usize = 256;
+    let step = grid.wanted().div_ceil(PIXELS).max(1);
+    let (mut x, mut y, mut next, mut passed) = (Vec::new(), Vec::new(), step / 2, 0);
+    for window in grid.windows(WINDOW) {
+        let (east, north) = grid.centres(window, &grid.valid(window));
+        while next < passed + east.len() {
+            x.push(east[next - passed]);
+            y.push(north[next - passed]);
+            next += step;
+        }
+        passed += east.len();
+    }
+    let sites = frame.sites(&grid.crs, &x, &y, &candle_core::Device::Cpu)?;
+    let part = Part::new(plan.targets);
+    let parts = in_parts(plan, &part, &sites, |device, sites| {
+        let marginals = posteriors[device].at(sites)?.marginals(0, plan.of)?;
+        let marginals = frame.outcome(marginals);
+        Ok((0..marginals.len()).map(|i| prior_share::moments(&marginals, i)).collect::<Vec<_>>())
+    })?;
+    Ok(prior_share::spread(&parts.concat()))
 }

@@ -25,7 +25,7 @@ use std::{
 use candle_core::Device;
 use rayon::ThreadPool;
 
-use super::{Plan, near::Near, part::Part, plan};
+use super::{Plan, near::Near, nearest::Nearest, part::Part, plan};
 use crate::{
     error::{Error, Result},
     geo::{
@@ -33,7 +33,7 @@ use crate::{
         grid::{Grid, Window},
     },
     process::Posterior,
-    product::{self, Product, Spec},
+    product::{self, Around, Product, Spec},
     sites::Sites,
 };
 
@@ -47,6 +47,10 @@ pub(super) struct Stage<'a> {
     pub grid: &'a Grid,
     pub frame: &'a Frame,
     pub near: Near,
+    /// Where a product reads how far the nearest site is.
+    pub nearest: Option<Nearest>,
+    /// Variance over the whole map, where a product reads it.
+    pub spread: f64,
     pub specs: Vec<Spec>,
     pub plan: &'a Plan,
     /// Targets in one question, at most.
@@ -289,14 +293,19 @@ impl Stage<'_> {
         if marginals.len() != sites.len() {
             return Err(Error::axis("targets asked and answered", sites.len(), marginals.len()));
         }
-        let values = self.specs.iter().map(|spec| spec.values(&marginals)).collect();
+        let host = sites.host()?;
+        let km = self.nearest.iter().flat_map(|nearest| {
+            host[0].iter().map(|s| self.frame.km(nearest.distance(s[0], s[1])))
+        });
+        let around = Around { km: km.collect(), spread: self.spread };
+        let values = self.specs.iter().map(|spec| spec.values(&marginals, &around)).collect();
         let mut tally = Tally { pixels: sites.len(), ..Tally::NONE };
         for mean in marginals.map(|m, i| m.mean_sd(i).0) {
             tally.lowest = mean.min(tally.lowest);
             tally.highest = mean.max(tally.highest);
             tally.total += mean;
         }
-        tally.far = sites.host()?[0].iter().filter(|s| !self.near.reaches(s[0], s[1])).count();
+        tally.far = host[0].iter().filter(|s| !self.near.reaches(s[0], s[1])).count();
         Ok((values, tally))
     }
 

@@ -51,6 +51,9 @@ pub struct Record {
     /// in the frame, and what they do in the model's card.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub covariates: Option<Cover>,
+    /// How far the survey is like those of the model's training: a [`crate::train::trust::Verdict`].
+    #[serde(default)]
+    pub trust: Option<Value>,
     /// What the user should know before believing the map.
     pub warnings: Vec<String>,
     /// How the survey was read.
@@ -85,6 +88,9 @@ pub struct SurveyNote {
     pub dropped: Vec<Dropped>,
     /// What was guessed.
     pub notes: Vec<String>,
+    /// How far from where they were recorded the sites were taken to stand.
+    #[serde(default)]
+    pub displacement: Option<String>,
     /// People positive and tested, or cases and their exposure, over all sites; for counts.
     pub people: Option<[f64; 2]>,
 }
@@ -97,6 +103,7 @@ impl From<&Survey> for SurveyNote {
             used: survey.x.len(),
             dropped: survey.dropped.clone(),
             notes: survey.notes.clone(),
+            displacement: survey.displacement.as_ref().map(ToString::to_string),
             people: match &survey.outcome {
                 Outcome::Counts { positive, tested } => {
                     Some([positive.iter().sum(), tested.iter().sum()])
@@ -210,6 +217,9 @@ pub struct Predictions {
     /// Where the model computed.
     #[serde(default)]
     pub device: Option<DeviceNote>,
+    /// As [`Record::trust`].
+    #[serde(default)]
+    pub trust: Option<Value>,
     /// What the user should know before believing the predictions.
     pub warnings: Vec<String>,
     /// The most memory that the run took, MiB; null where the system does not say.

@@ -143,8 +143,10 @@ impl Dnp {
         let Config { width, latent, embed, .. } = config;
         let read = problem.likelihood.width();
         let mut scope = params.scope();
+        // All singular values 1: within the bounds from the first step on, where the penalty has to
+        // hold them and not to bring them there.
         let dense = |scope: &mut Scope, name: &str, inputs, outputs| {
-            Dense::new(&mut scope.at(name), inputs, outputs, &Init::LeCun)
+            Dense::new(&mut scope.at(name), inputs, outputs, &Init::Orthogonal)
         };
         let layers = vec![
             dense(&mut scope, "embed.0", problem.dim, width)?,

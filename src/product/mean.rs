@@ -1,6 +1,6 @@
 //! Posterior mean of the outcome, by quadrature on the link scale.
 
-use super::{Entry, Scale};
+use super::{Entry, Reads, Scale};
 
 /// `mean`.
 pub const ENTRY: Entry = Entry {
@@ -8,6 +8,7 @@ pub const ENTRY: Entry = Entry {
     about: "posterior mean, outcome units",
     parameter: None,
     scale: Scale::Level,
+    reads: Reads::Parameter,
     title: |outcome, _| format!("Mean {outcome}"),
     value: |marginals, i, _| marginals.mean_sd(i).0,
 };

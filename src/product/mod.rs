@@ -16,9 +16,11 @@ use crate::{
     registry::{self, Named},
 };
 
+pub mod distance;
 pub mod exceedance;
 pub mod interval;
 pub mod mean;
+pub mod prior_share;
 pub mod quantile;
 pub mod sd;
 
@@ -41,6 +43,30 @@ pub enum Scale {
     Spread,
     /// A probability.
     Probability,
+    /// A length on the ground, km.
+    Distance,
+    /// A part of a whole, 0 to 1.
+    Share,
+}
+
+/// What the number given to [`Entry::value`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reads {
+    /// What stands after the colon of the specification; NaN where nothing does.
+    Parameter,
+    /// Km from the target to the nearest site.
+    Nearest,
+    /// Variance of what is mapped over all of the map, link scale: [`prior_share`].
+    Spread,
+}
+
+/// What is known around targets, beside what is foretold there.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Around {
+    /// Km from each target to the nearest site; empty where no product reads it.
+    pub km: Vec<f64>,
+    /// For [`Reads::Spread`].
+    pub spread: f64,
 }
 
 /// A kind of product.
@@ -53,10 +79,12 @@ pub struct Entry {
     pub parameter: Option<Parameter>,
     /// What its values are.
     pub scale: Scale,
+    /// What its value is worked out from, beside the marginals.
+    pub reads: Reads,
     /// In words, of an outcome such as "prevalence".
     pub title: fn(outcome: &str, parameter: f64) -> String,
-    /// The value at target `i`.
-    pub value: fn(marginals: &Marginals, i: usize, parameter: f64) -> f64,
+    /// The value at target `i`; `number` is what the entry [`Reads`].
+    pub value: fn(marginals: &Marginals, i: usize, number: f64) -> f64,
 }
 
 /// The number after the colon of a specification.
@@ -70,8 +98,15 @@ pub struct Parameter {
 }
 
 /// Every product.
-pub const PRODUCTS: &[Entry] =
-    &[mean::ENTRY, sd::ENTRY, quantile::ENTRY, interval::ENTRY, exceedance::ENTRY];
+pub const PRODUCTS: &[Entry] = &[
+    mean::ENTRY,
+    sd::ENTRY,
+    quantile::ENTRY,
+    interval::ENTRY,
+    exceedance::ENTRY,
+    distance::ENTRY,
+    prior_share::ENTRY,
+];
 
 impl Named for Entry {
     fn name(&self) -> &str {
@@ -102,10 +137,18 @@ impl Spec {
         self.to_string().replace(':', "_")
     }
 
-    /// The values of the product at every target, in outcome units.
-    pub fn values(&self, marginals: &Marginals) -> Vec<f32> {
-        let (value, parameter) = (self.entry.value, self.parameter);
-        marginals.map(|marginals, i| value(marginals, i, parameter) as f32)
+    /// The values of the product at every target, in its own units; `around` holds what the entry
+    /// reads.
+    pub fn values(&self, marginals: &Marginals, around: &Around) -> Vec<f32> {
+        let value = self.entry.value;
+        marginals.map(|marginals, i| {
+            let number = match self.entry.reads {
+                Reads::Parameter => self.parameter,
+                Reads::Nearest => around.km.get(i).copied().unwrap_or(f64::NAN),
+                Reads::Spread => around.spread,
+            };
+            value(marginals, i, number) as f32
+        })
     }
 
     /// Refuses thresholds that the outcome cannot cross.
@@ -242,7 +285,8 @@ impl Outcome {
     /// Title and unit of a product.
     pub fn band(&self, spec: &Spec) -> Band {
         let unit = match spec.entry.scale {
-            Scale::Probability => "1".into(),
+            Scale::Probability | Scale::Share => "1".into(),
+            Scale::Distance => "km".into(),
             Scale::Level | Scale::Spread => self.unit.clone(),
         };
         let title = (spec.entry.title)(&self.name, spec.parameter);

@@ -1,6 +1,6 @@
 //! Posterior standard deviation of the outcome.
 
-use super::{Entry, Scale};
+use super::{Entry, Reads, Scale};
 
 /// `sd`.
 pub const ENTRY: Entry = Entry {
@@ -8,6 +8,7 @@ pub const ENTRY: Entry = Entry {
     about: "posterior standard deviation, outcome units",
     parameter: None,
     scale: Scale::Spread,
+    reads: Reads::Parameter,
     title: |outcome, _| format!("Standard deviation of {outcome}"),
     value: |marginals, i, _| marginals.mean_sd(i).1,
 };

@@ -138,6 +138,12 @@ impl Counts {
     }
 }
 
+/// Log probability of `count` of `trials`, at target `i` of `marginals` of a new observation.
+pub fn log_count(marginals: &Marginals, i: usize, count: f64, trials: f64) -> f64 {
+    let parts: Vec<(f64, f64, f64)> = marginals.components(i).collect();
+    log_probability(marginals.link, &parts, count, trials)
+}
+
 /// Log probability of `count` of `trials` at a village of which the `parts` (weight, mean, sd) of
 /// its level are known: it cannot underflow, so that a badly missed count scores −300, not −∞.
 pub(super) fn log_probability(

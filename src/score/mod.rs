@@ -17,9 +17,10 @@ pub mod crps;
 mod forecast;
 pub mod interval;
 pub mod log_score;
+pub mod pit;
 pub mod rmse;
 
-pub use counts::Counts;
+pub use counts::{Counts, log_count};
 pub use forecast::{Forecast, Truth};
 
 /// Which way a score improves.

@@ -59,6 +59,9 @@ pub struct Design {
     pub shift_context: f64,
     /// The same for targets.
     pub shift_targets: f64,
+    /// The farthest that context sites were moved before they were recorded, one number a survey, region
+    /// units: a model that learns from such surveys integrates over the displacement of a real one.
+    pub displacement: Law,
     /// Published benchmarks ask, beside this many sites of which the context is a part, …
     pub pool: usize,
     /// … a regular grid of this many targets (per axis) over the region, and nothing else.
@@ -87,6 +90,7 @@ impl Default for Design {
             half_side: 1.0,
             shift_context: 0.0,
             shift_targets: 0.0,
+            displacement: Law::Fixed(0.0),
             pool: 0,
             grid: 0,
         }
@@ -105,6 +109,11 @@ pub struct Layout {
 }
 
 impl Design {
+    /// Whether context sites are moved before they are recorded.
+    pub fn displaces(&self) -> bool {
+        self.displacement != Law::Fixed(0.0)
+    }
+
     /// # Errors
     /// [`Error::Input`] for an empty range or a share outside [0, 1].
     pub fn check(&self) -> Result<()> {
@@ -127,6 +136,11 @@ impl Design {
             [("shift_context", self.shift_context), ("shift_targets", self.shift_targets)]
         {
             Law::Fixed(shift).check(name, false)?;
+        }
+        self.displacement.check("displacement", self.displaces())?;
+        if self.pool > 0 && self.displaces() {
+            return Err(Error::input("a context among the targets cannot be displaced")
+                .try_this("leave `displacement` under [design] out, or set `pool` to 0"));
         }
         if self.pool > 0 && self.shift_context != self.shift_targets {
             return Err(Error::input("a context among the targets cannot be moved from them")

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
+    geo::displacement,
     kernel::Kernel,
     likelihood::{self, Kind, Likelihood},
     prior::{self, Prior, Rule, hyper::Law},
@@ -93,7 +94,7 @@ impl Default for Settings {
 pub struct Draw {
     /// What ruled it.
     pub rule: Rule,
-    /// Sites, context first, region units.
+    /// Sites as recorded, context first, region units.
     pub xy: Vec<[f64; 2]>,
     /// How many sites are context.
     pub context: usize,
@@ -258,9 +259,18 @@ impl Tasks {
                 let y = (0..noisy.len())
                     .map(|i| self.likelihood.observe(noisy[i], of(i), rng))
                     .collect();
+                // Last of all: recipes without displacement draw what they drew before there was any.
+                let mut xy = layout.xy.clone();
+                if self.design.displaces() {
+                    let law = displacement::Law::up_to(self.design.displacement.draw(rng));
+                    for [x, y] in &mut xy[..layout.context] {
+                        let [dx, dy] = law.draw(rng);
+                        (*x, *y) = (*x + dx, if self.design.line { *y } else { *y + dy });
+                    }
+                }
                 Draw {
                     rule,
-                    xy: layout.xy.clone(),
+                    xy,
                     context: layout.context,
                     first_target: layout.first_target,
                     latent: surface.latent,

@@ -7,6 +7,7 @@
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::Serialize;
+use statrs::function::gamma::gamma_ur;
 
 use crate::{
     baseline::{
@@ -86,6 +87,24 @@ pub struct Rival {
     pub model: Group,
 }
 
+/// Where the truth stands in its posterior: simulation-based calibration (Talts et al. 2018,
+/// arXiv:1804.06788). With laws instead of draws a rank among many draws is the law's cumulative
+/// probability of the truth, uniform if the law is right.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Ranks {
+    /// Targets in each twentieth of the law, all targets of all tasks; 1 = as many as there should be.
+    pub bins: [f64; BINS],
+    /// Tasks, each giving one target to the two tests: those of one task are not independent.
+    pub tasks: usize,
+    /// χ² of those over the twentieths, and its p-value.
+    pub chi_square: [f64; 2],
+    /// Kolmogorov and Smirnov's largest gap, and its p-value.
+    pub kolmogorov: [f64; 2],
+}
+
+/// Bins of a histogram of ranks.
+pub const BINS: usize = 20;
+
 /// What was measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -97,6 +116,13 @@ pub struct Report {
     pub thirds: Vec<Group>,
     /// The simple rules, then the exact Gaussian process where any task was small enough.
     pub rivals: Vec<Rival>,
+    /// Ranks of the true surface.
+    pub surface: Ranks,
+    /// Ranks of a new observation, before anyone is counted.
+    pub observation: Ranks,
+    /// The same two of the exact Gaussian process, where any task was small enough: of values they are
+    /// uniform, or the measurement is wrong.
+    pub exact: Option<[Ranks; 2]>,
 }
 
 /// How one law met the truths of one task, averaged over its targets.
@@ -119,6 +145,10 @@ struct Scored {
 struct Row {
     model: Scored,
     rivals: Vec<Option<Scored>>,
+    /// Of the surface and of an observation, at every target.
+    ranks: [Vec<f64>; 2],
+    /// The same of the exact Gaussian process.
+    exact: Option<[Vec<f64>; 2]>,
 }
 
 /// The true link-scale values at the targets of one task.
@@ -180,6 +210,11 @@ pub fn measure(
         all: of(&rows),
         thirds: (0..3).map(|k| of(&rows[k * n / 3..(k + 1) * n / 3])).collect(),
         rivals: names.enumerate().filter_map(rival).collect(),
+        surface: Ranks::of(rows.iter().map(|r| &r.ranks[0])),
+        observation: Ranks::of(rows.iter().map(|r| &r.ranks[1])),
+        exact: rows.iter().any(|r| r.exact.is_some()).then(|| {
+            [0, 1].map(|k| Ranks::of(rows.iter().filter_map(|r| Some(&r.exact.as_ref()?[k]))))
+        }),
     })
 }
 
@@ -212,11 +247,14 @@ fn score(tasks: &Tasks, process: &dyn Process, batch: &Batch) -> Result<Vec<Row>
                 .iter()
                 .map(|(_, rule)| Some(truth.meet(None, &rule(&seen, &asked))))
                 .collect();
-            rivals.push(match sites <= EXACT_SITES && super::known(tasks.likelihood()) {
-                true => Some(truth.meet_both(&exact(&one, tasks.likelihood())?, 0)?),
+            let gp = match sites <= EXACT_SITES && super::known(tasks.likelihood()) {
+                true => Some(exact(&one, tasks.likelihood())?),
                 false => None,
-            });
-            Ok(Row { model: truth.meet_both(&predictive, row)?, rivals })
+            };
+            rivals.push(gp.as_ref().map(|gp| truth.meet_both(gp, 0)).transpose()?);
+            let exact = gp.as_ref().map(|gp| truth.ranks(gp, 0)).transpose()?;
+            let ranks = truth.ranks(&predictive, row)?;
+            Ok(Row { model: truth.meet_both(&predictive, row)?, rivals, ranks, exact })
         })
         .collect()
 }
@@ -248,11 +286,22 @@ impl Truth {
         Ok(self.meet(Some(&surface), &predictive.marginals(row, Of::Observation)?))
     }
 
-    fn meet(&self, surface: Option<&Marginals>, observation: &Marginals) -> Scored {
-        let widened = |m: &Marginals| Marginals {
-            sd: m.sd.iter().map(|sd| sd.hypot(self.resolution)).collect(),
-            ..m.clone()
+    /// Cumulative probabilities of the true surface and of the true noisy values.
+    fn ranks(&self, predictive: &Predictive, row: usize) -> Result<[Vec<f64>; 2]> {
+        let of = |of: Of, truth: &[f64], first: usize| -> Result<Vec<f64>> {
+            let law = self.widened(&predictive.marginals(row, of)?);
+            Ok((first..truth.len()).map(|i| law.link_cdf(i, truth[i])).collect())
         };
+        Ok([of(Of::Surface, &self.surface, 0)?, of(Of::Observation, &self.noisy, self.seen)?])
+    }
+
+    fn widened(&self, m: &Marginals) -> Marginals {
+        let sd = m.sd.iter().map(|sd| sd.hypot(self.resolution)).collect();
+        Marginals { sd, ..m.clone() }
+    }
+
+    fn meet(&self, surface: Option<&Marginals>, observation: &Marginals) -> Scored {
+        let widened = |m: &Marginals| self.widened(m);
         let (surface, observation) = (surface.map(widened), &widened(observation));
         let new = self.seen..self.noisy.len();
         let count = new.len().max(1) as f64;
@@ -314,4 +363,69 @@ impl Group {
             crps: scored.iter().map(|s| s.crps).sum::<f64>() / scored.len() as f64,
         }
     }
+}
+
+impl Ranks {
+    /// Of the ranks at the targets of every task.
+    fn of<'a>(rows: impl Iterator<Item = &'a Vec<f64>>) -> Self {
+        let (mut all, mut alone) = (Vec::new(), Vec::new());
+        for (i, ranks) in rows.enumerate() {
+            let at = Stream::new(APART, "calibration rank", i as u64).below(ranks.len().max(1));
+            alone.extend(ranks.get(at));
+            all.extend(ranks);
+        }
+        Ranks::from(&all, &alone)
+    }
+
+    /// A histogram of `all`, and tests of those that are independent.
+    ///
+    /// ```
+    /// use isopleth::train::calibration::Ranks;
+    /// let even: Vec<f64> = (0..100).map(|i| (i as f64 + 0.5) / 100.0).collect();
+    /// let ranks = Ranks::from(&even, &even);
+    /// assert!(ranks.bins.iter().all(|b| (b - 1.0).abs() < 1e-12));
+    /// assert!(ranks.chi_square[1] > 0.999 && ranks.kolmogorov[0] < 0.0051);
+    /// // Too wide a law leaves the ends empty. SciPy: chisquare([0] * 5 + [10] * 10 + [0] * 5).
+    /// let narrow: Vec<f64> = even.iter().map(|u| 0.25 + 0.5 * u).collect();
+    /// let ranks = Ranks::from(&narrow, &narrow);
+    /// assert_eq!(ranks.bins[0], 0.0);
+    /// assert!((ranks.chi_square[0] - 100.0).abs() < 1e-9 && ranks.chi_square[1] < 1e-12);
+    /// assert!((ranks.kolmogorov[0] - 0.2525).abs() < 0.01 && ranks.kolmogorov[1] < 1e-4);
+    /// ```
+    pub fn from(all: &[f64], independent: &[f64]) -> Self {
+        let count = |ranks: &[f64]| {
+            let mut bins = [0.0; BINS];
+            for u in ranks {
+                bins[((u * BINS as f64) as usize).min(BINS - 1)] += 1.0;
+            }
+            bins
+        };
+        let each = (all.len() as f64 / BINS as f64).max(f64::MIN_POSITIVE);
+        let n = independent.len() as f64;
+        let expected = (n / BINS as f64).max(f64::MIN_POSITIVE);
+        let chi: f64 = count(independent).iter().map(|c| (c - expected).powi(2) / expected).sum();
+        let mut sorted = independent.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let gap = |(i, u): (usize, &f64)| (u - i as f64 / n).max((i + 1) as f64 / n - u);
+        let largest = sorted.iter().enumerate().map(gap).fold(0.0, f64::max);
+        Ranks {
+            bins: count(all).map(|c| c / each),
+            tasks: independent.len(),
+            chi_square: [chi, gamma_ur(0.5 * (BINS - 1) as f64, (0.5 * chi).max(1e-300))],
+            kolmogorov: [largest, kolmogorov(largest, n)],
+        }
+    }
+}
+
+/// P(largest gap of `n` ranks > `gap`): Kolmogorov's series with Stephens' correction (1970).
+fn kolmogorov(gap: f64, n: f64) -> f64 {
+    let x = (n.sqrt() + 0.12 + 0.11 / n.sqrt()) * gap;
+    if x < 0.2 {
+        return 1.0; // the series needs many terms there, and is 1 to 1e-12
+    }
+    let term = |k: i32| {
+        let sign = if k % 2 == 1 { 1.0 } else { -1.0 };
+        sign * (-2.0 * f64::from(k * k) * x * x).exp()
+    };
+    (2.0 * (1..=100).map(term).sum::<f64>()).clamp(0.0, 1.0)
 }

@@ -35,6 +35,7 @@ pub mod calibration;
 pub(crate) mod learner;
 pub mod optimiser;
 pub mod schedule;
+pub mod trust;
 
 use ahead::{Ahead, Closing};
 use learner::{Learner, Network, Orders};

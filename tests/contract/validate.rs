@@ -65,7 +65,7 @@ fn every_site_is_held_out_once_and_never_seen_then() -> Result<()> {
     let survey = survey(&written(&folder), Some("rain"))?;
     for n in [2, 7, SITES] {
         let folds = Folds::random(n, SITES, 3)?;
-        let scored = cross_validate(&survey, &folds, &|context, targets| {
+        let scored = cross_validate(&survey, &folds, &|context, targets, _| {
             assert_eq!(context.len() + targets.len(), SITES);
             let seen = context.sites.host()?.swap_remove(0);
             let asked = targets.host()?.swap_remove(0);

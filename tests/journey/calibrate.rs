@@ -76,6 +76,20 @@ fn the_truth_is_calibrated_and_wins() {
         assert!(number(truth, &path) > ours, "{of}: an untrained model beats the truth");
         assert_eq!(ours, number(&report, &path), "every task is small enough for the truth");
     }
+    // Ranks of the truth in a law that is right are uniform, and in one that is not they are not.
+    for of in ["surface", "observation"] {
+        for test in ["chi_square", "kolmogorov"] {
+            let right = number(truth, &format!("/ranks/{of}/{test}/1"));
+            let wrong = number(&report, &format!("/ranks/{of}/{test}/1"));
+            assert!(
+                right > 0.005 && wrong < 0.005,
+                "{of}, {test}: {right} exact, {wrong} untrained"
+            );
+        }
+        let bins = report["ranks"][of]["bins"].as_array().unwrap();
+        let sum: f64 = bins.iter().map(|b| b.as_f64().unwrap()).sum();
+        assert!((sum - 20.0).abs() < 0.02 && bins.len() == 20, "{bins:?}");
+    }
     for rule in ["intercept-only", "nearest-site"] {
         let its = &report["baselines"][rule];
         assert!(its["surface"].is_null(), "a rule knows observations only");

@@ -7,6 +7,7 @@ mod benchmark;
 mod calibrate;
 #[cfg(feature = "gdal")]
 mod covariates;
+mod displacement;
 #[cfg(feature = "gdal")]
 mod family;
 #[cfg(target_os = "linux")]
@@ -21,6 +22,8 @@ mod recipes;
 #[cfg(feature = "gdal")]
 mod refusals;
 mod sample;
+#[cfg(feature = "gdal")]
+mod trust;
 #[cfg(feature = "gdal")]
 mod validate;
 mod words;

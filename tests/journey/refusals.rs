@@ -106,6 +106,47 @@ fn surveys_that_would_make_a_wrong_map_are_refused() {
             ..bad(SOUND, "swapped", &[], "--lon lon --lat lat")
         },
         bad(SOUND.replace("lon,lat", "x,y"), "reference system", &[], "--crs"),
+        // Metres read as kilometres, and kilometres as metres.
+        Bad {
+            flags: &["--crs", "local:km"],
+            ..bad(
+                "x,y,tested,positive\n350000,1450000,9,1\n360000,1450000,9,1\n390000,1490000,9,2\n",
+                "farther apart than any two places on Earth",
+                &["span", "40000 km"],
+                "--crs local:m",
+            )
+        },
+        Bad {
+            flags: &["--crs", "EPSG:32630"],
+            ..bad(
+                "x,y,tested,positive\n350,1450,9,1\n360,1450,9,1\n390,1490,9,2\n",
+                "look like kilometres",
+                &["350, 1450"],
+                "multiply both columns by 1000",
+            )
+        },
+        // Degrees that are in range either way round: only the grid tells.
+        Bad {
+            flags: &["--crs", "EPSG:4326", "--lon", "b", "--lat", "a"],
+            ..bad(
+                SOUND
+                    .replace("lon,lat", "b,a")
+                    .replace("-3.1,1.2", "1.2,-3.1")
+                    .replace("-2.9,1.9", "1.9,-2.9")
+                    .replace("-3.9,2.4", "2.4,-3.9")
+                    .replace("-2.5,3.1", "3.1,-2.5"),
+                "do not overlap",
+                &["grid", "sites"],
+                "look swapped",
+            )
+        },
+        // Percent for counts: as they are, or rounded.
+        bad(with("-2.2,2.2,60,35.5"), "not a whole number", &["row", "35.5"], "percentages"),
+        bad(with("-2.2,2.2,30,35"), "more people are positive than were tested", &["35", "30"], ""),
+        Bad {
+            flags: &["--threshold", "20"],
+            ..bad(SOUND, "above any prevalence", &["20"], "for 20 % write 0.2")
+        },
         Bad { flags: &["--crs", "EPSG:999999"], ..bad(SOUND, "EPSG:999999", &[], "") },
         Bad {
             flags: &["--crs", "EPSG:32630"],

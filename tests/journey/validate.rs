@@ -59,3 +59,68 @@ fn both_gaussian_processes_score_alike() {
         assert!((a - b).abs() < close, "{score}: {a} exact, {b} from neighbours");
     }
 }
+
+/// Several models at once: each beside the first, with what separates them and how sure that is.
+#[test]
+fn models_stand_side_by_side_with_their_differences() {
+    let how = ["validate", "--surveys", "data/survey.csv", "--model", "gp,vecchia,nearest-site"];
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("held-out");
+    let to = ["--folds", "blocks:6", "--out", out.to_str().unwrap()];
+    let said = ok(&[&how[..], &to[..]].concat());
+    for words in
+        ["gp less each", "intercept-only  log score +", "folds are the units of chance", "PIT"]
+    {
+        assert!(said.contains(words), "no `{words}` in\n{said}");
+    }
+    let text = |name: &str| std::fs::read_to_string(out.join(name)).unwrap();
+    let report: Value = serde_json::from_str(&text("report.json")).unwrap();
+    let models = report["models"].as_object().unwrap();
+    assert_eq!(models.len(), 4, "{:?}", models.keys());
+    let number = |path: &str| report.pointer(path).and_then(Value::as_f64).unwrap();
+    // What is printed per site adds up to the difference of the means.
+    let gap = number("/models/gp/log_score") - number("/models/intercept-only/log_score");
+    let said = number("/models/intercept-only/first_model_less_this/log_score/mean");
+    assert!((gap - said).abs() < 1e-9, "{gap} {said}");
+    assert!(number("/models/intercept-only/first_model_less_this/log_score/standard_error") > 0.0);
+    for name in models.keys() {
+        let own = &models[name];
+        let bins: Vec<f64> = own["pit"]["non_randomised"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|b| b.as_f64().unwrap())
+            .collect();
+        assert!((bins.iter().sum::<f64>() - 10.0).abs() < 1e-6, "{name}: {bins:?}");
+        let last = own["coverage_by_level"][20][1].as_f64().unwrap();
+        assert!((last - 1.0).abs() < 1e-9, "{name}: {last} inside 100 %");
+    }
+    let csv = text("sites.csv");
+    assert_eq!(csv.lines().count(), 139);
+    assert!(
+        csv.starts_with("row,x,y,fold,observed,gp_mean,gp_low_95,gp_high_95,gp_log_score"),
+        "{csv}"
+    );
+    // Rows come in the order of the survey, each with its own outcome.
+    let first: Vec<&str> = csv.lines().nth(1).unwrap().split(',').collect();
+    assert_eq!(first[0], "1");
+    assert!((first[4].parse::<f64>().unwrap() - 15.0 / 61.0).abs() < 1e-9, "{first:?}");
+    assert!(text("report.md").contains("| vecchia |"));
+    for file in ["sites.parquet", "calibration.png"] {
+        assert!(out.join(file).metadata().unwrap().len() > 1000, "{file}");
+    }
+    let again = refused(&[&how[..], &to[..]].concat());
+    assert_error(&again, "not empty", &["held-out"], "--force");
+}
+
+#[test]
+fn whole_areas_are_harder_to_foretell_than_single_sites() {
+    let crps = |folds: &str| validate(folds)["crps"].as_f64().unwrap();
+    let alone = crps("10");
+    for folds in ["blocks:5", "blocks:150km", "clusters:district"] {
+        assert!(crps(folds) > alone, "{folds}");
+    }
+    for folds in ["blocks:1", "clusters:9000km", "blocks:1deg"] {
+        assert_error(&refused(&[&SURVEY[..], &["--folds", folds]].concat()), "", &[], "");
+    }
+}
