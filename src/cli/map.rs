@@ -439,15 +439,16 @@ pub(super) fn open_model(
             .try_this("`isopleth list models` shows the models for maps"));
     }
     let process = checkpoint.process_reading(device, reading)?;
-    let (process, coefficients): (Box<dyn Process + Send + Sync>, _) = match (moved, &context.sites.x) {
-        (Some(moved), _) => (Box::new(placed(process, tasks.design(), moved)), None),
-        (None, None) => (process, None),
-        (None, Some(_)) => {
-            let (coefficients, _) = Coefficients::of(context, wanted)?;
-            let betas = coefficients.spread()?;
-            (Box::new(Regressed::new(process.into(), betas, wanted, true)), Some(coefficients))
-        }
-    };
+    let (process, coefficients): (Box<dyn Process + Send + Sync>, _) =
+        match (moved, &context.sites.x) {
+            (Some(moved), _) => (Box::new(placed(process, tasks.design(), moved)), None),
+            (None, None) => (process, None),
+            (None, Some(_)) => {
+                let (coefficients, _) = Coefficients::of(context, wanted)?;
+                let betas = coefficients.spread()?;
+                (Box::new(Regressed::new(process.into(), betas, wanted, true)), Some(coefficients))
+            }
+        };
     Ok(Model {
         name: checkpoint.card.name.clone(),
         process,

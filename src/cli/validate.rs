@@ -181,7 +181,8 @@ fn models(asked: &[String], survey: &Survey) -> Result<Vec<String>> {
 
 /// What stands beside each other: the model's forecasts of every site, then each rule's.
 fn entrants(folds: &[Fold]) -> (Vec<Forecast>, Vec<(&'static str, Vec<Forecast>)>) {
-    let names = folds.first().map_or(Vec::new(), |f| f.rules.iter().map(|(name, _)| *name).collect());
+    let names =
+        folds.first().map_or(Vec::new(), |f| f.rules.iter().map(|(name, _)| *name).collect());
     let rule = |(r, name): (usize, &'static str)| {
         (name, folds.iter().flat_map(|f| f.rules[r].1.clone()).collect())
     };

@@ -309,9 +309,13 @@ impl Covariates {
                 .try_this("give each a name of its own: NAME=FILE"));
         }
         if survey.displacement.is_some() {
-            return Err(Error::input("covariates are read where sites are, and these were displaced")
-                .fact("covariate", &specs[0])
-                .try_this("leave out --displacement or the covariates: the two do not go together yet"));
+            return Err(Error::input(
+                "covariates are read where sites are, and these were displaced",
+            )
+            .fact("covariate", &specs[0])
+            .try_this(
+                "leave out --displacement or the covariates: the two do not go together yet",
+            ));
         }
         let named = specs.iter().any(|spec| matches!(spec.source, Source::Column(_)));
         let table = match named {
@@ -355,7 +359,11 @@ impl Covariates {
         let all = Covariates { specs: specs.to_vec(), values, words };
         let covariates = all.subset(&kept);
         for (spec, values) in specs.iter().zip(&covariates.values) {
-            if values.iter().all(|v| *v == values[0]) {
+            let [low, high] = values
+                .iter()
+                .fold([f64::INFINITY, f64::NEG_INFINITY], |[a, b], v| [a.min(*v), b.max(*v)]);
+            // Averages of equal pixels differ in their last digits.
+            if high - low <= 1e-9 * high.abs().max(low.abs()) {
                 return Err(Error::input("a covariate is the same at every site")
                     .fact("covariate", spec)
                     .fact("value", values[0])
