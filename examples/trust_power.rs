@@ -42,6 +42,7 @@ struct Kind {
 enum Prior {
     Own,
     LongRange,
+    Smooth,
     ShortRange,
 }
 
@@ -68,6 +69,14 @@ fn moved(mut clean: Clean, to: f64, rng: &mut Stream) -> Option<(Vec<[f64; 2]>, 
     clean.eta.iter_mut().for_each(|eta| *eta += to - mean);
     let outcome = observed(&clean, rng);
     Some((clean.km, outcome))
+}
+
+/// The same sites, with 5,000 people tested in all at least.
+fn crowded(mut clean: Clean) -> Clean {
+    let all: f64 = clean.tested.iter().flatten().sum();
+    let more = (5_000.0 / all).max(1.0);
+    clean.tested = clean.tested.map(|n| n.iter().map(|n| (more * n).round()).collect());
+    clean
 }
 
 fn counted(outcome: Outcome) -> (Vec<f64>, Vec<f64>) {
@@ -114,6 +123,11 @@ const BOTH: &[Kind] = &[
         spoil: |c, r| scaled(c, 1.0, r),
     },
     Kind {
+        name: "the same, smooth and without a nugget",
+        prior: Prior::Smooth,
+        spoil: |c, r| scaled(c, 1.0, r),
+    },
+    Kind {
         name: "length scale 0.0005 to 0.003 half-sides",
         prior: Prior::ShortRange,
         spoil: |c, r| scaled(c, 1.0, r),
@@ -144,6 +158,16 @@ const COUNTS: &[Kind] = &[
     },
     Kind { name: "mean logit -7 to -10", prior: Prior::Own, spoil: |c, r| moved(c, -1.0, r) },
     Kind { name: "mean logit 7 to 10", prior: Prior::Own, spoil: |c, r| moved(c, 1.0, r) },
+    Kind {
+        name: "mean logit -7 to -10, 5,000 people and more",
+        prior: Prior::Own,
+        spoil: |c, r| moved(crowded(c), -1.0, r),
+    },
+    Kind {
+        name: "mean logit 7 to 10, 5,000 people and more",
+        prior: Prior::Own,
+        spoil: |c, r| moved(crowded(c), 1.0, r),
+    },
     Kind {
         name: "populations instead of samples (100 ×)",
         prior: Prior::Own,
@@ -193,7 +217,7 @@ fn tasks(recipe: &str, prior: Prior) -> Result<Tasks> {
     let mut table: toml::Table = recipe.parse().expect("a recipe");
     let range = match prior {
         Prior::Own => return Tasks::new(&table),
-        Prior::LongRange => [8.0, 40.0],
+        Prior::LongRange | Prior::Smooth => [8.0, 40.0],
         Prior::ShortRange => [0.0005, 0.003],
     };
     let laws = table["prior"].as_table_mut().expect("a table");
@@ -203,6 +227,13 @@ fn tasks(recipe: &str, prior: Prior) -> Result<Tasks> {
     // A trend, zones or a sum would bring another range back in.
     for other in ["trend", "zones", "sum", "product"] {
         laws.insert(other.into(), toml::Value::Float(0.0));
+    }
+    if prior == Prior::Smooth {
+        let mut kernels = toml::Table::new();
+        kernels.insert("squared-exponential".into(), toml::Value::Float(1.0));
+        laws.insert("kernels".into(), kernels.into());
+        laws.insert("sill_sd".into(), toml::Value::Float(10.0));
+        laws.insert("nugget_sd".into(), toml::Value::Float(1e-6));
     }
     Tasks::new(&table)
 }

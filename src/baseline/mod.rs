@@ -2,12 +2,14 @@
 
 mod elimination;
 pub mod exact_gp;
+mod field;
 pub mod integrated;
 pub mod nearest;
 mod neighbours;
 mod nelder_mead;
 pub mod regression;
 pub mod rules;
+mod spectral;
 
 pub use exact_gp::ExactGp;
 pub use integrated::IntegratedGp;

@@ -7,11 +7,13 @@ use std::{
 
 use crate::error::{Error, Result};
 
+pub mod areas;
 pub mod bench;
 pub mod benchmark;
 pub mod calibrate;
 pub mod cards;
 pub mod covariates;
+mod draws;
 mod environment;
 pub mod inspect;
 pub mod list;
@@ -20,6 +22,7 @@ mod output;
 pub mod plan;
 pub mod predict;
 pub mod reading;
+mod report;
 pub mod sample;
 pub mod survey;
 pub mod train;
@@ -37,6 +40,7 @@ pub struct Cli {
 const FIRST_STEPS: &str = "\
 First steps:
   isopleth map --surveys survey.csv --resolution 5km --out out
+  isopleth areas --map out --areas districts.gpkg --population pop.tif --out districts.csv
   isopleth validate --surveys survey.csv --folds 10
   isopleth list models";
 
@@ -44,10 +48,11 @@ First steps:
 #[derive(clap::Subcommand)]
 enum Command {
     Map(Box<map::Args>),
+    Areas(Box<areas::Args>),
     Predict(Box<predict::Args>),
     Validate(Box<validate::Args>),
     Plan(Box<plan::Args>),
-    Trust(trust::Args),
+    Trust(Box<trust::Args>),
     Sample(sample::Args),
     Train(train::Args),
     Calibrate(calibrate::Args),
@@ -64,6 +69,7 @@ enum Command {
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
         Command::Map(args) => map::run(args),
+        Command::Areas(args) => areas::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Validate(args) => validate::run(args),
         Command::Plan(args) => plan::run(args),

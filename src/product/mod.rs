@@ -290,7 +290,11 @@ impl Outcome {
             Scale::Level | Scale::Spread => self.unit.clone(),
         };
         let title = (spec.entry.title)(&self.name, spec.parameter);
-        Band { description: format!("{title}, {}", self.whose()), unit }
+        let description = match spec.entry.scale {
+            Scale::Distance => title,
+            _ => format!("{title}, {}", self.whose()),
+        };
+        Band { description, unit }
     }
 }
 

@@ -63,3 +63,53 @@ pub fn randomised(steps: &[[f64; 2]], rng: &mut Stream) -> Vec<f64> {
 pub fn inside(steps: &[[f64; 2]], level: f64) -> f64 {
     aggregated(steps, 0.5 + 0.5 * level) - aggregated(steps, 0.5 - 0.5 * level)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::predictive::{Link, Marginals, Of};
+
+    fn at(link: Link, mean: f64, sd: f64, truth: Truth) -> [f64; 2] {
+        let (weight, mean, sd) = (vec![1.0], vec![mean], vec![sd]);
+        let m = Marginals { link, of: Of::Observation, components: 1, weight, mean, sd };
+        Forecast::new(&m, 0, truth).unwrap().pit()
+    }
+
+    /// A village known to have a prevalence of one half: coins.
+    #[test]
+    fn a_count_stands_on_the_step_of_its_law() {
+        for (positive, step) in [(0, [0.0, 1.0]), (1, [1.0, 5.0]), (4, [15.0, 16.0])] {
+            let [low, high] = at(Link::Logit, 0.0, 1e-6, Truth::Count { positive, tested: 4 });
+            let [a, b] = step.map(|s| s / 16.0);
+            assert!((low - a).abs() < 1e-9 && (high - b).abs() < 1e-9, "{positive}: {low} {high}");
+        }
+        let [low, high] = at(Link::Identity, 3.0, 2.0, Truth::Value(3.0));
+        assert!(low == high && (low - 0.5).abs() < 1e-12);
+        // Cases at a rate of 1 over 2 years: e⁻² and 3 e⁻².
+        let [low, high] = at(Link::Log, 0.0, 1e-6, Truth::Cases { cases: 1, exposure: 2.0 });
+        let e = (-2.0_f64).exp();
+        assert!((low - e).abs() < 1e-5 && (high - 3.0 * e).abs() < 1e-5, "{low} {high}");
+    }
+
+    /// However counts are spread over their steps, those of the law itself are uniform.
+    #[test]
+    fn counts_of_their_own_law_are_uniform() {
+        let mut rng = Stream::new(1, "pit", 0);
+        let steps: Vec<[f64; 2]> = (0..4000)
+            .map(|_| {
+                let (mean, sd) = (rng.normal(), rng.uniform(0.3, 1.0));
+                let tested = 1 + rng.below(9) as u64;
+                let p = Link::Logit.outcome(mean + sd * rng.normal());
+                let positive = rng.binomial(tested, p);
+                at(Link::Logit, mean, sd, Truth::Count { positive, tested })
+            })
+            .collect();
+        let drawn = randomised(&steps, &mut rng);
+        let drawn: Vec<[f64; 2]> = drawn.into_iter().map(|u| [u; 2]).collect();
+        for (name, steps, within) in [("in expectation", &steps, 0.1), ("drawn", &drawn, 0.2)] {
+            let bins = histogram(steps, 10);
+            assert!(bins.iter().all(|b| (b - 1.0).abs() < within), "{name}: {bins:?}");
+            assert!((inside(steps, 0.8) - 0.8).abs() < 0.02, "{name}");
+        }
+    }
+}

@@ -13,7 +13,7 @@
 //! BENCHMARKS.md, and `examples/trust_power.rs`.
 
 use candle_core::Device;
-use rayon::prelude::*;
+use rayon::{ThreadPoolBuilder, prelude::*};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -55,6 +55,9 @@ pub const LEVELS: [f64; 3] = [0.02, 0.01, 0.01];
 pub const FEWEST: usize = 10;
 
 const SEED: u64 = 0x7157_0000;
+
+/// Threads that a judge takes at most.
+const THREADS: usize = 2;
 
 /// What was found about a survey.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -208,6 +211,15 @@ impl Judge {
     /// # Errors
     /// Those of the prior and of the model.
     pub fn judge(&self, context: &Context) -> Result<Verdict> {
+        // More threads would take more memory, of which a map is made within a budget.
+        let pool = ThreadPoolBuilder::new().num_threads(rayon::current_num_threads().min(THREADS));
+        let pool = pool
+            .build()
+            .map_err(|e| Error::input("no threads could be started").fact("reason", e))?;
+        pool.install(|| self.judge_here(context))
+    }
+
+    fn judge_here(&self, context: &Context) -> Result<Verdict> {
         let all = context.len();
         let mut verdict = Verdict {
             findings: Vec::new(),

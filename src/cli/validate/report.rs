@@ -29,6 +29,11 @@ struct Entrant {
     seconds: Option<f64>,
 }
 
+/// The aggregated non-randomised transform (AnPIT) at every twentieth: place, share at or below.
+fn aggregated(steps: &[[f64; 2]]) -> Vec<[f64; 2]> {
+    (0..=20).map(|j| f64::from(j) / 20.0).map(|u| [u, pit::aggregated(steps, u)]).collect()
+}
+
 /// A difference of mean scores with its standard error.
 struct Difference {
     mean: f64,
@@ -36,7 +41,7 @@ struct Difference {
 }
 
 /// Everything that a validation found.
-pub(super) struct Report {
+pub(in crate::cli) struct Report {
     how: String,
     /// Whether sites of one fold hang together, so that folds are the units of chance.
     clustered: bool,
@@ -108,6 +113,7 @@ impl Report {
             its["pit"] = json!({
                 "non_randomised": pit::histogram(&e.steps, BINS),
                 "randomised": self.randomised(e),
+                "aggregated": aggregated(&e.steps),
             });
             if let Some(seconds) = e.seconds {
                 its["seconds"] = json!(seconds);
@@ -308,7 +314,22 @@ impl Report {
         (names, columns)
     }
 
-    fn picture(&self, path: &std::path::Path) -> Result<()> {
+    /// Every model and rule by name, with its scores.
+    pub fn summaries(&self) -> impl Iterator<Item = (&str, &Summary)> {
+        self.entrants.iter().map(|e| (e.name.as_str(), &e.summary))
+    }
+
+    /// Sites in the order of their forecasts, positions in the survey, with the step of each in the
+    /// law of the first model.
+    pub fn first(&self) -> (&[usize], &[[f64; 2]]) {
+        (&self.order, &self.entrants[0].steps)
+    }
+
+    /// Coverage by level and the probability integral transform, of all, as PNG.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the disk refuses.
+    pub fn picture(&self, path: &std::path::Path) -> Result<()> {
         let line = |points: Vec<[f64; 2]>, colour: usize, width: f64| Curve {
             points,
             colour,
@@ -331,9 +352,18 @@ impl Report {
             curves: vec![line(vec![[0.0, 1.0], [1.0, 1.0]], 0, 0.6)],
             ..Chart::default()
         };
+        let mut below = Chart {
+            caption: "Aggregated transform (AnPIT)".into(),
+            across: "quantile of the predictive law".into(),
+            up: "share of held-out sites below".into(),
+            curves: vec![line(vec![[0.0, 0.0], [1.0, 1.0]], 0, 0.6)],
+            ends: Some([0.0, 1.0]),
+            ..Chart::default()
+        };
         let mut top = 2.0_f64;
         for (k, e) in self.entrants.iter().enumerate() {
             coverage.curves.push(line(curve(&e.steps), k + 1, 1.1));
+            below.curves.push(line(aggregated(&e.steps), k + 1, 1.1));
             let bins = pit::histogram(&e.steps, BINS);
             top = bins.iter().copied().fold(top, f64::max);
             let edge = |j: usize| j as f64 / BINS as f64;
@@ -349,7 +379,7 @@ impl Report {
             "Folds: {}. Black: forecasts that are exactly as sure as they may be",
             self.how
         );
-        curves::save(&title, &line, &legend, &[coverage, ranks], (2, [420, 360]), path)
+        curves::save(&title, &line, &legend, &[coverage, below, ranks], (3, [380, 330]), path)
     }
 }
 

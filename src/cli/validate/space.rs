@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn villages_are_held_out_whole() {
         let survey = survey();
-        for text in ["blocks:4", "blocks:40km", "clusters:5km", "clusters:5000m"] {
+        for text in ["blocks:4", "blocks:60km", "clusters:5km", "clusters:5000m"] {
             let folds = parse(text, &survey, 1).unwrap().unwrap();
             for i in 0..40 {
                 assert_eq!(folds.of[i], folds.of[i % 4], "{text}: {:?}", folds.of);

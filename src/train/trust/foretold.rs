@@ -17,8 +17,8 @@ use crate::{
 const SITES: usize = 60;
 const DRAWS: usize = 99;
 const FOLDS: usize = 5;
-/// Contexts in one call of the model.
-const BATCH: usize = 10;
+/// Contexts in one call of the model: memory goes with them, and time hardly does.
+const BATCH: usize = 2;
 
 /// How held-out sites of the survey were met by the model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,10 +45,10 @@ pub(super) const FIGURES: &[Statistic] = &[
         show: |log, _| super::short(log.exp()),
     },
     Statistic {
-        name: "held-out sites below their foretold middle",
+        name: "mean place of held-out sites in their laws (50 % is the middle)",
         high: "held-out sites lie above what is foretold, all in all",
         low: "held-out sites lie below what is foretold, all in all",
-        show: |middle, _| format!("{} %", super::short(100.0 * (1.0 - middle))),
+        show: |middle, _| format!("{} %", super::short(100.0 * middle)),
     },
 ];
 

@@ -26,9 +26,9 @@ fn prevalence(logit: f64, _: bool) -> String {
 fn exp(log: f64, _: bool) -> String {
     short(log.exp())
 }
-/// ln(1 − R²) as R².
+/// −ln(1 − R²) as R².
 fn explained(log: f64, _: bool) -> String {
-    format!("{} %", short(100.0 * (1.0 - log.exp()).max(0.0)))
+    format!("{} %", short(100.0 * (1.0 - (-log).exp()).max(0.0)))
 }
 
 /// Of what was observed, given the sites and the people tested.
@@ -114,8 +114,8 @@ pub(super) const OBSERVED: &[Statistic] = &[
     },
     Statistic {
         name: "variance explained by a slope",
-        high: "no slope at all, where some is to be expected",
-        low: "all but a plane: a slope, or a range longer than any the model knows",
+        high: "all but a plane: a slope, or a range longer than any the model knows",
+        low: "no slope at all, where some is to be expected",
         show: explained,
     },
     Statistic {
@@ -328,7 +328,7 @@ pub(super) fn observed(context: &Context, geometry: &Geometry) -> Vec<f64> {
     }
     let along =
         geometry.plane.iter().map(|u| u.iter().zip(&off).map(|(u, v)| u * v).sum::<f64>().powi(2));
-    figures[12] = (1.0 - along.sum::<f64>() / (n * variance)).max(1e-8).ln();
+    figures[12] = -(1.0 - along.sum::<f64>() / (n * variance)).max(1e-8).ln();
     let unlike = sorted(
         geometry
             .nearest
@@ -394,7 +394,7 @@ mod tests {
     #[test]
     fn a_slope_is_all_slope_and_a_chequerboard_none() {
         let slope = lattice(|x, y| 2.0 * x - y, None);
-        assert!(figure(&slope, "slope") < -15.0);
+        assert!(figure(&slope, "slope") > 15.0);
         // Variance 1.25 · (4 + 1), nearest neighbours 1 apart along one axis: half of 4 or of 1.
         let gap = figure(&slope, "nearest neighbours over").exp();
         assert!((0.5 / 6.25..=2.0 / 6.25).contains(&gap), "{gap}");
