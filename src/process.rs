@@ -163,6 +163,41 @@ pub trait Posterior: Send + Sync {
     fn draws(&self, _targets: &Sites, _n: usize, _rng: &mut Stream) -> Result<Draws> {
         Err(Error::NoJointDraws)
     }
+
+    /// `draws` surfaces that can be asked anywhere, tile after tile: joint draws over more targets
+    /// than any matrix of them would fit. `extent` is the longest distance between places that will
+    /// be asked, model units.
+    ///
+    /// # Errors
+    /// [`Error::NoJointDraws`] for processes that know each target only alone; [`Error::Axis`] for a
+    /// context of several rows.
+    fn field(&self, _draws: usize, _seed: u64, _extent: f64) -> Result<Box<dyn Field + '_>> {
+        Err(Error::NoJointDraws)
+    }
+}
+
+/// Surfaces that were drawn jointly, once and for all: what one is at a place hangs on that place
+/// alone, and never on what is asked with it.
+pub trait Field: Send + Sync {
+    /// How many surfaces.
+    fn draws(&self) -> usize;
+
+    /// All of them at one row of `targets`.
+    fn at(&self, targets: &Sites) -> Result<Drawn>;
+
+    /// Root mean square error of the prior draws' correlation, which waves make: no unit.
+    fn error(&self) -> f64;
+}
+
+/// Surfaces at some targets, link scale.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drawn {
+    /// Posterior mean at each target.
+    pub mean: Vec<f64>,
+    /// Posterior sd at each target, > 0.
+    pub sd: Vec<f64>,
+    /// Each surface less the mean, `[target, draw]`: target `i` owns `i·draws … (i+1)·draws`.
+    pub deviations: Vec<f32>,
 }
 
 /// Memory that a process takes beside its weights, bytes: upper bounds, not measurements.

@@ -4,6 +4,8 @@
 mod autoregressive;
 #[path = "contract/displaced.rs"]
 mod displaced;
+#[path = "contract/draws.rs"]
+mod draws;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
 #[path = "contract/integrated_gp.rs"]

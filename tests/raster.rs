@@ -11,7 +11,8 @@ use isopleth::{
         crs::Crs,
         frame::Frame,
         geotiff::{Band, Cog, Raster},
-        grid::{Extent, Grid, Mask, Resolution},
+        grid::{Extent, Grid, Mask, Resolution, Window},
+        people::{self, Measure, People},
         survey::{self, Survey},
     },
     mapping::{self, Plan, record},
@@ -883,4 +884,79 @@ mod command {
             assert_eq!(entries(home.path()), [""; 0], "{blocks} blocks");
         }
     }
+}
+
+/// A raster of population with its words, row-major.
+fn population(path: &Path, cells: &Grid, values: &[f32], unit: &str) {
+    let band = Band { description: String::new(), unit: unit.into() };
+    let mut cog = Cog::create(path, cells, &band, &[]).unwrap();
+    cog.write(Window { row: 0, col: 0, rows: cells.rows, cols: cells.cols }, values).unwrap();
+    cog.finish().unwrap();
+}
+
+/// Nobody is lost and nobody is made: on other pixels of one plane, and between the globe and a plane.
+#[test]
+fn people_are_shared_out_whole() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pop.tif");
+    let target = grid(60_000.0, 40_000.0, 1500.0);
+    let plane = Crs::local_equal_area(8.0, 4.8)?;
+    // Finer and coarser cells, half a cell off.
+    for (resolution, tolerance) in [(700.0, 1e-5), (1500.0, 1e-6), (4100.0, 1e-5)] {
+        let cells = grid(60_000.0, 40_000.0, resolution);
+        let values: Vec<f32> = (0..cells.len()).map(|i| ((i * 37) % 11) as f32).collect();
+        population(&path, &cells, &values, "people");
+        let all = People::read(&path, &target, None, &plane)?;
+        assert_eq!((all.measure, all.asked), (Measure::Counts, false));
+        let (sum, held): (f64, f64) = (
+            values.iter().map(|v| f64::from(*v)).sum(),
+            all.pixels.iter().map(|v| f64::from(*v)).sum(),
+        );
+        // Cells reach beyond the target by less than one of them.
+        let [cells, pixels] = [cells.extent(), target.extent()];
+        if cells.west >= pixels.west && cells.east <= pixels.east && cells.north <= pixels.north {
+            assert!((held / sum - 1.0).abs() < tolerance, "{resolution}: {held} of {sum}");
+        } else {
+            assert!(held <= sum * 1.000_01 && held > 0.8 * sum, "{resolution}: {held} of {sum}");
+        }
+    }
+    // A globe of a thousand in each cell, in the middle of the target, and empty around.
+    let globe = Crs::from_user("EPSG:4326")?;
+    let step = 0.008;
+    let cells = Grid {
+        rows: 30,
+        cols: 40,
+        origin: [7.45, 4.90],
+        pixel: [step, -step],
+        crs: globe,
+        valid: None,
+        notes: Vec::new(),
+    };
+    let inside = |i: usize| (8..22).contains(&(i / 40)) && (8..32).contains(&(i % 40));
+    let values: Vec<f32> = (0..1200).map(|i| if inside(i) { 1000.0 } else { 0.0 }).collect();
+    population(&path, &cells, &values, "persons per square km");
+    let density = People::read(&path, &target, None, &plane)?;
+    assert_eq!(density.measure, Measure::Density);
+    let window = Window { row: 0, col: 0, rows: 30, cols: 40 };
+    let km2: f64 = people::areas(&cells, window, &plane)?
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| inside(*i))
+        .map(|(_, area)| area)
+        .sum();
+    // On a sphere, a cell of 0.008° at 4.8° north.
+    let side = 0.008f64.to_radians() * 6371.0;
+    assert!((km2 / (336.0 * side * side * 4.8f64.to_radians().cos()) - 1.0).abs() < 0.01, "{km2}");
+    let held: f64 = density.pixels.iter().map(|v| f64::from(*v)).sum();
+    assert!((held / (1000.0 * km2) - 1.0).abs() < 1e-5, "{held} of {}", 1000.0 * km2);
+    // Read as counts, because one says so.
+    let counts = People::read(&path, &target, Some(Measure::Counts), &plane)?;
+    let held: f64 = counts.pixels.iter().map(|v| f64::from(*v)).sum();
+    assert!((held / 336_000.0 - 1.0).abs() < 1e-5, "{held}");
+    // Elsewhere, and nowhere.
+    let away = Grid { origin: [107.45, 4.9], ..cells };
+    population(&path, &away, &values, "people");
+    let error = People::read(&path, &target, None, &plane).unwrap_err();
+    assert!(error.to_string().contains("lies elsewhere"), "{error}");
+    Ok(())
 }

@@ -522,7 +522,7 @@ fn turn(t: f32) -> (f32, f32) {
     let s = s.mul_add(x2, -1.666_666_7e-1);
     let s = (s * x2).mul_add(x, x);
     let c = 2.087_675_7e-9_f32;
-    let c = c.mul_add(x2, -2.755_731_9e-7);
+    let c = c.mul_add(x2, -2.755_732e-7);
     let c = c.mul_add(x2, 2.480_158_7e-5);
     let c = c.mul_add(x2, -1.388_888_9e-3);
     let c = c.mul_add(x2, 4.166_666_7e-2);

@@ -60,6 +60,25 @@ simd::vectorised! {
     }
 }
 
+simd::vectorised! {
+    /// After [`eliminate`]: what each neighbour weighs in the place, left in the last row.
+    pub fn weigh(n: usize, lower: &mut [Lane]) {
+        let (factor, last) = lower.split_at_mut(row_of(n));
+        for i in (0..n).rev() {
+            let row = &factor[row_of(i)..][..=i];
+            for l in 0..LANES {
+                last[i].0[l] *= row[i].0[l];
+            }
+            let (before, this) = last.split_at_mut(i);
+            for (out, factor) in before.iter_mut().zip(row) {
+                for l in 0..LANES {
+                    out.0[l] = (-factor.0[l]).mul_add(this[0].0[l], out.0[l]);
+                }
+            }
+        }
+    }
+}
+
 /// `Σ a b` in each lane, in four chains so that no sum waits for the one before.
 #[inline(always)]
 fn dot(a: &[Lane], b: &[Lane]) -> Lane {

@@ -9,7 +9,7 @@ use candle_core::{DType, Tensor};
 use faer::{Accum, Mat, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
-use super::nelder_mead::minimise;
+use super::{field, nelder_mead::minimise};
 pub use crate::likelihood::binomial_log_pmf;
 use crate::{
     error::{Error, Result},
@@ -17,7 +17,7 @@ use crate::{
     likelihood::{Kind, Likelihood},
     linalg::Cholesky,
     predictive::{Draws, Of, Predictive},
-    process::{Memory, Posterior, Process},
+    process::{Field, Memory, Posterior, Process},
     rng::Stream,
     sites::{Observations, Sites},
 };
@@ -65,11 +65,11 @@ pub(super) struct Row {
 
 /// What a row's posterior needs: `mean = m + cᵀ weight`, `variance = c₀ − ‖L⁻¹ (scale · c)‖²` for
 /// covariances c between the target's surface and the context's.
-struct Fitted {
-    sites: Vec<Vec<f64>>,
+pub(super) struct Fitted {
+    pub sites: Vec<Vec<f64>>,
     weight: Vec<f64>,
-    scale: Vec<f64>,
-    factor: Cholesky,
+    pub scale: Vec<f64>,
+    pub factor: Cholesky,
     log_marginal: f64,
     /// Deviation of the latent from the mean, link scale: where the next Newton search may start.
     latent: Vec<f64>,
@@ -259,6 +259,11 @@ impl ExactGp {
                 .try_this("use --model vecchia, which reads each site's neighbours only"));
         }
         rows.par_iter().map(|row| self.absorb(row, &vec![0.0; row.sites.len()])).collect()
+    }
+
+    /// Whether observations are counts, whose noise is Laplace's.
+    pub(super) fn reads_counts(&self) -> bool {
+        self.likelihood.counts()
     }
 
     /// Covariance of the surface and of our doubt about its mean.
@@ -651,5 +656,14 @@ impl Posterior for Conditioned<'_> {
         }
         let values = Tensor::from_vec(values, (n, sites.len(), 1), targets.s.device())?;
         Ok(Draws { link: self.gp.likelihood.link(), values: values.to_dtype(targets.s.dtype())? })
+    }
+
+    /// Exact but for the waves of its prior draws, for one row of targets. Laplace's approximation
+    /// where counts were seen.
+    fn field(&self, draws: usize, seed: u64, extent: f64) -> Result<Box<dyn Field + '_>> {
+        let [row] = &self.rows[..] else {
+            return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
+        };
+        Ok(Box::new(field::Dense::new(self, self.gp, row, draws, seed, extent)?))
     }
 }

@@ -2,11 +2,13 @@
 
 mod elimination;
 pub mod exact_gp;
+mod field;
 pub mod integrated;
 pub mod nearest;
 mod neighbours;
 mod nelder_mead;
 pub mod rules;
+mod spectral;
 
 pub use exact_gp::ExactGp;
 pub use integrated::IntegratedGp;

@@ -29,8 +29,9 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::{
-    elimination::{LANES, Lane, eliminate, row_of},
+    elimination::{LANES, Lane, eliminate, row_of, weigh},
     exact_gp::{MadeOf, Row, check_levels, rows},
+    field,
     neighbours::{Found, Tree, spread},
     nelder_mead::minimise,
 };
@@ -39,7 +40,7 @@ use crate::{
     kernel::{Kernel, Matern, Metric, Smoothness},
     likelihood::Likelihood,
     predictive::Predictive,
-    process::{Memory, Posterior, Process},
+    process::{Field, Memory, Posterior, Process},
     sites::{Observations, Sites},
 };
 
@@ -133,7 +134,7 @@ struct Density {
 }
 
 /// A row that was absorbed.
-struct Fitted {
+pub(super) struct Fitted {
     ordered: Ordered,
     told: Told,
     shift: Shift,
@@ -150,6 +151,30 @@ struct Shift {
 struct Conditioned<'a> {
     gp: &'a NearestGp,
     rows: Vec<Fitted>,
+}
+
+/// Neighbours and what each weighs.
+type Weights = Vec<(u32, f64)>;
+
+/// A kriged place.
+pub(super) struct Weighed {
+    pub weights: Weights,
+    /// What the estimated mean weighs beside them.
+    pub unknown: f64,
+    pub mean: f64,
+    pub variance: f64,
+}
+
+impl Fitted {
+    /// Sites in their order.
+    pub fn sites(&self) -> Vec<Vec<f64>> {
+        (0..self.ordered.len()).map(|i| self.ordered.site(i).to_vec()).collect()
+    }
+
+    /// Noise variance of site `i` beside the nugget.
+    pub fn noise(&self, i: usize) -> f64 {
+        self.told.noise[i]
+    }
 }
 
 /// Room for the covariances of one block, used again and again.
@@ -533,7 +558,7 @@ impl NearestGp {
 
     /// The sums that make the density of `terms`, each given its neighbours before it.
     fn density(&self, ordered: &Ordered, before: &Lists, told: &Told, terms: &[u32]) -> Density {
-        let least = 1e-12 * (self.kernel.sill() + self.nugget).max(f64::MIN_POSITIVE);
+        let least = self.least();
         let parts: Vec<Density> = terms
             .par_chunks(CHUNK)
             .map_init(Room::default, |room, chunk| {
@@ -597,29 +622,71 @@ impl NearestGp {
     ) -> Vec<Said> {
         let mut out = Vec::with_capacity(places.len());
         for block in places.chunks(LANES) {
-            let lists: Vec<(Vec<u32>, Option<[f64; 2]>)> = block
-                .iter()
-                .map(|place| {
-                    ordered.tree.nearest(place, near, ordered.len(), &mut room.found);
-                    let from = |i: usize| room.found[i].0.sqrt();
-                    let cut = near > 3 && room.found.len() == near && near < ordered.len();
-                    let fade = cut.then(|| [from(near - 1 - near / 4), from(near - 1)]);
-                    (room.found.iter().map(|(_, i)| *i).collect(), fade)
-                })
-                .collect();
-            let asked: Vec<Asked> = block
-                .iter()
-                .zip(&lists)
-                .map(|(place, (neighbours, fade))| Asked {
-                    place,
-                    neighbours,
-                    itself: None,
-                    fade: *fade,
-                })
-                .collect();
+            let lists = ordered.around(block, near, &mut room.found);
+            let asked = lists.asked(block);
             out.extend(&self.ask(ordered, told, &asked, room)[..block.len()]);
         }
         out
+    }
+
+    /// Kriging of places, with the weights.
+    pub(super) fn weigh(&self, row: &Fitted, places: &[[f64; 2]]) -> Vec<Weighed> {
+        let Fitted { ordered, told, shift, .. } = row;
+        let least = self.least();
+        let mut room = Room::default();
+        let mut out = Vec::with_capacity(places.len());
+        for block in places.chunks(LANES) {
+            let block: Vec<&[f64]> = block.iter().map(|place| &place[..]).collect();
+            let lists = ordered.around(&block, self.near, &mut room.found);
+            let asked = lists.asked(&block);
+            let said = self.ask(ordered, told, &asked, &mut room);
+            for ((weights, said), _) in room.weights(&asked).into_iter().zip(said).zip(&block) {
+                out.push(Weighed {
+                    weights,
+                    unknown: 1.0 - said.one,
+                    mean: self.mean + said.mean(*shift),
+                    variance: said.total(*shift).max(least),
+                });
+            }
+        }
+        out
+    }
+
+    /// What each observation weighs in the estimate of the mean's shift.
+    pub(super) fn mean_weights(&self, row: &Fitted) -> Vec<f64> {
+        let Fitted { ordered, told, shift, .. } = row;
+        let before = ordered.lists(self.previous, true);
+        let least = self.least();
+        let terms: Vec<u32> = (0..ordered.len() as u32).collect();
+        let parts: Vec<Vec<(Weights, f64)>> = terms
+            .par_chunks(CHUNK)
+            .map_init(Room::default, |room, chunk| {
+                let mut out = Vec::with_capacity(chunk.len());
+                for block in chunk.chunks(LANES) {
+                    let asked: Vec<Asked> =
+                        block.iter().map(|i| ordered.asked(&before, *i)).collect();
+                    let said = self.ask(ordered, told, &asked, room);
+                    for ((i, weights), said) in block.iter().zip(room.weights(&asked)).zip(said) {
+                        let noise = self.nugget + told.noise[*i as usize];
+                        let variance = (said.variance + noise).max(least);
+                        out.push((weights, (1.0 - said.one) / variance));
+                    }
+                }
+                out
+            })
+            .collect();
+        let mut all = vec![0.0; ordered.len()];
+        for (i, (weights, own)) in parts.into_iter().flatten().enumerate() {
+            all[i] += own;
+            weights.iter().for_each(|(j, weight)| all[*j as usize] -= weight * own);
+        }
+        all.iter_mut().for_each(|b| *b *= shift.variance);
+        all
+    }
+
+    /// Far below what any observation could resolve, and above zero, which is no density.
+    fn least(&self) -> f64 {
+        1e-12 * (self.kernel.sill() + self.nugget).max(f64::MIN_POSITIVE)
     }
 
     /// Kriging of up to [`LANES`] places side by side.
@@ -699,7 +766,59 @@ impl NearestGp {
     }
 }
 
+/// Neighbours of up to [`LANES`] places, and between which distances they fade out.
+struct Around(Vec<(Vec<u32>, Option<[f64; 2]>)>);
+
+impl Around {
+    fn asked<'a>(&'a self, places: &[&'a [f64]]) -> Vec<Asked<'a>> {
+        let one = |(place, (neighbours, fade)): (&&'a [f64], &'a (Vec<u32>, _))| Asked {
+            place,
+            neighbours,
+            itself: None,
+            fade: *fade,
+        };
+        places.iter().zip(&self.0).map(one).collect()
+    }
+}
+
+impl Room {
+    /// The weights behind what was just asked.
+    fn weights(&mut self, asked: &[Asked]) -> Vec<Weights> {
+        let n = asked.iter().map(|a| a.neighbours.len()).max().unwrap_or(0);
+        weigh(n, &mut self.lower);
+        let last = &self.lower[row_of(n)..];
+        let one = |(lane, asked): (usize, &Asked)| {
+            asked.neighbours.iter().zip(last).map(|(i, weight)| (*i, weight.0[lane])).collect()
+        };
+        asked.iter().enumerate().map(one).collect()
+    }
+}
+
+impl Said {
+    /// Deviation of the surface from the prior's mean.
+    fn mean(&self, shift: Shift) -> f64 {
+        self.value + shift.mean * (1.0 - self.one)
+    }
+
+    /// Its variance, our doubt about the mean included.
+    fn total(&self, shift: Shift) -> f64 {
+        self.variance + shift.variance * (1.0 - self.one).powi(2)
+    }
+}
+
 impl Ordered {
+    /// The `near` nearest sites of places.
+    fn around(&self, places: &[&[f64]], near: usize, found: &mut Found) -> Around {
+        let one = |place: &&[f64]| {
+            self.tree.nearest(place, near, self.len(), found);
+            let from = |i: usize| found[i].0.sqrt();
+            let cut = near > 3 && found.len() == near && near < self.len();
+            let fade = cut.then(|| [from(near - 1 - near / 4), from(near - 1)]);
+            (found.iter().map(|(_, i)| *i).collect(), fade)
+        };
+        Around(places.iter().map(one).collect())
+    }
+
     fn asked<'a>(&'a self, lists: &'a Lists, i: u32) -> Asked<'a> {
         let i = i as usize;
         Asked { place: self.site(i), neighbours: lists.of(i), itself: None, fade: None }
@@ -865,8 +984,7 @@ impl Posterior for Conditioned<'_> {
         let gp = self.gp;
         let shape = (targets.batch(), targets.len(), 1);
         let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
-        // Far below what any observation could resolve, and above zero, which is no density.
-        let least = 1e-12 * (gp.kernel.sill() + gp.nugget).max(f64::MIN_POSITIVE);
+        let least = gp.least();
         for (row, sites) in self.rows.iter().zip(targets.host()?) {
             let wide = sites.first().map_or(row.ordered.dim, Vec::len);
             if row.ordered.len() > 0 && wide != row.ordered.dim {
@@ -880,10 +998,8 @@ impl Posterior for Conditioned<'_> {
                 })
                 .collect();
             for said in chunks.concat() {
-                let unknown = 1.0 - said.one;
-                let doubt = row.shift.variance * unknown * unknown;
-                let variance = (said.variance + doubt).max(least);
-                mean.push(gp.mean + said.value + row.shift.mean * unknown);
+                let variance = said.total(row.shift).max(least);
+                mean.push(gp.mean + said.mean(row.shift));
                 surface.push(variance.sqrt());
                 observation.push((variance + gp.nugget).sqrt());
             }
@@ -897,5 +1013,14 @@ impl Posterior for Conditioned<'_> {
             tensor(surface)?,
             tensor(observation)?,
         )
+    }
+
+    /// Prior draws by waves, conditioned as each place is kriged. Laplace's approximation where
+    /// counts were seen.
+    fn field(&self, draws: usize, seed: u64, extent: f64) -> Result<Box<dyn Field + '_>> {
+        let [row] = &self.rows[..] else {
+            return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
+        };
+        Ok(Box::new(field::Local::new(self.gp, row, draws, seed, extent)?))
     }
 }

@@ -12,8 +12,10 @@ use serde_json::{Value, json};
 
 use super::{
     cards::DeviceArgs,
+    draws::Joint,
     output::Output,
     reading::ReadingArgs,
+    report::{self, Findings},
     say,
     survey::{SurveyArgs, agree, default_model},
     trust::{self, StrictArgs},
@@ -27,7 +29,7 @@ use crate::{
         crs::Crs,
         displacement::Displacement,
         frame::Frame,
-        geotiff::{self, Polygons, Raster},
+        geotiff::{self, Band, Polygons, Raster},
         grid::{Extent, Grid, Resolution},
         survey::{self, Survey},
     },
@@ -51,24 +53,24 @@ use crate::{
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    survey: SurveyArgs,
+    pub(super) survey: SurveyArgs,
     /// Any GeoTIFF on the grid to predict over; its pixels without data stay without
     #[arg(long, value_name = "GRID.tif", conflicts_with_all = ["resolution", "crs_out"])]
-    like: Option<PathBuf>,
+    pub(super) like: Option<PathBuf>,
     /// Pixel size: 5km, 500m, 0.05deg. About 250,000 pixels when left out
     #[arg(long, value_name = "LENGTH")]
-    resolution: Option<String>,
+    pub(super) resolution: Option<String>,
     /// Coordinate reference system of the maps; the survey's, or an equal-area plane where that is
     /// longitude and latitude
     #[arg(long, value_name = "CRS")]
     crs_out: Option<String>,
     /// Polygons to map inside of: GeoPackage, GeoJSON, Shapefile
     #[arg(long, value_name = "AREA")]
-    clip: Option<PathBuf>,
+    pub(super) clip: Option<PathBuf>,
     /// Model by name or file; `gp` fits an exact Gaussian process, `vecchia` one of nearest
     /// neighbours for many sites. `prevalence` for counts and `continuous` for values when left out
     #[arg(long, value_name = "NAME|FILE")]
-    model: Option<String>,
+    pub(super) model: Option<String>,
     /// Also map the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
     #[arg(long, value_name = "VALUE", value_delimiter = ',', allow_negative_numbers = true)]
     threshold: Vec<f64>,
@@ -83,6 +85,12 @@ pub struct Args {
     /// What a survey of so many would count: `isopleth predict --new-survey N`
     #[arg(long, default_value = "surface", value_parser = ["surface", "observation"])]
     of: String,
+    /// Also draw so many surfaces from the joint posterior, into one GeoTIFF with a band for each
+    #[arg(long, value_name = "NUMBER")]
+    draws: Option<usize>,
+    /// What the draws' random numbers start from: the same number, the same draws
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    seed: u64,
     /// Directory for the GeoTIFFs, pictures and the run record
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -91,19 +99,26 @@ pub struct Args {
     force: bool,
     /// Pixels along a tile's side, 256 unless --memory is short; changes memory use, never the map
     #[arg(long, value_name = "PIXELS")]
-    tile: Option<usize>,
+    pub(super) tile: Option<usize>,
     /// The most memory to take: 2GiB, 512MiB, 4GB. Changes memory use and speed, never the map
     #[arg(long, value_name = "AMOUNT")]
-    memory: Option<String>,
+    pub(super) memory: Option<String>,
     #[command(flatten)]
-    reading: ReadingArgs,
+    pub(super) reading: ReadingArgs,
     /// Write no PNG pictures
     #[arg(long)]
     no_pictures: bool,
+    /// Write report.html too, one page to send on: maps, calibration at held-out sites, variogram of
+    /// what was missed, data, methods, run record
+    #[arg(long, conflicts_with = "no_pictures")]
+    report: bool,
+    /// Table of districts to show in the report, as `isopleth areas` writes it
+    #[arg(long, value_name = "TABLE", requires = "report")]
+    districts: Option<PathBuf>,
     #[command(flatten)]
     strict: StrictArgs,
     #[command(flatten)]
-    device: DeviceArgs,
+    pub(super) device: DeviceArgs,
 }
 
 /// Share of the sites' longer side by which a map reaches beyond them, without --like or --clip.
@@ -117,6 +132,12 @@ pub fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     // What costs nothing to check comes first.
     let specs = specs(args)?;
+    if args.draws.is_some() && args.of != "surface" {
+        return Err(Error::input(
+            "draws are of the surface: new sites have no joint law to draw from",
+        )
+        .try_this("leave --of observation out, or --draws"));
+    }
     let reading = args.reading.reading()?;
     let resolution = args.resolution.as_deref().map(str::parse).transpose()?;
     let budget: Option<Bytes> = args.memory.as_deref().map(str::parse).transpose()?;
@@ -132,6 +153,7 @@ pub fn run(args: &Args) -> Result<()> {
     specs.iter().try_for_each(|spec| spec.check(outcome.link))?;
     let grid = grid(args, resolution, &survey, &frame)?;
     let inside = overlap(&grid, &survey)?;
+    args.draws.map_or(Ok(()), |draws| super::draws::check_disk(draws, &grid))?;
     let (model, others) =
         open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     let processes = model.with(&others);
@@ -178,15 +200,52 @@ pub fn run(args: &Args) -> Result<()> {
     let tallies = asked.iter().filter_map(|p| p.tally());
     let left_out = tallies.reduce(|a, b| [a[0] + b[0], a[1] + b[1]]);
     let left_out = left_out.map(|[read, all]| Tally { read, all }.skipped());
+    let mut made = Vec::new();
+    if let Some(draws) = args.draws {
+        let joint = Joint::prepare(&model, asked[0], &context, draws)?;
+        let conditioned = joint.condition(&context)?;
+        let field = joint.field(asked[0], conditioned.as_deref(), args.seed, &grid, &frame)?;
+        let surfaces = joint.surfaces(asked[0], &cards.devices[0], &*field, outcome.link, &frame);
+        let name = super::draws::FILE;
+        let title = |i: usize| format!("Draw {i} of {}, {}", outcome.name, outcome.whose());
+        let bands: Vec<Band> = (1..=draws)
+            .map(|i| Band { description: title(i), unit: outcome.unit.clone() })
+            .collect();
+        let tags = super::draws::tags(&model.name, &outcome, args.seed, &joint);
+        let mut bar = Bar::new();
+        let file = output.scratch().join(name);
+        let how = [args.tile.unwrap_or(plan.tile), plan.workers];
+        super::draws::write(&surfaces, &grid, &file, &bands, &tags, how, &mut |done, of| {
+            bar.show(done, of)
+        })?;
+        bar.clear();
+        let mut files = vec![name.to_string()];
+        if !args.no_pictures {
+            let look = (title(1), Scale::Level, true);
+            let drawn = picture(&file, look, &outcome, &survey, &grid, &model.name)?;
+            files.extend(drawn.file_name().and_then(|f| f.to_str()).map(String::from));
+        }
+        made.push(ProductNote {
+            product: format!("draws:{draws}"),
+            description: format!("{draws} joint draws of {}; {}", outcome.name, joint.about),
+            unit: outcome.unit.clone(),
+            files,
+        });
+    }
     drop(asked);
     drop(posteriors); // its memory is better spent on finishing the files
 
-    let mut made = Vec::new();
     for product in products {
         let spec = product.spec();
         let mut files = vec![product.finish()?];
         if !args.no_pictures {
-            files.push(picture(&files[0], &spec, &outcome, &survey, &grid, &model.name)?);
+            let title = match outcome.band(&spec) {
+                band if ["", "1"].contains(&band.unit.as_str()) => band.description,
+                band => format!("{} ({})", band.description, band.unit),
+            };
+            // Only a map of levels has the colours of what was observed.
+            let look = (title, spec.entry.scale, spec.entry.name == "mean");
+            files.push(picture(&files[0], look, &outcome, &survey, &grid, &model.name)?);
         }
         let band = outcome.band(&spec);
         made.push(ProductNote {
@@ -215,6 +274,7 @@ pub fn run(args: &Args) -> Result<()> {
         trust: Some(json!(verdict)),
         reading,
         left_out,
+        report: None,
         device: Some(cards.record()),
         plan: Some((&plan).into()),
         memory_mib: budget.map(Bytes::mebibytes),
@@ -222,6 +282,18 @@ pub fn run(args: &Args) -> Result<()> {
         seconds: 0.0,
     };
     record.seconds = (start.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
+    if args.report {
+        record.report = Some(report::FILE.into());
+        report::write(&Findings {
+            record: &record,
+            survey: &survey,
+            frame: &frame,
+            model: called,
+            outcome: &outcome.name,
+            folder: output.scratch(),
+            districts: args.districts.as_deref(),
+        })?;
+    }
     record.write(output.scratch())?;
     output.publish(&record.files())?;
     tell_output(&args.out, &outcome, &survey, &record)
@@ -241,7 +313,7 @@ fn specs(args: &Args) -> Result<Vec<Spec>> {
     Ok(specs)
 }
 
-fn outcome(args: &Args, survey: &Survey) -> Outcome {
+pub(super) fn outcome(args: &Args, survey: &Survey) -> Outcome {
     let of = if args.of == "surface" { Of::Surface } else { Of::Observation };
     let columns = &args.survey.columns;
     let named = |name: &Option<String>| name.clone().unwrap_or_else(|| "value".into());
@@ -256,19 +328,24 @@ fn outcome(args: &Args, survey: &Survey) -> Outcome {
     Outcome { name, unit, link, of }
 }
 
+/// The grid of the raster asked for; `crs` is the sites'.
+pub(super) fn like(args: &Args, crs: &Crs) -> Result<Grid> {
+    match &args.like {
+        Some(like) if crs.is_local() => Grid::read_local(like, crs),
+        Some(like) => Grid::read(like),
+        None => Err(Error::input("no raster was given whose pixels could be used")),
+    }
+}
+
 /// The grid asked for: that of a raster, or one that covers the area or the sites.
-fn grid(
+pub(super) fn grid(
     args: &Args,
     resolution: Option<Resolution>,
     survey: &Survey,
     frame: &Frame,
 ) -> Result<Grid> {
-    if let Some(like) = &args.like {
-        let grid = if survey.crs.is_local() {
-            Grid::read_local(like, &survey.crs)?
-        } else {
-            Grid::read(like)?
-        };
+    if args.like.is_some() {
+        let grid = like(args, &survey.crs)?;
         return match &args.clip {
             Some(area) => grid.clip(area),
             None => Ok(grid),
@@ -317,6 +394,8 @@ pub(super) struct Model {
     pub process: Box<dyn Process + Send + Sync>,
     /// For the run record.
     pub card: Value,
+    /// How it reads the survey.
+    pub likelihood: &'static dyn Likelihood,
 }
 
 impl Model {
@@ -374,6 +453,7 @@ pub(super) fn open_model(
         },
         card: serde_json::to_value(&checkpoint.card)
             .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
+        likelihood: wanted,
     })
 }
 
@@ -416,7 +496,7 @@ fn classical(
         Some(moved) => Box::new(Expected::new(process, moved.clone())),
         None => process,
     };
-    Ok(Some(Model { name: name.to_string(), process, card }))
+    Ok(Some(Model { name: name.to_string(), process, card, likelihood }))
 }
 
 /// A trained process whose context is displaced: it has learned to read it, or is asked about places.
@@ -531,7 +611,7 @@ pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
     }
 }
 
-fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {
+pub(super) fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {
     tell_survey(survey)?;
     let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
     survey.crs.transform(&frame.plane, &mut x, &mut y)?;
@@ -599,10 +679,11 @@ pub(super) fn plural(n: usize) -> &'static str {
     if n == 1 { "" } else { "s" }
 }
 
-/// Draws a product beside its GeoTIFF.
+/// Draws a product beside its GeoTIFF: its title, what its values are, and whether sites are coloured
+/// by what was observed.
 fn picture(
     file: &Path,
-    spec: &Spec,
+    (title, scale, coloured): (String, Scale, bool),
     outcome: &Outcome,
     survey: &Survey,
     grid: &Grid,
@@ -611,16 +692,9 @@ fn picture(
     let shrink = (grid.rows.max(grid.cols) as f64 / 900.0).max(1.0);
     let [rows, cols] = [grid.rows, grid.cols].map(|n| ((n as f64 / shrink) as usize).max(1));
     let values = Raster::open(file)?.thumbnail(rows, cols)?;
-    let band = outcome.band(spec);
-    let title = match band.unit.as_str() {
-        "" | "1" => band.description,
-        unit => format!("{} ({unit})", band.description),
-    };
     let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
     survey.crs.transform(&grid.crs, &mut x, &mut y)?;
     let seen = survey.outcome.observed();
-    // Only a map of levels has the colours of what was observed.
-    let coloured = spec.entry.name == "mean";
     let mut picture =
         Picture::new(title, values).on(grid).with_sites(grid, &x, &y, coloured.then_some(&seen));
     picture.subtitle =
@@ -630,7 +704,7 @@ fn picture(
     } else {
         "survey site".into()
     };
-    (picture.palette, picture.range) = match spec.entry.scale {
+    (picture.palette, picture.range) = match scale {
         Scale::Level => (Palette::Level, None),
         Scale::Spread | Scale::Distance => (Palette::Spread, None),
         Scale::Share => (Palette::Spread, Some([0.0, 1.0])),
@@ -642,17 +716,17 @@ fn picture(
 }
 
 /// Progress on a terminal, in place; nothing where nobody watches.
-struct Bar {
+pub(super) struct Bar {
     shown: Option<Instant>,
     watched: bool,
 }
 
 impl Bar {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Bar { shown: None, watched: std::io::stderr().is_terminal() }
     }
 
-    fn show(&mut self, done: usize, of: usize) {
+    pub fn show(&mut self, done: usize, of: usize) {
         let due = self.shown.is_none_or(|t| t.elapsed() > Duration::from_millis(200));
         if self.watched && due {
             self.shown = Some(Instant::now());
@@ -662,7 +736,7 @@ impl Bar {
         }
     }
 
-    fn clear(&self) {
+    pub fn clear(&self) {
         if self.watched && self.shown.is_some() {
             let _ = write!(std::io::stderr().lock(), "\r{:60}\r", "");
         }

@@ -7,10 +7,12 @@ use std::{
 
 use crate::error::{Error, Result};
 
+pub mod areas;
 pub mod bench;
 pub mod benchmark;
 pub mod calibrate;
 pub mod cards;
+mod draws;
 mod environment;
 pub mod inspect;
 pub mod list;
@@ -18,6 +20,7 @@ pub mod map;
 mod output;
 pub mod predict;
 pub mod reading;
+mod report;
 pub mod sample;
 pub mod survey;
 pub mod train;
@@ -35,6 +38,7 @@ pub struct Cli {
 const FIRST_STEPS: &str = "\
 First steps:
   isopleth map --surveys survey.csv --resolution 5km --out out
+  isopleth areas --map out --areas districts.gpkg --population pop.tif --out districts.csv
   isopleth validate --surveys survey.csv --folds 10
   isopleth list models";
 
@@ -42,9 +46,10 @@ First steps:
 #[derive(clap::Subcommand)]
 enum Command {
     Map(Box<map::Args>),
+    Areas(Box<areas::Args>),
     Predict(Box<predict::Args>),
     Validate(Box<validate::Args>),
-    Trust(trust::Args),
+    Trust(Box<trust::Args>),
     Sample(sample::Args),
     Train(train::Args),
     Calibrate(calibrate::Args),
@@ -61,6 +66,7 @@ enum Command {
 pub fn run(cli: Cli) -> Result<()> {
     match &cli.command {
         Command::Map(args) => map::run(args),
+        Command::Areas(args) => areas::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Validate(args) => validate::run(args),
         Command::Trust(args) => trust::run(args),

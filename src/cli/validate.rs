@@ -36,7 +36,7 @@ use crate::{
     sites::{Observations, Sites},
 };
 
-mod report;
+pub(super) mod report;
 mod space;
 
 /// The model names of the exact Gaussian process and of that of nearest neighbours.
@@ -149,6 +149,17 @@ pub fn run(args: &Args) -> Result<()> {
         }
         _ => whole.table().try_for_each(say),
     }
+}
+
+/// `model` validated on `count` random folds of a survey.
+///
+/// # Errors
+/// As [`cross_validate`].
+pub(super) fn hold_out(model: &str, survey: &Survey, count: usize) -> Result<report::Report> {
+    let folds = Folds::random(count, survey.len(), 1)?;
+    let scored = cross_validate(survey, &folds, &*forecaster(model, survey)?)?;
+    let (how, models) = (count.to_string(), [model.to_string()]);
+    Ok(report::Report::new(survey, &folds, &how, &models, &[scored], Vec::new()))
 }
 
 /// The models asked for, each once; rules stand beside every model, and need no asking for.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use arrow::{
-    array::{Array, AsArray, Float64Array, RecordBatch, StringArray, StructArray},
+    array::{Array, AsArray, BinaryArray, Float64Array, RecordBatch, StringArray, StructArray},
     compute::cast,
     datatypes::{DataType, Field, Float64Type, Schema},
 };
@@ -447,6 +447,58 @@ impl Columns {
         write_whole(path, |file| write_as_parquet(file, &names, whole, std::iter::empty()))
     }
 
+    /// Writes columns with a geometry for each row as GeoParquet 1.1 (zstd): well-known binary, empty
+    /// where a row has none; `crs` is PROJJSON, nothing for a plane of its own. `path` holds the
+    /// whole file or is untouched.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if columns or geometries differ in length; [`Error::Io`] if the disk refuses.
+    pub fn write_geoparquet(
+        path: impl AsRef<Path>,
+        names: &[String],
+        columns: Vec<Column>,
+        wkb: &[Vec<u8>],
+        crs: Option<String>,
+    ) -> Result<()> {
+        let path = path.as_ref();
+        check_chunk(names, &columns)?;
+        if let Some(column) = columns.first().filter(|c| c.len() != wkb.len()) {
+            return Err(Error::axis("cells and geometries", column.len(), wkb.len()));
+        }
+        let crs: serde_json::Value = match crs {
+            None => serde_json::Value::Null,
+            Some(text) => serde_json::from_str(&text).map_err(|e| {
+                Error::input(format!("the coordinate reference system is no PROJJSON: {e}"))
+            })?,
+        };
+        // Types may be left out: an empty list says that they are not known.
+        let geometry = serde_json::json!({ "encoding": "WKB", "geometry_types": [], "crs": crs });
+        let geo = serde_json::json!({
+            "version": "1.1.0",
+            "primary_column": GEOMETRY,
+            "columns": { GEOMETRY: geometry },
+        });
+        let mut fields: Vec<Field> = Vec::new();
+        let mut arrays: Vec<Arc<dyn Array>> = Vec::new();
+        for (name, column) in names.iter().zip(columns) {
+            fields.push(field(name, &column));
+            arrays.push(array(column));
+        }
+        fields.push(Field::new(GEOMETRY, DataType::Binary, true));
+        let shapes = wkb.iter().map(|wkb| (!wkb.is_empty()).then_some(wkb));
+        arrays.push(Arc::new(BinaryArray::from_iter(shapes)));
+        let schema = Arc::new(Schema::new(fields));
+        let batch = RecordBatch::try_new(schema.clone(), arrays)?;
+        let geo = parquet::file::metadata::KeyValue::new("geo".to_string(), geo.to_string());
+        let settings = settings().set_key_value_metadata(Some(vec![geo])).build();
+        write_whole(path, |file| {
+            let mut writer = ArrowWriter::try_new(file, schema, Some(settings))?;
+            writer.write(&batch)?;
+            writer.close()?;
+            Ok(())
+        })
+    }
+
     /// Writes a table chunk by chunk, so that it is never held whole: Parquet (zstd), or CSV where
     /// `path` ends in .csv. The first chunk settles which columns are numbers and which are text.
     /// NaN and empty text are written as null. `path` holds the whole file or is untouched.
@@ -492,35 +544,45 @@ fn check_chunk(names: &[String], chunk: &Vec<Column>) -> Result<()> {
     Ok(())
 }
 
+/// Name of the geometries that we write.
+const GEOMETRY: &str = "geometry";
+
+/// A column as Parquet knows it.
+fn field(name: &str, column: &Column) -> Field {
+    let kind = match column {
+        Column::Numbers(_) => DataType::Float64,
+        Column::Text(_) => DataType::Utf8,
+    };
+    Field::new(name, kind, true)
+}
+
+/// NaN and empty text are null.
+fn array(column: Column) -> Arc<dyn Array> {
+    match column {
+        Column::Numbers(values) => {
+            Arc::new(Float64Array::from_iter(values.iter().map(|v| (!v.is_nan()).then_some(*v))))
+        }
+        Column::Text(cells) => {
+            Arc::new(StringArray::from_iter(cells.iter().map(|c| (!c.is_empty()).then_some(c))))
+        }
+    }
+}
+
+fn settings() -> parquet::file::properties::WriterPropertiesBuilder {
+    let zstd = parquet::basic::Compression::ZSTD(Default::default());
+    parquet::file::properties::WriterProperties::builder().set_compression(zstd)
+}
+
 fn write_as_parquet(
     file: &mut File,
     names: &[String],
     first: Vec<Column>,
     rest: impl Iterator<Item = Result<Vec<Column>>>,
 ) -> Result<()> {
-    let field = |(name, column): (&String, &Column)| {
-        let kind = match column {
-            Column::Numbers(_) => DataType::Float64,
-            Column::Text(_) => DataType::Utf8,
-        };
-        Field::new(name, kind, true)
-    };
-    let schema = Arc::new(Schema::new(names.iter().zip(&first).map(field).collect::<Vec<_>>()));
-    let zstd = parquet::basic::Compression::ZSTD(Default::default());
-    let settings =
-        parquet::file::properties::WriterProperties::builder().set_compression(zstd).build();
-    let mut writer = ArrowWriter::try_new(file, schema.clone(), Some(settings))?;
+    let fields = names.iter().zip(&first).map(|(name, column)| field(name, column));
+    let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+    let mut writer = ArrowWriter::try_new(file, schema.clone(), Some(settings().build()))?;
     for chunk in std::iter::once(Ok(first)).chain(rest) {
-        let array = |column: Column| -> Arc<dyn Array> {
-            match column {
-                Column::Numbers(values) => Arc::new(Float64Array::from_iter(
-                    values.iter().map(|v| (!v.is_nan()).then_some(*v)),
-                )),
-                Column::Text(cells) => Arc::new(StringArray::from_iter(
-                    cells.iter().map(|c| (!c.is_empty()).then_some(c)),
-                )),
-            }
-        };
         let arrays = chunk?.into_iter().map(array).collect();
         writer.write(&RecordBatch::try_new(schema.clone(), arrays)?)?;
         if writer.memory_size() > ROW_GROUP {

@@ -130,6 +130,27 @@ impl Kernel for Matern {
     fn sill(&self) -> f64 {
         self.sill
     }
+    /// Rasmussen & Williams (2006), eq. 4.15: a bivariate t with 2ν degrees of freedom.
+    fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
+        let left = 1.0 - share;
+        let out = match self.smoothness {
+            Smoothness::Half => (left.powi(-2) - 1.0).sqrt(),
+            Smoothness::ThreeHalves => (3.0 * (left.powf(-2.0 / 3.0) - 1.0)).sqrt(),
+            Smoothness::FiveHalves => (5.0 * (left.powf(-0.4) - 1.0)).sqrt(),
+            Smoothness::Infinite => (-2.0 * left.ln()).sqrt(),
+        } / self.length_scale;
+        let (sin, cos) = (std::f64::consts::TAU * turn).sin_cos();
+        let (x, y) = (out * cos, out * sin);
+        match self.metric {
+            Metric::Euclidean => Some([x, y]),
+            // Lags are turned and stretched; frequencies by the transpose of that.
+            Metric::Anisotropic { angle, ratio } => {
+                let (sin, cos) = angle.sin_cos();
+                Some([cos * x - ratio * sin * y, sin * x + ratio * cos * y])
+            }
+            Metric::GreatCircle => None,
+        }
+    }
 }
 
 simd::vectorised! {

@@ -36,6 +36,17 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
     /// Variance of the surface anywhere: the covariance at zero lag, outcome². It is the partial
     /// sill of geostatistics, since no kernel here holds a nugget.
     fn sill(&self) -> f64;
+
+    /// A frequency of the plane's spectral distribution, of which the covariance is the expected
+    /// cosine: `covariance(h) = sill · E cos(ω·h)`. `share` in (0, 1) says how far out it lies, as a
+    /// value of the distribution function, and `turn` in which direction, in turns. Nothing for
+    /// kernels whose spectral distribution is not known here.
+    ///
+    /// # Units
+    /// Radians per unit of the sites.
+    fn frequency(&self, _share: f64, _turn: f64) -> Option<[f64; 2]> {
+        None
+    }
 }
 
 /// A kernel that several owners hold.
@@ -48,6 +59,9 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     }
     fn sill(&self) -> f64 {
         (**self).sill()
+    }
+    fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
+        (**self).frequency(share, turn)
     }
 }
 

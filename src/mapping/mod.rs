@@ -13,7 +13,9 @@ use crate::{
     sites::Observations,
 };
 
+pub mod areas;
 pub mod displaced;
+pub mod draws;
 mod near;
 mod nearest;
 mod part;

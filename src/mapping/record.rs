@@ -57,6 +57,9 @@ pub struct Record {
     /// Share of the pairs of site and pixel that were left out: of no weight, or too faint.
     #[serde(default)]
     pub left_out: Option<f64>,
+    /// The page that tells it all, where one was asked for.
+    #[serde(default)]
+    pub report: Option<String>,
     /// Where the model computed.
     #[serde(default)]
     pub device: Option<DeviceNote>,
@@ -273,6 +276,6 @@ impl Record {
     /// Every file that the run wrote, the record last.
     pub fn files(&self) -> Vec<String> {
         let products = self.products.iter().flat_map(|p| p.files.iter().cloned());
-        products.chain([FILE.to_string()]).collect()
+        products.chain(self.report.clone()).chain([FILE.to_string()]).collect()
     }
 }

@@ -2,6 +2,8 @@
 
 use std::process::{Command, Stdio};
 
+#[cfg(feature = "gdal")]
+mod areas;
 mod bench;
 mod benchmark;
 mod calibrate;
@@ -18,6 +20,8 @@ mod predict;
 mod recipes;
 #[cfg(feature = "gdal")]
 mod refusals;
+#[cfg(feature = "gdal")]
+mod report;
 mod sample;
 #[cfg(feature = "gdal")]
 mod trust;

@@ -66,8 +66,7 @@ fn wrong_surveys_are_named_for_what_is_wrong() {
     });
     let local = ["--crs", "local:km"];
     for (file, more, what, words) in [
-        (&metres, &local[..], "extent", "metres read as kilometres"),
-        (&percent, &[], "number tested", "percentages"),
+        (&percent, &[][..], "number tested", "percentages"),
         (&rare, &[], "prevalence over all sites", "rather than a prevalence"),
         (&stray, &local[..], "share of the length", "squeeze the rest"),
     ] {
@@ -77,9 +76,9 @@ fn wrong_surveys_are_named_for_what_is_wrong() {
         let error = refused_after_text(&[&["trust", "--surveys", file, "--strict"], more].concat());
         assert_error(&error, "unlike what the model was trained on", &[what], "--model gp");
     }
-    // A classical process has no training to be unlike, and metres are wrong all the same.
-    let found = verdict(&[&[metres.as_str(), "--model", "gp"], &local[..]].concat());
-    assert_eq!((about(&found), &found["draws"]), (vec!["extent".to_string()], &0.into()));
+    // Metres for kilometres are refused before anything is asked of a model.
+    let error = refused(&[&["trust", "--surveys", metres.as_str()], &local[..]].concat());
+    assert_error(&error, "farther apart than any two places on Earth", &["span"], "local:m");
 }
 
 /// Standard error of a command that is refused after it printed its table.

@@ -41,7 +41,7 @@ struct Difference {
 }
 
 /// Everything that a validation found.
-pub(super) struct Report {
+pub(in crate::cli) struct Report {
     how: String,
     /// Whether sites of one fold hang together, so that folds are the units of chance.
     clustered: bool,
@@ -314,7 +314,22 @@ impl Report {
         (names, columns)
     }
 
-    fn picture(&self, path: &std::path::Path) -> Result<()> {
+    /// Every model and rule by name, with its scores.
+    pub fn summaries(&self) -> impl Iterator<Item = (&str, &Summary)> {
+        self.entrants.iter().map(|e| (e.name.as_str(), &e.summary))
+    }
+
+    /// Sites in the order of their forecasts, positions in the survey, with the step of each in the
+    /// law of the first model.
+    pub fn first(&self) -> (&[usize], &[[f64; 2]]) {
+        (&self.order, &self.entrants[0].steps)
+    }
+
+    /// Coverage by level and the probability integral transform, of all, as PNG.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the disk refuses.
+    pub fn picture(&self, path: &std::path::Path) -> Result<()> {
         let line = |points: Vec<[f64; 2]>, colour: usize, width: f64| Curve {
             points,
             colour,

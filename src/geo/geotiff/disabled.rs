@@ -41,6 +41,10 @@ impl Raster {
     pub fn data(&self, _window: Window) -> Result<Data> {
         Err(refuse(&self.path))
     }
+    /// Nothing can be said.
+    pub fn words(&self) -> [String; 2] {
+        Default::default()
+    }
     /// Refuses.
     pub fn thumbnail(&self, _rows: usize, _cols: usize) -> Result<Array2<f64>> {
         Err(refuse(&self.path))
@@ -64,6 +68,32 @@ impl Cog {
     }
     /// Refuses.
     pub fn write(&mut self, _window: Window, _values: &[f32]) -> Result<()> {
+        Err(refuse(&self.path))
+    }
+    /// Refuses.
+    pub fn finish(self) -> Result<PathBuf> {
+        Err(refuse(&self.path))
+    }
+}
+
+/// A writer of many bands that cannot be made in this build.
+pub struct Stack {
+    path: PathBuf,
+}
+
+impl Stack {
+    /// Refuses.
+    pub fn create(
+        path: &Path,
+        _grid: &Grid,
+        _bands: &[Band],
+        _tags: &[(String, String)],
+        _tile: usize,
+    ) -> Result<Self> {
+        Err(refuse(path))
+    }
+    /// Refuses.
+    pub fn write(&mut self, _window: Window, _band: usize, _values: &[f32]) -> Result<()> {
         Err(refuse(&self.path))
     }
     /// Refuses.

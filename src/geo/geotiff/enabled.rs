@@ -101,6 +101,12 @@ impl Raster {
         Ok(Raster { path: path.to_path_buf(), header, data })
     }
 
+    /// Unit and description of the first band, empty where the file does not say.
+    pub fn words(&self) -> [String; 2] {
+        let Ok(band) = self.data.rasterband(1) else { return Default::default() };
+        [band.unit(), band.description().unwrap_or_default()]
+    }
+
     fn unreadable(&self, error: gdal::errors::GdalError) -> Error {
         Error::input("the raster cannot be read to its end: it is truncated or damaged")
             .fact("file", self.path.display())
@@ -239,7 +245,7 @@ impl Cog {
             return Err(Error::axis("values and pixels of a window", values.len(), window.len()));
         }
         let size = (window.cols, window.rows);
-        self.digest = self.digest.wrapping_add(digest(&self.grid, window, values));
+        self.digest = self.digest.wrapping_add(digest(&self.grid, window, 0, values));
         self.written += values.len();
         let mut buffer = Buffer::new(size, values.to_vec());
         self.raw
@@ -292,10 +298,12 @@ fn unwritten(path: &Path, reason: impl std::fmt::Display) -> Error {
         .try_this("see whether that disk is full, or write elsewhere with --out")
 }
 
-/// A sum over pixels that does not depend on the order of windows (splitmix64 of place and bits).
-fn digest(grid: &Grid, window: Window, values: &[f32]) -> u64 {
+/// A sum over the pixels of a band, counted from 0, that does not depend on the order of windows
+/// (splitmix64 of place and bits).
+fn digest(grid: &Grid, window: Window, band: usize, values: &[f32]) -> u64 {
     values.iter().enumerate().fold(0, |sum: u64, (i, v)| {
         let place = (window.row + i / window.cols) * grid.cols + window.col + i % window.cols;
+        let place = place.wrapping_add(band.wrapping_mul(grid.len()));
         let bits = if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() };
         let mut z = ((place as u64) << 32 ^ u64::from(bits)).wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -310,8 +318,140 @@ fn reread(path: &Path, grid: &Grid) -> gdal::errors::Result<u64> {
     grid.windows(1024).try_fold(0u64, |sum, window| {
         let size = (window.cols, window.rows);
         let values = band.read_as::<f32>(offset(window), size, size, None)?;
-        Ok(sum.wrapping_add(digest(grid, window, values.data())))
+        Ok(sum.wrapping_add(digest(grid, window, 0, values.data())))
     })
+}
+
+/// A raster of many bands on one grid, written tile by tile with every band of each: a tiled,
+/// compressed GeoTIFF whose blocks are the tiles, so that each is compressed once.
+///
+/// Like [`Cog`], it is read back and compared before it gets its name, and leaves nothing where it is
+/// dropped before that.
+pub struct Stack {
+    target: PathBuf,
+    grid: Grid,
+    tile: usize,
+    bands: usize,
+    raw: Dataset,
+    written: usize,
+    digest: u64,
+    scratch: Scratch,
+}
+
+impl Stack {
+    /// Starts a float32 raster of `grid` with these bands, its no-data value NaN, for tiles of `tile`
+    /// pixels: a multiple of 16.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Input`] if the disk refuses.
+    pub fn create(
+        path: &Path,
+        grid: &Grid,
+        bands: &[Band],
+        tags: &[(String, String)],
+        tile: usize,
+    ) -> Result<Self> {
+        prepare();
+        let scratch = Scratch::beside(path)?;
+        let options = CslStringList::from_iter([
+            "TILED=YES",
+            &format!("BLOCKXSIZE={tile}"),
+            &format!("BLOCKYSIZE={tile}"),
+            "INTERLEAVE=BAND",
+            "COMPRESS=DEFLATE",
+            "PREDICTOR=3",
+            "ZLEVEL=1",
+            "BIGTIFF=IF_SAFER",
+            &format!("NUM_THREADS={}", compressors()),
+        ]);
+        let start = || -> gdal::errors::Result<Dataset> {
+            let file = scratch.0.join("stack.tif");
+            let mut raw = DriverManager::get_driver_by_name("GTiff")?
+                .create_with_band_type_with_options::<f32, _>(
+                    file,
+                    grid.cols,
+                    grid.rows,
+                    bands.len(),
+                    &options,
+                )?;
+            let ([west, north], [dx, dy]) = (grid.origin, grid.pixel);
+            raw.set_geo_transform(&[west, dx, 0.0, north, 0.0, dy])?;
+            raw.set_projection(grid.crs.wkt())?;
+            for (key, value) in tags {
+                raw.set_metadata_item(key, value, "")?;
+            }
+            for (i, band) in bands.iter().enumerate() {
+                let mut raster = raw.rasterband(i + 1)?;
+                raster.set_no_data_value(Some(f64::NAN))?;
+                raster.set_description(&band.description)?;
+            }
+            Ok(raw)
+        };
+        let raw = start().map_err(|e| unwritten(path, e))?;
+        Ok(Stack {
+            target: path.to_path_buf(),
+            grid: Grid { valid: None, ..grid.clone() },
+            tile,
+            bands: bands.len(),
+            raw,
+            written: 0,
+            digest: 0,
+            scratch,
+        })
+    }
+
+    /// Writes one window of one band, counted from 0; row-major, NaN where there is no data.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if `values` do not fill the window; [`Error::Input`] if the disk refuses.
+    pub fn write(&mut self, window: Window, band: usize, values: &[f32]) -> Result<()> {
+        if values.len() != window.len() {
+            return Err(Error::axis("values and pixels of a window", values.len(), window.len()));
+        }
+        let size = (window.cols, window.rows);
+        self.digest = self.digest.wrapping_add(digest(&self.grid, window, band, values));
+        self.written += values.len();
+        let mut buffer = Buffer::new(size, values.to_vec());
+        self.raw
+            .rasterband(band + 1)
+            .and_then(|mut band| band.write(offset(window), size, &mut buffer))
+            .map_err(|e| unwritten(&self.target, e))
+    }
+
+    /// Closes the raster, reads it back and gives it its name, whole.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if a window was left out; [`Error::Input`] or [`Error::Io`] if the disk
+    /// refuses, also where it did so silently.
+    pub fn finish(self) -> Result<PathBuf> {
+        let Stack { target, grid, tile, bands, raw, written, digest: expected, scratch } = self;
+        if written != bands * grid.len() {
+            let whole = bands * grid.len();
+            return Err(Error::axis("pixels written and pixels of all bands", written, whole));
+        }
+        let file = scratch.0.join("stack.tif");
+        let read = || -> gdal::errors::Result<u64> {
+            raw.close()?;
+            let data = Dataset::open(&file)?;
+            let mut sum = 0u64;
+            for window in grid.windows(tile) {
+                for i in 0..bands {
+                    let size = (window.cols, window.rows);
+                    let values =
+                        data.rasterband(i + 1)?.read_as::<f32>(offset(window), size, size, None)?;
+                    sum = sum.wrapping_add(digest(&grid, window, i, values.data()));
+                }
+            }
+            Ok(sum)
+        };
+        if read().map_err(|e| unwritten(&target, e))? != expected {
+            return Err(unwritten(&target, "the file does not hold what was written to it"));
+        }
+        let whole = std::fs::File::open(&file).map_err(|e| Error::io("read", &target, e))?;
+        whole.sync_all().map_err(|e| Error::io("write", &target, e))?;
+        std::fs::rename(&file, &target).map_err(|e| Error::io("rename to", &target, e))?;
+        Ok(target)
+    }
 }
 
 /// The raw raster with its place, words and units, as the XML of a GDAL virtual raster: the one way

@@ -1,0 +1,307 @@
+//! Joint posterior draws of a Gaussian process that can be asked anywhere: Matheron's rule.
+//!
+//! A draw of the posterior is a draw of the prior, moved by what kriging makes of the difference
+//! between the data and what noisy observations of that draw would have been. Its deviation from the
+//! posterior mean does not hang on the data: `δ = g − k (K + Σ)⁻¹ (g(X) + ε)`.
+//!
+//! Sources: Journel & Huijbregts (1978), "Mining geostatistics", VII.A.1, for conditioning by
+//! kriging; Wilson et al. (2020), arXiv:2002.09309, for prior draws by waves and an exact correction:
+//! what waves lack is lacking in the prior alone. For counts, Σ is the noise of Laplace's
+//! pseudo-values.
+
+use faer::{Accum, Mat, Par, linalg::matmul::matmul};
+use rayon::prelude::*;
+
+use super::{
+    exact_gp::{self, ExactGp},
+    nearest::{self, NearestGp},
+    spectral::Spectral,
+};
+use crate::{
+    error::{Error, Result},
+    fused::simd,
+    predictive::Of,
+    process::{Drawn, Field, Posterior},
+    rng::Stream,
+    sites::Sites,
+};
+
+/// Places whose draws are made at once: memory and speed, and the same for every caller.
+const CHUNK: usize = 512;
+/// Sites times draws that are held for the nearest-neighbour process: a GiB.
+const MOST_HELD: usize = 1 << 28;
+
+/// Refuses fields of no draws.
+fn check(draws: usize) -> Result<()> {
+    if draws == 0 {
+        return Err(Error::input("no surface is asked for").try_this("ask for 100 draws, say"));
+    }
+    Ok(())
+}
+
+/// Longest distance between the sites' corners, or `extent` where that is longer.
+fn reach(x: &[f64], y: &[f64], extent: f64) -> f64 {
+    let side = |v: &[f64]| {
+        let (low, high) =
+            v.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
+        (high - low).max(0.0)
+    };
+    extent.max(side(x).hypot(side(y)))
+}
+
+/// The mean's deviation from the prior's, in each draw.
+fn levels(variance: f64, draws: usize, seed: u64) -> Vec<f64> {
+    let mut rng = Stream::new(seed, "level of a field", 0);
+    rng.normals(draws).iter().map(|z| variance.sqrt() * z).collect()
+}
+
+/// The prior draws at places, a column for each: `[draw, place]`.
+fn prior_at(prior: &Spectral, draws: usize, x: &[f64], y: &[f64]) -> Mat<f32> {
+    let parts: Vec<Mat<f32>> = x
+        .par_chunks(CHUNK)
+        .zip(y.par_chunks(CHUNK))
+        .map(|(x, y)| {
+            let mut out = Mat::zeros(draws, x.len());
+            prior.add(x, y, out.as_mut());
+            out
+        })
+        .collect();
+    let mut whole = Mat::zeros(draws, x.len());
+    for (i, part) in parts.iter().enumerate() {
+        whole.as_mut().subcols_mut(i * CHUNK, part.ncols()).copy_from(part);
+    }
+    whole
+}
+
+/// Coordinates of one row of targets on a plane.
+fn plane(targets: &Sites) -> Result<[Vec<f64>; 2]> {
+    let mut rows = targets.host()?;
+    let (rows, places) = (rows.len(), rows.pop().unwrap_or_default());
+    if rows != 1 {
+        return Err(Error::axis("rows of targets to draw surfaces over", rows, 1));
+    }
+    if let Some(place) = places.iter().find(|place| place.len() != 2) {
+        return Err(Error::axis("dimensions of places to draw surfaces over", place.len(), 2));
+    }
+    Ok([0, 1].map(|d| places.iter().map(|place| place[d]).collect()))
+}
+
+/// Coordinates of sites on a plane; of sites on a line there are no fields.
+fn flat(sites: &[Vec<f64>]) -> Result<[Vec<f64>; 2]> {
+    if let Some(site) = sites.iter().find(|site| site.len() != 2) {
+        return Err(Error::axis("dimensions of sites to draw surfaces over", site.len(), 2));
+    }
+    Ok([0, 1].map(|d| sites.iter().map(|site| site[d]).collect()))
+}
+
+/// Draws given every site: of the exact process.
+pub(super) struct Dense<'a> {
+    posterior: &'a dyn Posterior,
+    gp: &'a ExactGp,
+    x: Vec<f64>,
+    y: Vec<f64>,
+    prior: Spectral,
+    /// What a draw has everywhere: its mean, and what the sites take off it.
+    level: Vec<f64>,
+    /// What each site adds to each draw, times its covariance: `[draw, site]`.
+    weight: Mat<f64>,
+}
+
+impl<'a> Dense<'a> {
+    /// `draws` draws of what `posterior` is the posterior of.
+    pub fn new(
+        posterior: &'a dyn Posterior,
+        gp: &'a ExactGp,
+        row: &exact_gp::Fitted,
+        draws: usize,
+        seed: u64,
+        extent: f64,
+    ) -> Result<Self> {
+        check(draws)?;
+        let [x, y] = flat(&row.sites)?;
+        let n = x.len();
+        let prior = Spectral::new(&*gp.kernel, draws, seed, reach(&x, &y, extent))?;
+        let mut level = levels(gp.mean_variance, draws, seed);
+        let drawn = prior_at(&prior, draws, &x, &y);
+        // Noise in the factor's own scale, in which that of a count that says nothing is one too.
+        let noise: Vec<Vec<f64>> = (0..n)
+            .map(|i| {
+                let own = row.scale[i].powi(2) * gp.nugget;
+                let sd = if gp.reads_counts() { own + 1.0 } else { own }.sqrt();
+                let mut rng = Stream::new(seed, "noise of a field", i as u64);
+                rng.normals(draws).iter().map(|z| sd * z).collect()
+            })
+            .collect();
+        let columns: Vec<Vec<f64>> = (0..draws)
+            .into_par_iter()
+            .map(|d| {
+                let residual: Vec<f64> = (0..n)
+                    .map(|i| row.scale[i] * (level[d] + f64::from(drawn[(d, i)])) + noise[i][d])
+                    .collect();
+                let solved = row.factor.solve(&residual);
+                solved.iter().zip(&row.scale).map(|(v, scale)| -v * scale).collect()
+            })
+            .collect();
+        for (level, column) in level.iter_mut().zip(&columns) {
+            *level += gp.mean_variance * column.iter().sum::<f64>();
+        }
+        let weight = Mat::from_fn(draws, n, |d, i| columns[d][i]);
+        Ok(Dense { posterior, gp, x, y, prior, level, weight })
+    }
+
+    /// `[place, draw]`.
+    fn deviations(&self, x: &[f64], y: &[f64]) -> Vec<f32> {
+        let draws = self.level.len();
+        let mut known = Mat::<f64>::zeros(self.x.len(), x.len());
+        for (i, (x, y)) in x.iter().zip(y).enumerate() {
+            self.gp.kernel.column([*x, *y], &self.x, &self.y, known.col_as_slice_mut(i));
+        }
+        let mut moved = Mat::<f64>::zeros(draws, x.len());
+        let (weight, known) = (self.weight.as_ref(), known.as_ref());
+        matmul(moved.as_mut(), Accum::Replace, weight, known, 1.0, Par::Seq);
+        let mut out = Mat::<f32>::zeros(draws, x.len());
+        self.prior.add(x, y, out.as_mut());
+        let mut all = Vec::with_capacity(draws * x.len());
+        for i in 0..x.len() {
+            let (out, moved) = (out.col_as_slice(i), moved.col_as_slice(i));
+            all.extend((0..draws).map(|d| out[d] + (moved[d] + self.level[d]) as f32));
+        }
+        all
+    }
+}
+
+impl Field for Dense<'_> {
+    fn draws(&self) -> usize {
+        self.level.len()
+    }
+
+    fn at(&self, targets: &Sites) -> Result<Drawn> {
+        let [x, y] = plane(targets)?;
+        let parts: Vec<Vec<f32>> = x
+            .par_chunks(CHUNK)
+            .zip(y.par_chunks(CHUNK))
+            .map(|(x, y)| self.deviations(x, y))
+            .collect();
+        let marginals = self.posterior.at(targets)?.marginals(0, Of::Surface)?;
+        // The surface is the same Gaussian in every component.
+        let first = |values: &[f64]| values.iter().step_by(marginals.components).copied().collect();
+        let (mean, sd) = (first(&marginals.mean), first(&marginals.sd));
+        Ok(Drawn { mean, sd, deviations: parts.concat() })
+    }
+
+    fn error(&self) -> f64 {
+        self.prior.error
+    }
+}
+
+/// Draws given each place's nearest sites: of the nearest-neighbour process. Conditioning is by the
+/// weights that krige the place, so that means and sds are those of its posterior.
+pub(super) struct Local<'a> {
+    gp: &'a NearestGp,
+    row: &'a nearest::Fitted,
+    prior: Spectral,
+    /// The prior's mean in each draw, and how far off that the sites find it.
+    level: Vec<f32>,
+    found: Vec<f32>,
+    /// What noisy observations of each draw would be: `[draw, site]`.
+    told: Mat<f32>,
+}
+
+simd::vectorised! {
+    /// `out += weight · row`.
+    pub fn add_row(out: &mut [f32], weight: f32, row: &[f32]) {
+        for (out, x) in out.iter_mut().zip(row) {
+            *out = weight.mul_add(*x, *out);
+        }
+    }
+}
+
+impl<'a> Local<'a> {
+    /// `draws` draws of the posterior of `gp` given `row`.
+    pub fn new(
+        gp: &'a NearestGp,
+        row: &'a nearest::Fitted,
+        draws: usize,
+        seed: u64,
+        extent: f64,
+    ) -> Result<Self> {
+        check(draws)?;
+        let sites = row.sites();
+        let n = sites.len();
+        if n.saturating_mul(draws) > MOST_HELD {
+            return Err(Error::input("so many draws given so many sites do not fit into memory")
+                .fact("sites", n)
+                .fact("draws", draws)
+                .fact("memory", format!("{:.1} GiB", (4 * n * draws) as f64 / f64::from(1 << 30)))
+                .try_this(format!("ask for {} draws at the most", (MOST_HELD / n.max(1)).max(1))));
+        }
+        let [x, y] = flat(&sites)?;
+        let prior = Spectral::new(&*gp.kernel, draws, seed, reach(&x, &y, extent))?;
+        let level: Vec<f32> =
+            levels(gp.mean_variance, draws, seed).iter().map(|v| *v as f32).collect();
+        let mut told = prior_at(&prior, draws, &x, &y);
+        for i in 0..n {
+            let sd = (gp.nugget + row.noise(i)).sqrt();
+            let mut rng = Stream::new(seed, "noise of a field", i as u64);
+            for (told, level) in told.col_as_slice_mut(i).iter_mut().zip(&level) {
+                *told += level + (sd * rng.normal()) as f32;
+            }
+        }
+        let mut found = vec![0f64; draws];
+        if gp.mean_variance > 0.0 {
+            for (i, b) in gp.mean_weights(row).into_iter().enumerate() {
+                for (found, told) in found.iter_mut().zip(told.col_as_slice(i)) {
+                    *found += b * f64::from(*told);
+                }
+            }
+        }
+        let found = found.iter().map(|v| *v as f32).collect();
+        Ok(Local { gp, row, prior, level, found, told })
+    }
+}
+
+impl Field for Local<'_> {
+    fn draws(&self) -> usize {
+        self.level.len()
+    }
+
+    fn at(&self, targets: &Sites) -> Result<Drawn> {
+        let [x, y] = plane(targets)?;
+        let draws = self.draws();
+        let parts: Vec<Drawn> = x
+            .par_chunks(CHUNK)
+            .zip(y.par_chunks(CHUNK))
+            .map(|(x, y)| {
+                let mut out = Mat::<f32>::zeros(draws, x.len());
+                self.prior.add(x, y, out.as_mut());
+                let places: Vec<[f64; 2]> = x.iter().zip(y).map(|(x, y)| [*x, *y]).collect();
+                let mut part = Drawn { mean: Vec::new(), sd: Vec::new(), deviations: Vec::new() };
+                part.deviations.reserve(draws * x.len());
+                for (i, weighed) in self.gp.weigh(self.row, &places).iter().enumerate() {
+                    let out = out.col_as_slice_mut(i);
+                    for (site, weight) in &weighed.weights {
+                        let told = self.told.col_as_slice(*site as usize);
+                        add_row(out, -*weight as f32, told);
+                    }
+                    add_row(out, 1.0, &self.level);
+                    add_row(out, -weighed.unknown as f32, &self.found);
+                    part.deviations.extend_from_slice(out);
+                    part.mean.push(weighed.mean);
+                    part.sd.push(weighed.variance.sqrt());
+                }
+                part
+            })
+            .collect();
+        let mut whole = Drawn { mean: Vec::new(), sd: Vec::new(), deviations: Vec::new() };
+        for part in parts {
+            whole.mean.extend(part.mean);
+            whole.sd.extend(part.sd);
+            whole.deviations.extend(part.deviations);
+        }
+        Ok(whole)
+    }
+
+    fn error(&self) -> f64 {
+        self.prior.error
+    }
+}

@@ -1,0 +1,191 @@
+//! Joint draws on the command line: where their dependence comes from, and the file they go to.
+
+use std::path::Path;
+
+use candle_core::Device;
+
+use super::map::Model;
+use crate::{
+    error::{Error, Result},
+    geo::{
+        frame::Frame,
+        geotiff::{Band, Stack},
+        grid::Grid,
+    },
+    mapping::{
+        draws::{self, Surfaces},
+        plan::Bytes,
+    },
+    predictive::Link,
+    process::{Field, Posterior, Process},
+    product::Outcome,
+    sites::Observations,
+};
+
+/// Name of the draws in an output directory.
+pub(super) const FILE: &str = "draws.tif";
+
+/// Bytes of draws beyond which a number is taken for a slip.
+const MOST: usize = 200 << 30;
+
+/// Refuses draws that no disk is meant for.
+///
+/// # Errors
+/// [`Error::Input`] for no draws at all, or for too many.
+pub(super) fn check_disk(draws: usize, grid: &Grid) -> Result<()> {
+    if draws == 0 {
+        return Err(Error::input("no surface is asked for").try_this("ask for --draws 100, say"));
+    }
+    let bytes = grid.len().saturating_mul(4).saturating_mul(draws);
+    // A band is numbered by 16 bits.
+    if bytes <= MOST && draws <= 65_535 {
+        return Ok(());
+    }
+    Err(Error::input("so many draws do not belong on a disk")
+        .fact("draws", draws)
+        .fact("pixels", grid.len())
+        .fact("disk needed", format!("{}, before compression", Bytes(bytes)))
+        .try_this(
+            "ask for fewer draws or a coarser grid; `isopleth areas` makes district means of as \
+             many draws without keeping them",
+        ))
+}
+
+/// Where the dependence between places comes from.
+pub(super) struct Joint {
+    /// A process fitted for it; nothing where the model has joint draws of its own.
+    fitted: Option<Box<dyn Process + Send + Sync>>,
+    draws: usize,
+    /// In words.
+    pub about: String,
+}
+
+impl Joint {
+    /// The model's own joint draws, or those of a Gaussian process fitted to the same survey.
+    ///
+    /// # Errors
+    /// What fitting returns.
+    pub fn prepare(
+        model: &Model,
+        posterior: &dyn Posterior,
+        context: &Observations,
+        draws: usize,
+    ) -> Result<Self> {
+        // One draw tells whether there are any, and costs nothing beside the fit.
+        match posterior.field(1, 0, 2.0) {
+            Ok(_) => {
+                Ok(Joint { fitted: None, draws, about: "from the model's own posterior".into() })
+            }
+            Err(Error::NoJointDraws) => {
+                let fitted = draws::dependence(context, model.likelihood)?;
+                let about = "each place as the model has it, the dependence between places from a \
+                             Gaussian process fitted to the same survey"
+                    .into();
+                Ok(Joint { fitted: Some(fitted), draws, about })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The fitted process, given the survey.
+    ///
+    /// # Errors
+    /// What conditioning returns.
+    pub fn condition(&self, context: &Observations) -> Result<Option<Box<dyn Posterior + '_>>> {
+        self.fitted.as_ref().map(|process| process.condition(context)).transpose()
+    }
+
+    /// The field that draws are made from.
+    ///
+    /// # Errors
+    /// What drawing it returns.
+    pub fn field<'a>(
+        &self,
+        own: &'a dyn Posterior,
+        fitted: Option<&'a (dyn Posterior + 'a)>,
+        seed: u64,
+        grid: &Grid,
+        frame: &Frame,
+    ) -> Result<Box<dyn Field + 'a>> {
+        fitted.unwrap_or(own).field(self.draws, seed, draws::extent(grid, frame))
+    }
+
+    /// Draws with the model's marginals.
+    pub fn surfaces<'a>(
+        &self,
+        own: &'a dyn Posterior,
+        device: &Device,
+        field: &'a dyn Field,
+        link: Link,
+        frame: &'a Frame,
+    ) -> Surfaces<'a> {
+        match &self.fitted {
+            None => Surfaces::own(field, link, frame),
+            Some(_) => Surfaces::joined(own, device.clone(), field, link, frame),
+        }
+    }
+}
+
+/// What the file says of itself.
+pub(super) fn tags(
+    model: &str,
+    outcome: &Outcome,
+    seed: u64,
+    joint: &Joint,
+) -> Vec<(String, String)> {
+    let tags = [
+        ("MODEL", model.to_string()),
+        ("ISOPLETH_VERSION", env!("CARGO_PKG_VERSION").into()),
+        ("PRODUCT", format!("draws:{}", joint.draws)),
+        ("OUTCOME", outcome.name.clone()),
+        ("UNIT", outcome.unit.clone()),
+        ("OF", "surface".into()),
+        ("SEED", seed.to_string()),
+        ("DEPENDENCE", joint.about.clone()),
+    ];
+    tags.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
+}
+
+/// Writes every draw, tile by tile; `how` is the tile asked for and how many threads work.
+///
+/// # Errors
+/// What drawing returns, or if the disk refuses.
+pub(super) fn write(
+    surfaces: &Surfaces,
+    grid: &Grid,
+    file: &Path,
+    bands: &[Band],
+    tags: &[(String, String)],
+    how: [usize; 2],
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<()> {
+    let tile = draws::tile(how[0], bands.len());
+    let mut stack = Stack::create(file, grid, bands, tags, tile)?;
+    let (mut done, wanted) = (0, grid.wanted());
+    draws::run(
+        surfaces,
+        grid,
+        [tile, how[1]],
+        &|window| grid.valid(window),
+        &|_, valid, values| Ok((valid.to_vec(), values)),
+        &mut |tile, blocks| {
+            let mut layer = vec![f32::NAN; tile.len()];
+            for draw in 0..bands.len() {
+                for (window, (valid, values)) in &blocks {
+                    let mut mine = values.iter().skip(draw).step_by(bands.len());
+                    for (i, _) in valid.iter().enumerate().filter(|(_, valid)| **valid) {
+                        let row = window.row - tile.row + i / window.cols;
+                        let col = window.col - tile.col + i % window.cols;
+                        layer[row * tile.cols + col] = *mine.next().unwrap_or(&f32::NAN);
+                    }
+                }
+                stack.write(tile, draw, &layer)?;
+            }
+            done += blocks.iter().map(|(_, (_, values))| values.len()).sum::<usize>() / bands.len();
+            progress(done, wanted);
+            Ok(())
+        },
+    )?;
+    stack.finish()?;
+    Ok(())
+}
