@@ -115,7 +115,14 @@ fn judge(
 
 fn frame() -> Result<Frame> {
     let plane = Crs::from_user("local:km")?;
-    Ok(Frame { plane, centre: [0.0; 2], metres_per_unit: 1000.0, y_mean: 0.0, y_sd: 1.0 })
+    Ok(Frame {
+        plane,
+        centre: [0.0; 2],
+        metres_per_unit: 1000.0,
+        y_mean: 0.0,
+        y_sd: 1.0,
+        covariates: None,
+    })
 }
 
 /// A country of a known Gaussian process: told (`known`) or fitted.

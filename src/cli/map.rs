@@ -165,6 +165,8 @@ pub fn run(args: &Args) -> Result<()> {
         open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     model.note_effects(&frame);
     let processes = model.with(&others);
+    // Before the survey is judged: what that takes is given back, and taken again by the map.
+    let resident = plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0);
     let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
     let verdict = trust::examine(called, &survey, &frame)?;
     args.strict.settle(called, &survey, &verdict)?;
@@ -174,7 +176,7 @@ pub fn run(args: &Args) -> Result<()> {
     plan.tile = args.tile.unwrap_or(plan.tile);
     if let Some(budget) = budget {
         let needs = Needs {
-            resident: plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0),
+            resident,
             cache,
             // On cards, the processor only makes products of what comes back.
             process: match plan.is_cpu() {

@@ -255,7 +255,7 @@ fn cumulative(parts: &[(f64, f64, f64)], sd: f64, k: f64) -> f64 {
     let shape = k + 1.0;
     // Sd of the gamma variable's logarithm, nearly; a mixture far narrower is as good as a point.
     let own = 1.0 / shape.sqrt();
-    let step = 0.5 / (1.0 / (own * own) + 1.0 / sd.max(0.02 * own).powi(2)).sqrt();
+    let step = 0.5 / (1.0 / (own * own) + 1.0 / sd.max(0.002 * own).powi(2)).sqrt();
     let reach = (72.0 / shape).sqrt();
     let (low, high) = (-(36.0 / shape + reach), reach);
     let n = ((high - low) / step).ceil() as usize;
@@ -268,7 +268,7 @@ fn cumulative(parts: &[(f64, f64, f64)], sd: f64, k: f64) -> f64 {
         }
         let level = x + shape.ln();
         let inner: f64 =
-            parts.iter().map(|&(w, m, s)| w * normal_cdf((level - m) / s.max(0.02 * own))).sum();
+            parts.iter().map(|&(w, m, s)| w * normal_cdf((level - m) / s.max(0.002 * own))).sum();
         total += density * inner;
         mass += density;
     }

@@ -145,7 +145,7 @@ fn surveys_that_would_make_a_wrong_map_are_refused() {
         bad(with("-2.2,2.2,30,35"), "more people are positive than were tested", &["35", "30"], ""),
         Bad {
             flags: &["--threshold", "20"],
-            ..bad(SOUND, "above any prevalence", &["20"], "for 20 % write 0.2")
+            ..bad(SOUND, "the threshold 20 is above any prevalence", &[], "for 20 % write 0.2")
         },
         Bad { flags: &["--crs", "EPSG:999999"], ..bad(SOUND, "EPSG:999999", &[], "") },
         Bad {
