@@ -157,6 +157,8 @@ pub fn run(args: &Args) -> Result<()> {
     let (model, others) =
         open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     let processes = model.with(&others);
+    // What judging takes comes after, and is given back for the map to use.
+    let resident = plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0);
     let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
     let verdict = trust::examine(called, &survey, &frame)?;
     args.strict.settle(called, &survey, &verdict)?;
@@ -166,7 +168,7 @@ pub fn run(args: &Args) -> Result<()> {
     plan.tile = args.tile.unwrap_or(plan.tile);
     if let Some(budget) = budget {
         let needs = Needs {
-            resident: plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0),
+            resident,
             cache,
             // On cards, the processor only makes products of what comes back.
             process: match plan.is_cpu() {
