@@ -2,6 +2,8 @@
 
 #[path = "contract/autoregressive.rs"]
 mod autoregressive;
+#[path = "contract/covariates.rs"]
+mod covariates;
 #[path = "contract/displaced.rs"]
 mod displaced;
 #[path = "contract/draws.rs"]
@@ -16,6 +18,8 @@ mod kernels;
 mod likelihoods;
 #[path = "contract/nearest_gp.rs"]
 mod nearest_gp;
+#[path = "contract/next.rs"]
+mod next;
 #[path = "contract/scores.rs"]
 mod scores;
 #[cfg(feature = "gdal")]

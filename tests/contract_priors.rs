@@ -498,7 +498,9 @@ fn bad_laws_are_refused() {
 #[test]
 fn a_displaced_design_moves_the_context_alone() {
     let tasks = |more: &str| {
-        let recipe = format!("[design]\ntargets = 9\n{more}\n[task]\nlikelihood = \"binomial\"");
+        let recipe = format!(
+            "prior = {{ kind = 'gp' }}\n[design]\ntargets = 9\n{more}\n[task]\nlikelihood = \"binomial\""
+        );
         Tasks::new(&recipe.parse().unwrap())
     };
     let draw = |more: &str| {

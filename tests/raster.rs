@@ -395,6 +395,7 @@ fn survey(outcome: survey::Outcome) -> Survey {
         rows: (1..=x.len()).collect(),
         x,
         outcome,
+        covariates: None,
         dropped: Vec::new(),
         displacement: None,
         notes: Vec::new(),

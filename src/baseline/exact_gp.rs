@@ -3,13 +3,16 @@
 //! Source: Rasmussen & Williams (2006): algorithm 2.1 for Gaussian observations, algorithms 3.1 and
 //! 3.2 (Laplace approximation) for counts of every log-concave likelihood. Ordinary kriging is the
 //! limit of a mean with a broad Gaussian prior (their section 2.7), so simple and ordinary kriging
-//! are one formula here.
+//! are one formula here; and universal kriging is the same formula with a coefficient for every
+//! covariate. The variance of the coefficients' prior is found with the other parameters, by what is left
+//! of the likelihood once the coefficients are integrated out: ridge regression with its penalty by
+//! restricted likelihood.
 
 use candle_core::{DType, Tensor};
 use faer::{Accum, Mat, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
-use super::{field, nelder_mead::minimise};
+use super::{field, nelder_mead::minimise, regression::Coefficients};
 pub use crate::likelihood::binomial_log_pmf;
 use crate::{
     error::{Error, Result},
@@ -45,6 +48,10 @@ pub struct ExactGp {
     pub mean: f64,
     /// Variance of our belief in `mean`: 0 is simple kriging, large is ordinary kriging.
     pub mean_variance: f64,
+    /// Variance of our belief in the coefficient of each covariate, whose mean is 0, link scale².
+    pub coefficient_variance: f64,
+    /// Covariates of every site: 0, and those that sites have are passed over.
+    features: usize,
     /// Size of negative binomial counts; ∞ for every other likelihood.
     pub dispersion: f64,
     /// Log marginal likelihood of the context it was fitted to, in nats, where it was fitted.
@@ -57,6 +64,7 @@ pub type MadeOf<'a> = &'a (dyn Fn(Matern) -> Result<Box<dyn Kernel>> + Sync);
 
 /// One row of a context on the host, padding removed.
 pub(super) struct Row {
+    /// Coordinates, and behind them the covariates.
     pub sites: Vec<Vec<f64>>,
     pub y: Vec<f64>,
     /// Number tested, or exposure; empty for values.
@@ -120,10 +128,27 @@ impl ExactGp {
             nugget,
             mean,
             mean_variance: 0.0,
+            coefficient_variance: 0.0,
+            features: 0,
             dispersion: f64::INFINITY,
             log_marginal: None,
             likelihood,
         })
+    }
+
+    /// The same process with a mean that is linear in `features` covariates of every site
+    /// ([`Sites::x`]), whose coefficients have independent priors of mean 0 and this `variance`, link
+    /// scale². They are integrated out: what is not known of them widens every prediction.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a variance that is not finite or below 0.
+    pub fn with_covariates(self, features: usize, variance: f64) -> Result<Self> {
+        if !(variance >= 0.0 && variance.is_finite()) {
+            return Err(
+                Error::input("coefficients need a prior variance ≥ 0").fact("variance", variance)
+            );
+        }
+        Ok(ExactGp { features, coefficient_variance: variance, ..self })
     }
 
     /// The same process with counts of this dispersion.
@@ -147,7 +172,8 @@ impl ExactGp {
 
     /// The Matérn process that makes the context most likely: length scale, sill, nugget, and
     /// smoothness among 1/2, 3/2 and 5/2, with the mean integrated out under a broad prior; and the
-    /// size of negative binomial counts.
+    /// size of negative binomial counts. Where sites have covariates, their coefficients are integrated
+    /// out too, under the prior that makes the context most likely.
     ///
     /// Weak log-normal penalties keep parameters that the data do not inform in sane ranges. Above
     /// [`FIT_SITES`] sites, the likelihood is that of an evenly spread subset of the rows.
@@ -170,11 +196,12 @@ impl ExactGp {
         likelihood: &'static dyn Likelihood,
         of: MadeOf,
     ) -> Result<Self> {
-        let rows = rows(context, likelihood)?;
+        let features = width(&context.sites);
+        let rows = rows(context, likelihood, features)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
         };
-        let extent = extent(&row.sites);
+        let extent = extent(&row.sites, features);
         if row.sites.len() < 3 || !(extent > 0.0 && extent.is_finite()) {
             return Err(Error::input("a Gaussian process needs three sites in different places")
                 .fact("sites", row.sites.len())
@@ -186,16 +213,21 @@ impl ExactGp {
         let mean_variance = if likelihood.counts() { 25.0 } else { 100.0 * variance };
         // Centre and sd of the log-normal penalties: weak, for sd 1.5 allows a factor of 20.
         let mut belief = vec![(0.25 * extent, 1.25), (variance, 1.5), (0.2 * variance, 2.0)];
-        // The size last, where there is one.
+        // The size of counts, and then the coefficients' variance, last, where there are some.
         let sized = likelihood.dispersion().is_some();
         if sized {
             belief.push((5.0, 2.0));
+        }
+        if features > 0 {
+            belief.push((0.2 * variance, 1.5));
         }
         let process = |smoothness: Smoothness, p: &[f64]| -> Result<ExactGp> {
             let (length_scale, sill) = (p[0].exp(), p[1].exp());
             let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
             let gp = ExactGp::new(of(kernel)?, p[2].exp(), centre, likelihood)?;
             let gp = gp.uncertain_mean(mean_variance);
+            let coefficients = if features > 0 { p[p.len() - 1].exp() } else { 0.0 };
+            let gp = gp.with_covariates(features, coefficients)?;
             if sized { gp.dispersed(p[3].exp()) } else { Ok(gp) }
         };
         let penalty = |p: &[f64]| -> f64 {
@@ -220,9 +252,10 @@ impl ExactGp {
                 Some((_, p, _)) => vec![p.clone()],
                 None => [0.05, 0.3]
                     .map(|part| {
-                        let size = if sized { Some(5f64.ln()) } else { None };
-                        let start = [part * extent, 0.7 * variance, 0.2 * variance].map(f64::ln);
-                        start.into_iter().chain(size).collect()
+                        let size = if sized { Some(5.0) } else { None };
+                        let last = if features > 0 { Some(0.1 * variance) } else { None };
+                        let start = [part * extent, 0.7 * variance, 0.2 * variance];
+                        start.into_iter().chain(size).chain(last).map(f64::ln).collect()
                     })
                     .to_vec(),
             };
@@ -244,6 +277,50 @@ impl ExactGp {
         }
     }
 
+    /// Regression on the covariates of every site and nothing else: no surface, only coefficients, a
+    /// level and a nugget. What a map must beat to be one.
+    ///
+    /// # Errors
+    /// As [`ExactGp::fit`].
+    pub fn regression(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
+        let features = width(&context.sites);
+        let rows = rows(context, likelihood, features)?;
+        let [row] = &rows[..] else {
+            return Err(Error::axis("rows to fit one regression to", rows.len(), 1));
+        };
+        let row = row.thinned(FIT_SITES);
+        let (centre, variance) = row.centre(likelihood);
+        let mean_variance = if likelihood.counts() { 25.0 } else { 100.0 * variance };
+        let process = |p: &[f64]| -> Result<ExactGp> {
+            // Next to nothing: a covariance without any surface would be singular without a nugget.
+            let kernel = Matern {
+                smoothness: Smoothness::Half,
+                length_scale: 1.0,
+                sill: 1e-6 * variance,
+                metric: Metric::Euclidean,
+            };
+            let gp = ExactGp::new(Box::new(kernel), p[0].exp(), centre, likelihood)?;
+            gp.uncertain_mean(mean_variance).with_covariates(features, p[1].exp())
+        };
+        let belief = [(variance, 2.0), (0.2 * variance, 1.5)];
+        let mut latent = vec![0.0; row.sites.len()];
+        let cost = |p: &[f64]| {
+            let fitted = process(p).and_then(|gp| gp.absorb(&row, &latent));
+            fitted.map_or(f64::INFINITY, |fitted| {
+                latent = fitted.latent;
+                let terms = p.iter().zip(&belief).map(|(x, (c, sd))| ((x - c.ln()) / sd).powi(2));
+                0.5 * terms.sum::<f64>() - fitted.log_marginal
+            })
+        };
+        let start = [(0.5 * variance).ln(), (0.2 * variance).ln()];
+        let (p, value) = minimise(cost, &start, 0.6, 1e-3, 100);
+        match value.is_finite() {
+            true => process(&p),
+            false => Err(Error::input("no regression could be fitted to the observations")
+                .try_this("check the outcomes and covariates for extreme values")),
+        }
+    }
+
     /// Log marginal likelihood of each row of `context`, in nats: exact for values, Laplace's
     /// approximation for counts.
     pub fn log_marginals(&self, context: &Observations) -> Result<Vec<f64>> {
@@ -251,7 +328,7 @@ impl ExactGp {
     }
 
     fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
-        let rows = rows(context, self.likelihood)?;
+        let rows = rows(context, self.likelihood, self.features)?;
         if let Some(row) = rows.iter().find(|row| row.sites.len() > MOST_SITES) {
             return Err(Error::input("too many sites for an exact Gaussian process")
                 .fact("sites", row.sites.len())
@@ -266,9 +343,66 @@ impl ExactGp {
         self.likelihood.counts()
     }
 
-    /// Covariance of the surface and of our doubt about its mean.
+    /// Mean of the surface at targets `[target]` and its covariance, row-major `[target, target]`, link
+    /// scale, given a context of one row.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] for several rows; else as conditioning.
+    pub fn belief(&self, context: &Observations, targets: &Sites) -> Result<[Vec<f64>; 2]> {
+        let conditioned = Conditioned { gp: self, rows: self.absorb_all(context)? };
+        let ([row], [places]) = (&conditioned.rows[..], &places(targets, self.features)?[..])
+        else {
+            return Err(Error::axis("rows of a belief", conditioned.rows.len(), 1));
+        };
+        let (mean, covariance) = conditioned.posterior(row, places);
+        let n = mean.len();
+        let flat = (0..n).flat_map(|i| (0..n).map(move |j| (i, j)));
+        Ok([mean, flat.map(|(i, j)| covariance[(i, j)]).collect()])
+    }
+
+    /// What the observations say of the covariates' coefficients, link scale; exact for values, by
+    /// Laplace's approximation for counts.
+    ///
+    /// # Shapes
+    /// `context` has one row.
+    /// # Errors
+    /// [`Error::Axis`] for several rows, or other covariates than the process has.
+    pub fn coefficients(&self, context: &Observations) -> Result<Coefficients> {
+        let rows = self.absorb_all(context)?;
+        let [row] = &rows[..] else {
+            return Err(Error::axis("rows to read coefficients from", rows.len(), 1));
+        };
+        let (n, p) = (row.sites.len(), self.features);
+        // Covariance of each coefficient and the latent at each site.
+        let mut c = Mat::from_fn(n, p, |i, j| {
+            let site = &row.sites[i];
+            self.coefficient_variance * site[site.len() - p + j]
+        });
+        let mean = (0..p)
+            .map(|j| c.col_as_slice(j).iter().zip(&row.weight).map(|(c, w)| c * w).sum())
+            .collect();
+        for j in 0..p {
+            c.col_as_slice_mut(j).iter_mut().zip(&row.scale).for_each(|(c, s)| *c *= s);
+        }
+        row.factor.whiten(&mut c);
+        let mut covariance = vec![0.0; p * p];
+        for i in 0..p {
+            for j in 0..p {
+                let known: f64 =
+                    c.col_as_slice(i).iter().zip(c.col_as_slice(j)).map(|(a, b)| a * b).sum();
+                let prior = if i == j { self.coefficient_variance } else { 0.0 };
+                covariance[i * p + j] = prior - known;
+            }
+        }
+        Ok(Coefficients { mean, covariance })
+    }
+
+    /// Covariance of the surface, and of our doubt about its mean and its covariates' coefficients.
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
-        self.kernel.covariance(a, b) + self.mean_variance
+        let ((a, x), (b, z)) =
+            (a.split_at(a.len() - self.features), b.split_at(b.len() - self.features));
+        let alike: f64 = x.iter().zip(z).map(|(x, z)| x * z).sum();
+        self.kernel.covariance(a, b) + self.mean_variance + self.coefficient_variance * alike
     }
 
     /// The factor a posterior needs. `start` is a first guess of the latent's deviation.
@@ -384,9 +518,34 @@ impl ExactGp {
     }
 }
 
-/// Rows of a context on the host, padding removed.
-pub(super) fn rows(context: &Observations, likelihood: &dyn Likelihood) -> Result<Vec<Row>> {
-    let sites = context.sites.host()?;
+/// Covariates of every site.
+pub(super) fn width(sites: &Sites) -> usize {
+    sites.x.as_ref().map_or(0, |x| x.dims().last().copied().unwrap_or(0))
+}
+
+/// Coordinates and, behind them, covariates, on the host: `[batch][site][dimension + feature]`.
+fn places(sites: &Sites, features: usize) -> Result<Vec<Vec<Vec<f64>>>> {
+    let mut places = sites.host()?;
+    if features == 0 {
+        return Ok(places);
+    }
+    let found = width(sites);
+    let Some(x) = sites.x.as_ref().filter(|_| found == features) else {
+        return Err(Error::axis("covariates of sites and of the process", found, features));
+    };
+    for (row, x) in places.iter_mut().zip(x.to_dtype(DType::F64)?.to_vec3::<f64>()?) {
+        row.iter_mut().zip(x).for_each(|(place, x)| place.extend(x));
+    }
+    Ok(places)
+}
+
+/// Rows of a context on the host, padding removed, with `features` covariates behind coordinates.
+pub(super) fn rows(
+    context: &Observations,
+    likelihood: &dyn Likelihood,
+    features: usize,
+) -> Result<Vec<Row>> {
+    let sites = places(&context.sites, features)?;
     let host = |x: &Tensor| -> Result<Vec<Vec<f64>>> { Ok(x.to_dtype(DType::F64)?.to_vec2()?) };
     if context.y.dims().last() != Some(&1) {
         return Err(Error::axis("outcomes per site", format!("{:?}", context.y.dims()), 1));
@@ -466,9 +625,9 @@ impl Row {
     }
 }
 
-/// Longest side of the box around the sites.
-fn extent(sites: &[Vec<f64>]) -> f64 {
-    let dimensions = sites.first().map_or(0, Vec::len);
+/// Longest side of the box around the sites, whose last numbers are covariates.
+fn extent(sites: &[Vec<f64>], features: usize) -> f64 {
+    let dimensions = sites.first().map_or(0, |site| site.len() - features);
     (0..dimensions)
         .map(|d| {
             let (low, high) = sites
@@ -486,6 +645,7 @@ impl std::fmt::Debug for ExactGp {
             .field("nugget", &self.nugget)
             .field("mean", &self.mean)
             .field("mean_variance", &self.mean_variance)
+            .field("coefficient_variance", &self.coefficient_variance)
             .field("dispersion", &self.dispersion)
             .field("likelihood", &self.likelihood.name())
             .finish()
@@ -550,7 +710,7 @@ impl Posterior for Conditioned<'_> {
         let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
         // Far below what any observation could resolve, and above zero, which is no density.
         let least = 1e-12 * (self.gp.kernel.sill() + self.gp.nugget).max(f64::MIN_POSITIVE);
-        for (row, sites) in self.rows.iter().zip(targets.host()?) {
+        for (row, sites) in self.rows.iter().zip(places(targets, self.gp.features)?) {
             let chunks: Vec<_> = sites
                 .par_chunks(CHUNK)
                 .map(|chunk| {
@@ -634,7 +794,7 @@ impl Posterior for Conditioned<'_> {
             let log_tau = (2.0 * std::f64::consts::PI).ln();
             Ok(-0.5 * (square + factor.log_det() + n as f64 * log_tau))
         };
-        let rows = self.rows.iter().zip(targets.host()?).zip(values);
+        let rows = self.rows.iter().zip(places(targets, self.gp.features)?).zip(values);
         let densities = rows.map(density).collect::<Result<Vec<f64>>>()?;
         Ok(Some(Tensor::from_vec(densities, targets.batch(), targets.s.device())?))
     }
@@ -646,7 +806,7 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of targets to draw surfaces over", self.rows.len(), 1));
         };
-        let sites = targets.host()?.swap_remove(0);
+        let sites = places(targets, self.gp.features)?.swap_remove(0);
         let (mean, covariance) = self.posterior(row, &sites);
         let factor = Cholesky::factor(covariance)?;
         let mut values = Vec::with_capacity(n * sites.len());
@@ -664,6 +824,10 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
+        if self.gp.features > 0 {
+            return Err(Error::input("joint draws over a map do not take covariates yet")
+                .try_this("leave out the covariates, or --draws"));
+        }
         Ok(Box::new(field::Dense::new(self, self.gp, row, draws, seed, extent)?))
     }
 }

@@ -7,9 +7,11 @@ pub mod integrated;
 pub mod nearest;
 mod neighbours;
 mod nelder_mead;
+pub mod regression;
 pub mod rules;
 mod spectral;
 
 pub use exact_gp::ExactGp;
 pub use integrated::IntegratedGp;
 pub use nearest::NearestGp;
+pub use regression::{Coefficients, Regressed};

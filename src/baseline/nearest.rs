@@ -403,7 +403,7 @@ impl NearestGp {
         likelihood: &'static dyn Likelihood,
         of: MadeOf,
     ) -> Result<Self> {
-        let rows = rows(context, likelihood)?;
+        let rows = rows(context, likelihood, 0)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
         };
@@ -486,7 +486,7 @@ impl NearestGp {
     }
 
     fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
-        let rows = rows(context, self.likelihood)?;
+        let rows = rows(context, self.likelihood, 0)?;
         rows.iter()
             .map(|row| {
                 let ordered = Ordered::new(row);

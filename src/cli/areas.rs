@@ -181,6 +181,7 @@ pub fn run(args: &Args) -> Result<()> {
     let budget: Option<Bytes> = told.memory.as_deref().map(str::parse).transpose()?;
     geotiff::cache(plan::cache(budget));
 
+    told.covariates.refused("means of districts")?;
     let survey = told.survey.read()?;
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     cards::DeviceArgs,
+    covariates::{CovariateArgs, effects},
     draws::Joint,
     output::Output,
     reading::ReadingArgs,
@@ -22,14 +23,15 @@ use super::{
 };
 use crate::{
     attention::{Reading, Tally},
-    baseline::{ExactGp, NearestGp},
+    baseline::{Coefficients, ExactGp, NearestGp, Regressed},
     checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
+        covariates::Cover,
         crs::Crs,
         displacement::Displacement,
         frame::Frame,
-        geotiff::{self, Band, Polygons, Raster},
+        geotiff::{self, Band, Cog, Polygons, Raster},
         grid::{Extent, Grid, Resolution},
         survey::{self, Survey},
     },
@@ -54,6 +56,8 @@ use crate::{
 pub struct Args {
     #[command(flatten)]
     pub(super) survey: SurveyArgs,
+    #[command(flatten)]
+    pub(super) covariates: CovariateArgs,
     /// Any GeoTIFF on the grid to predict over; its pixels without data stay without
     #[arg(long, value_name = "GRID.tif", conflicts_with_all = ["resolution", "crs_out"])]
     pub(super) like: Option<PathBuf>,
@@ -132,6 +136,7 @@ pub fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     // What costs nothing to check comes first.
     let specs = specs(args)?;
+    args.covariates.for_maps()?;
     if args.draws.is_some() && args.of != "surface" {
         return Err(Error::input(
             "draws are of the surface: new sites have no joint law to draw from",
@@ -146,7 +151,8 @@ pub fn run(args: &Args) -> Result<()> {
     // Before any raster is opened: GDAL takes its cache once and for all.
     let cache = geotiff::cache(plan::cache(budget)) << 20;
 
-    let survey = args.survey.read()?;
+    let layer = args.survey.columns.layer.as_deref();
+    let survey = args.covariates.attach(args.survey.read()?, layer)?;
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let outcome = outcome(args, &survey);
@@ -154,8 +160,10 @@ pub fn run(args: &Args) -> Result<()> {
     let grid = grid(args, resolution, &survey, &frame)?;
     let inside = overlap(&grid, &survey)?;
     args.draws.map_or(Ok(()), |draws| super::draws::check_disk(draws, &grid))?;
-    let (model, others) =
+    let (grid, cover) = cover(grid, &frame, output.scratch())?;
+    let (mut model, others) =
         open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
+    model.note_effects(&frame);
     let processes = model.with(&others);
     // What judging takes comes after, and is given back for the map to use.
     let resident = plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0);
@@ -257,6 +265,11 @@ pub fn run(args: &Args) -> Result<()> {
             files: files.iter().filter_map(|f| f.file_name()?.to_str().map(String::from)).collect(),
         });
     }
+    if cover.is_some() {
+        let (description, unit) = (extrapolation().description, String::new());
+        let files = vec![EXTRAPOLATION.to_string()];
+        made.push(ProductNote { product: "extrapolation".into(), description, unit, files });
+    }
     let mut record = Record {
         isopleth: env!("CARGO_PKG_VERSION").into(),
         command: std::env::args().collect(),
@@ -268,11 +281,13 @@ pub fn run(args: &Args) -> Result<()> {
         products: made,
         warnings: [
             cards.warnings(summary.cut_to),
+            cover.as_ref().map_or_else(Vec::new, Cover::warnings),
             trust::warnings(&verdict),
             warnings(&survey, &grid, &frame, inside, &summary),
         ]
         .concat(),
         summary,
+        covariates: cover,
         trust: Some(json!(verdict)),
         reading,
         left_out,
@@ -299,6 +314,28 @@ pub fn run(args: &Args) -> Result<()> {
     record.write(output.scratch())?;
     output.publish(&record.files())?;
     tell_output(&args.out, &outcome, &survey, &record)
+}
+
+/// The raster of how far pixels lie outside the covariates seen at sites.
+const EXTRAPOLATION: &str = "extrapolation.tif";
+
+fn extrapolation() -> Band {
+    Band {
+        description:
+            "How far covariates lie outside the values seen at sites, in units of their range"
+                .into(),
+        unit: "1".into(),
+    }
+}
+
+/// The grid without the pixels that lack a covariate, and what was found; beside the maps, how far each
+/// pixel lies outside what was seen at sites.
+fn cover(grid: Grid, frame: &Frame, folder: &Path) -> Result<(Grid, Option<Cover>)> {
+    let Some(design) = &frame.covariates else { return Ok((grid, None)) };
+    let mut raster = Cog::create(&folder.join(EXTRAPOLATION), &grid, &extrapolation(), &[])?;
+    let (grid, cover) = design.cover(grid, &mut |window, values| raster.write(window, values))?;
+    raster.finish()?;
+    Ok((grid, Some(cover)))
 }
 
 /// What was asked for, thresholds included, each once.
@@ -346,14 +383,31 @@ pub(super) fn grid(
     survey: &Survey,
     frame: &Frame,
 ) -> Result<Grid> {
-    if args.like.is_some() {
-        let grid = like(args, &survey.crs)?;
-        return match &args.clip {
+    let Args { like, clip, crs_out, .. } = args;
+    grid_of(like.as_deref(), clip.as_deref(), crs_out.as_deref(), resolution, survey, frame)
+}
+
+/// The same from what it is made of.
+pub(super) fn grid_of(
+    like: Option<&Path>,
+    clip: Option<&Path>,
+    crs_out: Option<&str>,
+    resolution: Option<Resolution>,
+    survey: &Survey,
+    frame: &Frame,
+) -> Result<Grid> {
+    if let Some(like) = like {
+        let grid = if survey.crs.is_local() {
+            Grid::read_local(like, &survey.crs)?
+        } else {
+            Grid::read(like)?
+        };
+        return match clip {
             Some(area) => grid.clip(area),
             None => Ok(grid),
         };
     }
-    let crs = match (&args.crs_out, resolution) {
+    let crs = match (crs_out, resolution) {
         (Some(crs), _) => Crs::from_user(crs)?,
         (None, Some(Resolution::Degrees(_))) if survey.crs.is_geographic() => survey.crs.clone(),
         (None, Some(Resolution::Degrees(_))) if !survey.crs.is_local() => {
@@ -362,7 +416,7 @@ pub(super) fn grid(
         _ if survey.crs.is_geographic() => frame.plane.clone(),
         _ => survey.crs.clone(),
     };
-    if let Some(area) = &args.clip {
+    if let Some(area) = clip {
         let polygons = Polygons::read(area, &crs)?;
         return Grid::cover(polygons.extent, &crs, resolution)?.clip_to(&polygons);
     }
@@ -396,11 +450,34 @@ pub(super) struct Model {
     pub process: Box<dyn Process + Send + Sync>,
     /// For the run record.
     pub card: Value,
+    /// What covariates do, where the survey has some.
+    pub coefficients: Option<Coefficients>,
     /// How it reads the survey.
     pub likelihood: &'static dyn Likelihood,
 }
 
 impl Model {
+    /// Writes into the card what the covariates do.
+    pub fn note_effects(&mut self, frame: &Frame) {
+        if let (Some(design), Some(coefficients)) = (&frame.covariates, &self.coefficients) {
+            self.card["coefficients"] = json!(effects(frame, design, coefficients));
+        }
+    }
+
+    /// The effects, a line each, and how they came in.
+    pub fn tell_effects(&self) -> Result<()> {
+        let each = self.card.get("coefficients").and_then(Value::as_array);
+        for (i, effect) in each.into_iter().flatten().enumerate() {
+            let number = |key: &str| effect[key].as_f64().unwrap_or(f64::NAN);
+            let per = effect.get("per").and_then(Value::as_f64);
+            let per = per.map_or(String::new(), |per| format!(" per sd ({})", round(per)));
+            let name = effect["of"].as_str().unwrap_or_default();
+            let text = format!("{name}: {:+.3} ± {:.3}{per}", number("mean"), number("sd"));
+            line(if i == 0 { "effects" } else { "" }, text)?;
+        }
+        Ok(())
+    }
+
     /// Its process and those of the other devices, in their order.
     pub fn with<'a>(&'a self, others: &'a [Model]) -> Vec<&'a (dyn Process + Send + Sync)> {
         std::iter::once(self).chain(others).map(|model| &*model.process).collect()
@@ -447,14 +524,22 @@ pub(super) fn open_model(
             .try_this("`isopleth list models` shows the models for maps"));
     }
     let process = checkpoint.process_reading(device, reading)?;
+    let (process, coefficients): (Box<dyn Process + Send + Sync>, _) =
+        match (moved, &context.sites.x) {
+            (Some(moved), _) => (Box::new(placed(process, tasks.design(), moved)), None),
+            (None, None) => (process, None),
+            (None, Some(_)) => {
+                let (coefficients, _) = Coefficients::of(context, wanted)?;
+                let betas = coefficients.spread()?;
+                (Box::new(Regressed::new(process.into(), betas, wanted, true)), Some(coefficients))
+            }
+        };
     Ok(Model {
         name: checkpoint.card.name.clone(),
-        process: match moved {
-            Some(moved) => Box::new(placed(process, tasks.design(), moved)),
-            None => process,
-        },
+        process,
         card: serde_json::to_value(&checkpoint.card)
             .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
+        coefficients,
         likelihood: wanted,
     })
 }
@@ -475,30 +560,68 @@ fn classical(
             .try_this("leave --lose and --precision out, or use a trained model"));
     }
     let mut card = json!({ "name": name, "predicts": "", "likelihood": likelihood.name() });
-    let process: Box<dyn Process + Send + Sync> = if name == "gp" {
-        let gp = exact(context, likelihood, moved)?;
-        card["predicts"] =
-            json!("exact Gaussian process, fitted to this survey by maximum likelihood");
-        card["kernel"] = json!(format!("{:?}", gp.kernel));
-        card["nugget"] = json!(gp.nugget);
-        card["log_marginal"] = json!(gp.log_marginal);
-        Box::new(gp)
-    } else {
-        let gp = nearest(context, likelihood, moved)?;
-        card["predicts"] = json!(
-            "nearest-neighbour Gaussian process, fitted to this survey by maximum likelihood"
-        );
-        card["kernel"] = json!(format!("{:?}", gp.kernel));
-        card["nugget"] = json!(gp.nugget);
-        card["log_marginal"] = json!(gp.log_marginal);
-        card["neighbours"] = json!({ "fitting": gp.previous, "predicting": gp.near });
-        Box::new(gp)
-    };
+    let Fitted { process, about, coefficients } = fit(name, context, likelihood, moved)?;
+    card["predicts"] = json!(format!("{}, fitted to this survey by maximum likelihood", about.0));
+    about.1.into_iter().for_each(|(key, value)| card[key] = value);
     let process: Box<dyn Process + Send + Sync> = match moved {
         Some(moved) => Box::new(Expected::new(process, moved.clone())),
         None => process,
     };
-    Ok(Some(Model { name: name.to_string(), process, card, likelihood }))
+    Ok(Some(Model { name: name.to_string(), process, card, coefficients, likelihood }))
+}
+
+/// A classical process with what its card says.
+pub(super) struct Fitted {
+    pub process: Box<dyn Process + Send + Sync>,
+    about: (&'static str, Vec<(&'static str, Value)>),
+    coefficients: Option<Coefficients>,
+}
+
+/// Fits `gp` or `vecchia` to a context, with its covariates where it has some.
+pub(super) fn fit(
+    name: &str,
+    context: &Observations,
+    likelihood: &'static dyn Likelihood,
+    moved: Option<&Displacement>,
+) -> Result<Fitted> {
+    let covariates = context.sites.x.is_some();
+    if name == "gp" {
+        let (gp, coefficients) = match covariates {
+            true => {
+                let (coefficients, gp) = Coefficients::of(context, likelihood)?;
+                (gp, Some(coefficients))
+            }
+            false => (exact(context, likelihood, moved)?, None),
+        };
+        let mut facts = vec![
+            ("kernel", json!(format!("{:?}", gp.kernel))),
+            ("nugget", json!(gp.nugget)),
+            ("log_marginal", json!(gp.log_marginal)),
+        ];
+        if covariates {
+            facts.push(("coefficient_variance", json!(gp.coefficient_variance)));
+        }
+        let about = ("exact Gaussian process", facts);
+        return Ok(Fitted { process: Box::new(gp), about, coefficients });
+    }
+    let facts = |gp: &NearestGp| {
+        vec![
+            ("kernel", json!(format!("{:?}", gp.kernel))),
+            ("nugget", json!(gp.nugget)),
+            ("log_marginal", json!(gp.log_marginal)),
+            ("neighbours", json!({ "fitting": gp.previous, "predicting": gp.near })),
+        ]
+    };
+    let what = "nearest-neighbour Gaussian process";
+    Ok(if covariates {
+        let (all, coefficients, gp) = Regressed::nearest(context, likelihood)?;
+        let about = (what, facts(&gp));
+        Fitted { process: Box::new(all), about, coefficients: Some(coefficients) }
+    } else {
+        let gp = nearest(context, likelihood, moved)?;
+        let about = (what, facts(&gp));
+        Fitted { process: Box::new(gp), about, coefficients: None }
+    })
 }
 
 /// A trained process whose context is displaced: it has learned to read it, or is asked about places.
@@ -594,6 +717,9 @@ pub(super) fn line(name: &str, text: impl std::fmt::Display) -> Result<()> {
 pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
     let used = survey.x.len();
     line("survey", format!("{}: {used} sites used", survey.source.display()))?;
+    for (i, spec) in survey.covariates.iter().flat_map(|c| &c.specs).enumerate() {
+        line(if i == 0 { "covariates" } else { "" }, spec)?;
+    }
     if !survey.dropped.is_empty() {
         let mut reasons: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
         for dropped in &survey.dropped {
@@ -634,7 +760,8 @@ pub(super) fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Mo
         ),
     )?;
     let what = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
-    line("model", format!("{}: {what}", model.name))
+    line("model", format!("{}: {what}", model.name))?;
+    model.tell_effects()
 }
 
 fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) -> Result<()> {

@@ -12,12 +12,14 @@ pub mod bench;
 pub mod benchmark;
 pub mod calibrate;
 pub mod cards;
+pub mod covariates;
 mod draws;
 mod environment;
 pub mod inspect;
 pub mod list;
 pub mod map;
 mod output;
+pub mod plan;
 pub mod predict;
 pub mod reading;
 mod report;
@@ -49,6 +51,7 @@ enum Command {
     Areas(Box<areas::Args>),
     Predict(Box<predict::Args>),
     Validate(Box<validate::Args>),
+    Plan(Box<plan::Args>),
     Trust(Box<trust::Args>),
     Sample(sample::Args),
     Train(train::Args),
@@ -69,6 +72,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Areas(args) => areas::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Validate(args) => validate::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Trust(args) => trust::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Train(args) => train::run(args),

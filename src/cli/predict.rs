@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     cards::DeviceArgs,
+    covariates::CovariateArgs,
     map::{line, open_models, plural, round, tell_survey},
     reading::ReadingArgs,
     sample::refuse_existing,
@@ -56,6 +57,8 @@ pub struct Args {
     reading: ReadingArgs,
     #[command(flatten)]
     columns: ColumnArgs,
+    #[command(flatten)]
+    covariates: CovariateArgs,
     /// Also predict what a new survey of N would count at each place: columns count_…, of positives
     /// among N tested, or of cases in a population or person-time of N
     #[arg(long, value_name = "N")]
@@ -112,6 +115,7 @@ pub fn run(args: &Args) -> Result<()> {
     let cards = args.device.open(args.model.as_deref(), reading)?;
     let said = args.columns.options();
     let survey = Survey::read(&args.context, &said)?;
+    let survey = args.covariates.attach(survey, said.layer.as_deref())?;
     let own = SurveyOptions {
         lon: args.target_lon.clone(),
         lat: args.target_lat.clone(),
@@ -146,8 +150,9 @@ pub fn run(args: &Args) -> Result<()> {
 
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
-    let (model, others) =
+    let (mut model, others) =
         open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
+    model.note_effects(&frame);
     let processes = model.with(&others);
     let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
     let verdict = trust::examine(called, &survey, &frame)?;
@@ -163,6 +168,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let about = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
     line("model", format!("{}: {about}", model.name))?;
+    model.tell_effects()?;
 
     let mut plan = Plan::on(cards.devices.clone());
     if let Some(room) = plan.room() {
@@ -175,20 +181,22 @@ pub fn run(args: &Args) -> Result<()> {
     let answered =
         names.len() - coordinates(&targets).map_or(0, |c| c.len()) - targets.names().len();
     let (mut from, mut beyond) = (0, 0);
+    let mut found = Covered::default();
     let chunks = targets.chunks(rows)?.map(|chunk| {
         let (len, own) = chunk?;
         let (x, y) = (&targets.x[from..from + len], &targets.y[from..from + len]);
         from += len;
+        let placed: Vec<usize> = (0..len).filter(|i| !x[*i].is_nan()).collect();
+        let (rows, values) = found.look(&frame, &targets, [x, y], &placed, &own)?;
         let mut columns = Vec::new();
         if coordinates(&targets).is_some() {
             columns.extend([x, y].map(|values| Column::Numbers(values.to_vec())));
         }
         columns.extend(own);
-        let rows: Vec<usize> = (0..len).filter(|i| !x[*i].is_nan()).collect();
         let mut answers = vec![vec![f64::NAN; len]; answered];
         if !rows.is_empty() {
             let at = |values: &[f64]| rows.iter().map(|i| values[*i]).collect::<Vec<f64>>();
-            let sites = frame.sites(&targets.crs, &at(x), &at(y), &Device::Cpu)?;
+            let sites = frame.sites_with(&targets.crs, &at(x), &at(y), &values, &Device::Cpu)?;
             let far = |p: &&Vec<f64>| p.iter().any(|v| v.abs() > 1.0 + mapping::REACH);
             beyond += sites.host()?[0].iter().filter(far).count();
             let given = mapping::in_parts(&plan, &part, &sites, |device, sites| {
@@ -205,6 +213,7 @@ pub fn run(args: &Args) -> Result<()> {
 
     let mut warnings = cards.warnings(part.less());
     warnings.extend(trust::warnings(&verdict));
+    warnings.extend(found.warnings());
     if beyond > 0 {
         warnings.push(format!(
             "{beyond} target{} more than {} km outside the box of the sites: there a prediction \
@@ -255,6 +264,73 @@ pub fn run(args: &Args) -> Result<()> {
         line("memory", format!("{peak:.0} MiB at most"))?;
     }
     line("time", format!("{:.1} s", record.seconds))
+}
+
+/// What the targets turn out to have of the covariates.
+#[derive(Default)]
+struct Covered {
+    without: usize,
+    beyond: usize,
+}
+
+impl Covered {
+    /// Which of the `placed` rows have every covariate, and its values there, `[covariate][row]`.
+    fn look(
+        &mut self,
+        frame: &Frame,
+        targets: &Targets,
+        [x, y]: [&[f64]; 2],
+        placed: &[usize],
+        own: &[Column],
+    ) -> Result<(Vec<usize>, Vec<Vec<f64>>)> {
+        let Some(design) = &frame.covariates else { return Ok((placed.to_vec(), Vec::new())) };
+        let at = |values: &[f64]| placed.iter().map(|i| values[*i]).collect::<Vec<f64>>();
+        let column = |name: &str| {
+            let named = |n: &&String| n.eq_ignore_ascii_case(name);
+            let found = targets.names().iter().position(|n| named(&n));
+            match found.and_then(|i| own.get(i)) {
+                Some(Column::Numbers(values)) => Ok(Column::Numbers(at(values))),
+                Some(Column::Text(cells)) => {
+                    Ok(Column::Text(placed.iter().map(|i| cells[*i].clone()).collect()))
+                }
+                None => Err(Error::input(
+                    "the targets lack a column that the survey has as a covariate",
+                )
+                .fact("targets", targets.source().display())
+                .fact("column", name)
+                .fact("columns", targets.names().join(", "))
+                .try_this("add the column to the targets, or give a raster with --covariate")),
+            }
+        };
+        let values = design.values(&targets.crs, &at(x), &at(y), &column)?;
+        let whole: Vec<usize> =
+            (0..placed.len()).filter(|i| values.iter().all(|v| !v[*i].is_nan())).collect();
+        self.without += placed.len() - whole.len();
+        let values: Vec<Vec<f64>> =
+            values.iter().map(|v| whole.iter().map(|i| v[*i]).collect()).collect();
+        self.beyond += (0..whole.len()).filter(|i| design.beyond(&values, *i) > 0.0).count();
+        Ok((whole.iter().map(|i| placed[*i]).collect(), values))
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let mut said = Vec::new();
+        if self.without > 0 {
+            said.push(format!(
+                "{} target{} without data for a covariate: nothing was predicted there",
+                self.without,
+                plural(self.without)
+            ));
+        }
+        if self.beyond > 0 {
+            said.push(format!(
+                "{} target{} with a covariate outside what was seen at sites: there a prediction extends a \
+                 line, or has an effect that nobody knows",
+                self.beyond,
+                plural(self.beyond)
+            ));
+        }
+        said
+    }
 }
 
 /// What the columns are of, by how their names begin.

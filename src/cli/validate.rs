@@ -9,6 +9,7 @@ use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::{
+    covariates::CovariateArgs,
     map::{exact, nearest, placed},
     note,
     output::Output,
@@ -17,7 +18,10 @@ use super::{
     trust::{self, StrictArgs},
 };
 use crate::{
-    baseline::rules::{RULES, Seen},
+    baseline::{
+        Coefficients, ExactGp, Regressed,
+        rules::{RULES, Seen},
+    },
     checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
@@ -42,6 +46,8 @@ mod space;
 /// The model names of the exact Gaussian process and of that of nearest neighbours.
 const GP: &str = "gp";
 const VECCHIA: &str = "vecchia";
+/// What regression on the covariates alone is called beside the rules.
+const REGRESSION: &str = "covariates-only";
 
 /// What is scored.
 const SCORED: &str = "new observations, each of its site's own number tested or exposure";
@@ -52,6 +58,8 @@ pub struct Args {
     /// The survey
     #[command(flatten)]
     survey: SurveyArgs,
+    #[command(flatten)]
+    covariates: CovariateArgs,
     /// How sites are held out: a number of random folds (10); whole areas, as many as you say
     /// (blocks:10) or squares of a size (blocks:100km); whole clusters, sites nearer to each other than
     /// a length (clusters:5km) or alike in a column (clusters:district); or a table with a column of
@@ -104,8 +112,8 @@ pub struct Fold {
     pub label: String,
     /// Each held-out site with its forecast, in the order of the survey.
     pub met: Vec<Forecast>,
-    /// The same sites, forecast by each of [`RULES`].
-    pub rules: Vec<Vec<Forecast>>,
+    /// The same sites, forecast by each of [`RULES`], and by regression where there are covariates.
+    pub rules: Vec<(&'static str, Vec<Forecast>)>,
     /// Time to condition and predict, seconds.
     pub seconds: f64,
 }
@@ -115,7 +123,8 @@ pub struct Fold {
 /// # Errors
 /// What is wrong with the survey, the folds, or the model.
 pub fn run(args: &Args) -> Result<()> {
-    let survey = args.survey.read()?;
+    let layer = args.survey.columns.layer.as_deref();
+    let survey = args.covariates.attach(args.survey.read()?, layer)?;
     survey.notes.iter().for_each(note);
     for dropped in &survey.dropped {
         note(format!("row {} left out: {}", dropped.row, dropped.reason));
@@ -183,29 +192,36 @@ fn models(asked: &[String], survey: &Survey) -> Result<Vec<String>> {
 
 /// What stands beside each other: the model's forecasts of every site, then each rule's.
 fn entrants(folds: &[Fold]) -> (Vec<Forecast>, Vec<(&'static str, Vec<Forecast>)>) {
+    let names =
+        folds.first().map_or(Vec::new(), |f| f.rules.iter().map(|(name, _)| *name).collect());
     let rule = |(r, name): (usize, &'static str)| {
-        (name, folds.iter().flat_map(|f| f.rules[r].clone()).collect())
+        (name, folds.iter().flat_map(|f| f.rules[r].1.clone()).collect())
     };
-    let rules = RULES.iter().map(|(name, _)| *name).enumerate().map(rule).collect();
+    let rules = names.into_iter().enumerate().map(rule).collect();
     (folds.iter().flat_map(|f| f.met.clone()).collect(), rules)
 }
 
 /// The forecaster that `--model` names.
 fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
-    let wanted = survey.outcome.likelihood();
+    let wanted = likelihood::find(survey.outcome.likelihood())?;
     if model == GP {
-        return Ok(exact_gp(likelihood::find(wanted)?));
+        return Ok(exact_gp(wanted));
     }
     if model == VECCHIA {
-        return Ok(nearest_gp(likelihood::find(wanted)?));
+        return Ok(nearest_gp(wanted));
     }
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
     let design = checkpoint.recipe()?.tasks()?.design().clone();
     let process: Arc<dyn Process + Send + Sync> = checkpoint.process(&Device::Cpu)?.into();
-    Ok(Box::new(move |context, targets, moved| match moved {
-        None => process.condition(context)?.at(targets),
-        Some(moved) => {
+    Ok(Box::new(move |context, targets, moved| match (moved, &context.sites.x) {
+        (None, None) => process.condition(context)?.at(targets),
+        (None, Some(_)) => {
+            let (coefficients, _) = Coefficients::of(context, wanted)?;
+            let all = Regressed::new(process.clone(), coefficients.spread()?, wanted, true);
+            all.condition(context)?.at(targets)
+        }
+        (Some(moved), _) => {
             let process = placed(Box::new(process.clone()), &design, moved.clone());
             process.condition(context)?.at(targets)
         }
@@ -222,6 +238,10 @@ pub fn exact_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>>
 /// Fits a nearest-neighbour Gaussian process to each context, then conditions it on that context.
 pub fn nearest_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
     Box::new(move |context, targets, moved| {
+        if context.sites.x.is_some() {
+            let (process, ..) = Regressed::nearest(context, likelihood)?;
+            return process.condition(context)?.at(targets);
+        }
         fitted(Box::new(nearest(context, likelihood, moved)?), context, targets, moved)
     })
 }
@@ -259,7 +279,7 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
         let started = Instant::now();
         let frame = Frame::fit(&seen)?;
         let context = frame.observations(&seen, &device)?;
-        let targets = frame.sites(&held.crs, &held.x, &held.y, &device)?;
+        let targets = frame.sites_of(&held, &device)?;
         let (moved, asked) = match (&seen.displacement, &held.displacement) {
             (Some(seen), Some(held)) => {
                 let asked = mark(&targets, &frame.displacement(held))?;
@@ -271,9 +291,18 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
         let seconds = started.elapsed().as_secs_f64();
         let met = forecasts(&frame.outcome(marginals), &truths)?;
         let (here, there) = (context.sites.host()?.swap_remove(0), targets.host()?.swap_remove(0));
-        let seen = seen_by_rules(&seen, here);
-        let rules = RULES.iter().map(|(_, rule)| forecasts(&rule(&seen, &there), &truths));
-        Ok(Fold { label: label.clone(), met, rules: rules.collect::<Result<_>>()?, seconds })
+        let by_rules = seen_by_rules(&seen, here);
+        let each = RULES
+            .iter()
+            .map(|(name, rule)| Ok((*name, forecasts(&rule(&by_rules, &there), &truths)?)));
+        let mut rules = each.collect::<Result<Vec<_>>>()?;
+        if context.sites.x.is_some() {
+            let likelihood = likelihood::find(seen.outcome.likelihood())?;
+            let gp = ExactGp::regression(&context, likelihood)?;
+            let marginals = gp.condition(&context)?.at(&targets)?.marginals(0, Of::Observation)?;
+            rules.push((REGRESSION, forecasts(&frame.outcome(marginals), &truths)?));
+        }
+        Ok(Fold { label: label.clone(), met, rules, seconds })
     };
     folds.labels.iter().enumerate().map(fold).collect()
 }
@@ -399,10 +428,9 @@ fn seen_by_rules(survey: &Survey, sites: Vec<Vec<f64>>) -> Seen {
 }
 
 /// Every site of every fold: the model's forecasts, then each rule's.
-fn pooled(folds: &[Fold]) -> (Summary, Vec<Summary>) {
-    let all: Vec<Forecast> = folds.iter().flat_map(|f| f.met.clone()).collect();
-    let rules = (0..RULES.len())
-        .map(|r| Summary::of(&folds.iter().flat_map(|f| f.rules[r].clone()).collect::<Vec<_>>()));
+fn pooled(folds: &[Fold]) -> (Summary, Vec<(&'static str, Summary)>) {
+    let (all, rules) = entrants(folds);
+    let rules = rules.into_iter().map(|(name, met)| (name, Summary::of(&met)));
     (Summary::of(&all), rules.collect())
 }
 
@@ -425,7 +453,7 @@ pub fn report(model: &str, folds: &[Fold]) -> Value {
             object
         })
         .collect();
-    let rules = RULES.iter().zip(&rules).map(|((name, _), s)| (name.to_string(), json!(s)));
+    let rules = rules.iter().map(|(name, s)| (name.to_string(), json!(s)));
     object["baselines"] = Value::Object(rules.collect());
     object
 }
@@ -437,7 +465,7 @@ fn table(model: &str, folds: &[Fold]) -> Result<()> {
         lines.push((format!("fold {}", fold.label), Summary::of(&fold.met), Some(fold.seconds)));
     }
     lines.push((model.to_string(), all, Some(folds.iter().map(|f| f.seconds).sum())));
-    lines.extend(RULES.iter().zip(rules).map(|((name, _), s)| (name.to_string(), s, None)));
+    lines.extend(rules.into_iter().map(|(name, s)| (name.to_string(), s, None)));
     let wide = lines.iter().map(|(name, ..)| name.chars().count()).max().unwrap_or(0);
     say(format!(
         "{:<wide$}{:>7}{:>11}{:>10}{:>10}{:>7}{:>6}{:>6}{:>9}",

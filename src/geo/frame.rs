@@ -10,6 +10,7 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    covariates::Design,
     crs::Crs,
     displacement::Displacement,
     survey::{Outcome, Survey},
@@ -34,6 +35,9 @@ pub struct Frame {
     pub y_mean: f64,
     /// Sd a continuous outcome, or its logarithm, is divided by; 1 for counts.
     pub y_sd: f64,
+    /// How covariates become features of a site, where the survey has some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub covariates: Option<Design>,
 }
 
 impl Frame {
@@ -54,13 +58,14 @@ impl Frame {
             }
         };
         let metres_per_unit = unit * plane.metres_per_unit();
-        Ok(Frame { plane, centre, metres_per_unit, y_mean, y_sd })
+        let covariates = survey.covariates.as_ref().map(Design::fit);
+        Ok(Frame { plane, centre, metres_per_unit, y_mean, y_sd, covariates })
     }
 
     /// A survey in model units: sites `[1, site, 2]`, `y` `[1, site, 1]`, and for counts
     /// `trials` `[1, site]`: the tested, or the cases expected at the overall rate.
     pub fn observations(&self, survey: &Survey, device: &Device) -> Result<Observations> {
-        let sites = self.sites(&survey.crs, &survey.x, &survey.y, device)?;
+        let sites = self.sites_of(survey, device)?;
         let tensor = |values: Vec<f32>| Tensor::from_vec(values, (1, survey.len()), device);
         let (y, trials) = match &survey.outcome {
             Outcome::Values(values) => {
@@ -85,20 +90,54 @@ impl Frame {
         Observations::new(sites, y.unsqueeze(2)?, trials)
     }
 
+    /// The places of a survey with its own covariates: of this frame's, or of sites held out of it.
+    ///
+    /// # Errors
+    /// As [`Frame::sites`]; [`Error::Axis`] if it has other covariates than the frame.
+    pub fn sites_of(&self, survey: &Survey, device: &Device) -> Result<Sites> {
+        let values = survey.covariates.as_ref().map_or(&[][..], |c| &c.values);
+        self.sites_with(&survey.crs, &survey.x, &survey.y, values, device)
+    }
+
     /// Places in model units, `[1, site, 2]`; `x` and `y` in units of `crs`. One transformation
-    /// for all of them; centred and scaled in f64, then cast.
+    /// for all of them; centred and scaled in f64, then cast. Covariates are read from their rasters.
     ///
     /// # Errors
     /// [`Error::Axis`] if `x` and `y` differ in length; [`Error::Input`] if a place is not
-    /// finite, or cannot be moved to the plane.
+    /// finite, or cannot be moved to the plane, or has no data for a covariate.
     pub fn sites(&self, crs: &Crs, x: &[f64], y: &[f64], device: &Device) -> Result<Sites> {
+        let values = match &self.covariates {
+            Some(design) => design.rasters(crs, x, y)?,
+            None => Vec::new(),
+        };
+        self.sites_with(crs, x, y, &values, device)
+    }
+
+    /// The same with covariates that are known already, `[covariate][site]`.
+    ///
+    /// # Errors
+    /// As [`Frame::sites`], and [`Error::Axis`] for more or fewer covariates than the frame's.
+    pub fn sites_with(
+        &self,
+        crs: &Crs,
+        x: &[f64],
+        y: &[f64],
+        values: &[Vec<f64>],
+        device: &Device,
+    ) -> Result<Sites> {
+        let wanted = self.covariates.as_ref().map_or(0, |design| design.terms.len());
+        if values.len() != wanted {
+            return Err(Error::axis("covariates given and of the frame", values.len(), wanted));
+        }
         let mut places = places(crs, &self.plane, x, y)?;
         let unit = self.metres_per_unit / self.plane.metres_per_unit();
         for [x, y] in &mut places {
             *x = (*x - self.centre[0]) / unit;
             *y = (*y - self.centre[1]) / unit;
         }
-        Sites::plane(&places, device)
+        let mut sites = Sites::plane(&places, device)?;
+        sites.x = self.covariates.as_ref().map(|d| d.tensor(values, device)).transpose()?;
+        Ok(sites)
     }
 
     /// Marginals in the outcome's own units: undoes the standardisation of a continuous outcome or its
@@ -186,6 +225,7 @@ mod tests {
             x,
             y,
             outcome,
+            covariates: None,
             dropped: Vec::new(),
             displacement: None,
             notes: Vec::new(),

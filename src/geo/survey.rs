@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::{
+    covariates::Covariates,
     crs::{self, Crs},
     displacement::{self, Displacement, Law},
     table::{Column, Columns, Keep, Loaded, Points, load},
@@ -140,6 +141,8 @@ pub struct Survey {
     pub y: Vec<f64>,
     /// What was seen, `[site]`.
     pub outcome: Outcome,
+    /// What else is known of each site, where covariates were asked for.
+    pub covariates: Option<Covariates>,
     /// Data row of the file, from 1, of each site.
     pub rows: Vec<usize>,
     /// Rows left out, in the order of the file.
@@ -210,7 +213,7 @@ fn spelled(name: &str, spellings: &str) -> bool {
 }
 
 /// Values that stand for "none" in so many tables that a map of them is a mistake.
-const CODES: &[f64] = &[-999.0, -9999.0, -99999.0, -999999.0, 1e20, 9.96921e36];
+pub(super) const CODES: &[f64] = &[-999.0, -9999.0, -99999.0, -999999.0, 1e20, 9.96921e36];
 
 impl Survey {
     /// Reads and checks a survey table: CSV, Parquet, GeoParquet, GeoPackage, GeoJSON, Shapefile.
@@ -256,6 +259,7 @@ impl Survey {
             x: pick(&self.x),
             y: pick(&self.y),
             outcome: self.outcome.subset(sites),
+            covariates: self.covariates.as_ref().map(|c| c.subset(sites)),
             rows: sites.iter().map(|i| self.rows[*i]).collect(),
             dropped: self.dropped.clone(),
             displacement: self.displacement.as_ref().map(|moved| moved.subset(sites)),
@@ -705,6 +709,7 @@ impl Reading<'_> {
             x: rows.iter().map(|i| x[*i]).collect(),
             y: rows.iter().map(|i| y[*i]).collect(),
             outcome: all.subset(&rows),
+            covariates: None,
             rows: rows.iter().map(|i| i + 1).collect(),
             dropped,
             displacement: self.displacement(&rows)?,

@@ -179,6 +179,27 @@ pub(super) fn load(
     }
 }
 
+/// Writes points of `crs` (x first) with their columns as a GeoPackage; whole, or not at all.
+///
+/// # Shapes
+/// `places` `[2][row]`, every column `[row]`.
+/// # Errors
+/// [`Error::Axis`] if lengths differ; [`Error::Input`] or [`Error::Io`] if the disk refuses, and without GDAL.
+pub fn write_points(
+    path: &Path,
+    crs: &Crs,
+    places: [&[f64]; 2],
+    names: &[String],
+    columns: &[Column],
+) -> Result<()> {
+    let rows = places[0].len();
+    let odd = columns.iter().map(Column::len).chain([places[1].len()]).find(|n| *n != rows);
+    if let Some(found) = odd {
+        return Err(Error::axis("points and their columns", found, rows));
+    }
+    vector::write(path, crs, places, names, columns)
+}
+
 /// Reads every row, and keeps what is to be kept.
 fn collect(path: &Path, mut rows: Rows, keep: &dyn Fn(&str) -> Keep) -> Result<Loaded> {
     let names = rows.names().to_vec();

@@ -18,6 +18,7 @@ pub mod displaced;
 pub mod draws;
 mod near;
 mod nearest;
+pub mod next;
 mod part;
 mod pipeline;
 pub mod plan;

@@ -14,6 +14,7 @@ use crate::{
     attention::Reading,
     error::{Error, Result},
     geo::{
+        covariates::Cover,
         frame::Frame,
         grid::Grid,
         survey::{Dropped, Outcome, Survey},
@@ -46,6 +47,10 @@ pub struct Record {
     pub products: Vec<ProductNote>,
     /// What the map holds.
     pub summary: Summary,
+    /// What the pixels have of the covariates, where there are some; how they are standardised stands
+    /// in the frame, and what they do in the model's card.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub covariates: Option<Cover>,
     /// How far the survey is like those of the model's training: a [`crate::train::trust::Verdict`].
     #[serde(default)]
     pub trust: Option<Value>,

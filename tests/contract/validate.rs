@@ -38,7 +38,7 @@ fn summary(survey: &Survey, folds: &Folds, likelihood: &str) -> Result<[Summary;
     let pool = |f: &dyn Fn(&isopleth::cli::validate::Fold) -> Vec<Forecast>| {
         Summary::of(&scored.iter().flat_map(f).collect::<Vec<_>>())
     };
-    Ok([pool(&|f| f.met.clone()), pool(&|f| f.rules[0].clone()), pool(&|f| f.rules[1].clone())])
+    Ok([pool(&|f| f.met.clone()), pool(&|f| f.rules[0].1.clone()), pool(&|f| f.rules[1].1.clone())])
 }
 
 #[test]

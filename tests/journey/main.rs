@@ -8,6 +8,7 @@ mod bench;
 mod benchmark;
 mod calibrate;
 #[cfg(feature = "gdal")]
+mod covariates;
 mod displacement;
 #[cfg(feature = "gdal")]
 mod family;
@@ -16,6 +17,8 @@ mod gpu;
 mod inspect;
 #[cfg(feature = "gdal")]
 mod map;
+#[cfg(feature = "gdal")]
+mod plan;
 mod predict;
 mod recipes;
 #[cfg(feature = "gdal")]

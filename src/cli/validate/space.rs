@@ -54,7 +54,7 @@ pub(super) fn parse(text: &str, survey: &Survey, seed: u64) -> Result<Option<Fol
 /// Sites on the survey's plane, km.
 fn places(survey: &Survey) -> Result<Vec<[f64; 2]>> {
     let frame = Frame::fit(survey)?;
-    let sites = frame.sites(&survey.crs, &survey.x, &survey.y, &Device::Cpu)?.host()?;
+    let sites = frame.sites_of(survey, &Device::Cpu)?.host()?;
     Ok(sites[0].iter().map(|s| [frame.km(s[0]), frame.km(s[1])]).collect())
 }
 
@@ -209,6 +209,7 @@ mod tests {
             crs: Crs::from_user("local:km").unwrap(),
             rows: (1..=40).collect(),
             outcome: Outcome::Values(vec![0.0; 40]),
+            covariates: None,
             dropped: Vec::new(),
             displacement: None,
             notes: Vec::new(),

@@ -41,6 +41,18 @@ impl Raster {
     pub fn data(&self, _window: Window) -> Result<Data> {
         Err(refuse(&self.path))
     }
+    /// None.
+    pub fn bands(&self) -> usize {
+        0
+    }
+    /// None.
+    pub fn no_data(&self, _band: usize) -> Option<f64> {
+        None
+    }
+    /// Refuses.
+    pub fn read(&self, _band: usize, _window: Window) -> Result<(Vec<f64>, Option<f64>)> {
+        Err(refuse(&self.path))
+    }
     /// Nothing can be said.
     pub fn words(&self) -> [String; 2] {
         Default::default()

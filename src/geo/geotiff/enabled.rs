@@ -25,6 +25,9 @@ use crate::{
     },
 };
 
+/// Values that mean "no data" in so many rasters that nobody should take them for a number.
+const CUSTOMARY: &[f64] = &[-9999.0, -99999.0, -32768.0];
+
 /// Side of the square blocks of our rasters, pixels.
 const BLOCK: &str = "256";
 
@@ -119,18 +122,8 @@ impl Raster {
     /// # Errors
     /// [`Error::Input`] if the file is damaged there.
     pub fn data(&self, window: Window) -> Result<Data> {
-        let size = (window.cols, window.rows);
-        let broken = |e| self.unreadable(e);
-        let band = self.data.rasterband(1).map_err(broken)?;
-        let raw = band.read_as::<f64>(offset(window), size, size, None).map_err(broken)?;
-        let mut valid: Vec<bool> = raw.data().iter().map(|v| !v.is_nan()).collect();
-        let flags = band.mask_flags().map_err(broken)?;
-        if !flags.is_all_valid() {
-            let mask = band.open_mask_band().map_err(broken)?;
-            let mask = mask.read_as::<u8>(offset(window), size, size, None).map_err(broken)?;
-            valid.iter_mut().zip(mask.data()).for_each(|(v, &m)| *v &= m > 0);
-        }
-        let (mut values, mut sentinels) = (raw.into_shape_and_vec().1, 0);
+        let (mut values, mut valid) = self.cells(1, window)?;
+        let mut sentinels = 0;
         for (value, valid) in values.iter_mut().zip(&mut valid) {
             if *valid && (*value == -9999.0 || *value < -1e38) {
                 *valid = false;
@@ -141,6 +134,54 @@ impl Raster {
             }
         }
         Ok(Data { values, valid, sentinels })
+    }
+
+    /// How many bands it has.
+    pub fn bands(&self) -> usize {
+        self.data.raster_count()
+    }
+
+    /// What a band (from 1) declares as no data.
+    pub fn no_data(&self, band: usize) -> Option<f64> {
+        self.data.rasterband(band).ok().and_then(|band| band.no_data_value())
+    }
+
+    /// A window of a band (from 1), row-major, in its unit; NaN where the file says that there is no
+    /// data. Beside it the first value that customarily means no data where the file does not say so.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the file is damaged there, or has no such band.
+    pub fn read(&self, band: usize, window: Window) -> Result<(Vec<f64>, Option<f64>)> {
+        let (mut values, valid) = self.cells(band, window)?;
+        let own = self.data.rasterband(band).map_err(|e| self.unreadable(e))?;
+        let (scale, offset) = (own.scale().unwrap_or(1.0), own.offset().unwrap_or(0.0));
+        let mut suspect = None;
+        for (value, valid) in values.iter_mut().zip(valid) {
+            if !valid {
+                *value = f64::NAN;
+            } else if !value.is_finite() || value.abs() > 1e30 || CUSTOMARY.contains(value) {
+                suspect = suspect.or(Some(*value));
+            } else {
+                *value = *value * scale + offset;
+            }
+        }
+        Ok((values, suspect))
+    }
+
+    /// Values of a window of a band, and where the file says that there is data.
+    fn cells(&self, band: usize, window: Window) -> Result<(Vec<f64>, Vec<bool>)> {
+        let size = (window.cols, window.rows);
+        let broken = |e| self.unreadable(e);
+        let band = self.data.rasterband(band).map_err(broken)?;
+        let raw = band.read_as::<f64>(offset(window), size, size, None).map_err(broken)?;
+        let mut valid: Vec<bool> = raw.data().iter().map(|v| !v.is_nan()).collect();
+        let flags = band.mask_flags().map_err(broken)?;
+        if !flags.is_all_valid() {
+            let mask = band.open_mask_band().map_err(broken)?;
+            let mask = mask.read_as::<u8>(offset(window), size, size, None).map_err(broken)?;
+            valid.iter_mut().zip(mask.data()).for_each(|(v, &m)| *v &= m > 0);
+        }
+        Ok((raw.into_shape_and_vec().1, valid))
     }
 
     /// The first band averaged down to `[rows, cols]` pixels, NaN without data.

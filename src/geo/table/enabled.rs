@@ -3,8 +3,11 @@
 use std::path::Path;
 
 use gdal::{
-    Dataset, DatasetOptions, GdalOpenFlags,
-    vector::{Defn, Layer, LayerAccess, OGRFieldType, OGRwkbGeometryType as Kind, sql},
+    Dataset, DatasetOptions, DriverManager, GdalOpenFlags,
+    vector::{
+        Defn, Feature, FieldDefn, Geometry, Layer, LayerAccess, LayerOptions, OGRFieldType,
+        OGRwkbGeometryType as Kind, sql,
+    },
 };
 
 use super::{Column, Columns, Loaded, Points, not_a_point};
@@ -13,6 +16,75 @@ use crate::{
     geo::crs::{Crs, quiet, said},
     registry::nearest,
 };
+
+/// Writes points with their columns as a GeoPackage, to a temporary name first.
+pub(super) fn write(
+    path: &Path,
+    crs: &Crs,
+    places: [&[f64]; 2],
+    names: &[String],
+    columns: &[Column],
+) -> Result<()> {
+    quiet();
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // GDAL goes by the ending.
+    let temporary = path.with_file_name(format!(".{name}.partial-{}.gpkg", std::process::id()));
+    let _ = std::fs::remove_file(&temporary);
+    let whole = fill(&temporary, crs, places, names, columns)
+        .map_err(|e| {
+            Error::input("the points could not be written")
+                .fact("file", path.display())
+                .fact("GDAL says", said().unwrap_or_else(|| e.to_string()))
+                .try_this("see whether that disk is full, or write elsewhere with --out")
+        })
+        .and_then(|()| {
+            std::fs::rename(&temporary, path).map_err(|e| Error::io("rename to", path, e))
+        });
+    whole.inspect_err(|_| {
+        let _ = std::fs::remove_file(&temporary);
+    })
+}
+
+fn fill(
+    path: &Path,
+    crs: &Crs,
+    [x, y]: [&[f64]; 2],
+    names: &[String],
+    columns: &[Column],
+) -> Result<()> {
+    let mut data = DriverManager::get_driver_by_name("GPKG")?.create_vector_only(path)?;
+    let reference = crs.spatial_ref()?;
+    {
+        let layer = data.create_layer(LayerOptions {
+            name: "plan",
+            srs: Some(&reference),
+            ty: Kind::wkbPoint,
+            options: None,
+        })?;
+        for (name, column) in names.iter().zip(columns) {
+            let kind = match column {
+                Column::Numbers(_) => OGRFieldType::OFTReal,
+                Column::Text(_) => OGRFieldType::OFTString,
+            };
+            FieldDefn::new(name, kind)?.add_to_layer(&layer)?;
+        }
+        for row in 0..x.len() {
+            let mut feature = Feature::new(layer.defn())?;
+            for (i, column) in columns.iter().enumerate() {
+                match column {
+                    Column::Numbers(values) => feature.set_field_double(i, values[row])?,
+                    Column::Text(cells) => feature.set_field_string(i, &cells[row])?,
+                }
+            }
+            let mut point = Geometry::empty(Kind::wkbPoint)?;
+            point.add_point_2d((x[row], y[row]));
+            feature.set_geometry(point)?;
+            feature.create(&layer)?;
+        }
+    }
+    data.close()?;
+    Ok(())
+}
 
 pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
     quiet();
