@@ -282,6 +282,7 @@ fn main() -> Result<()> {
                 rows: (1..=km.len()).collect(),
                 outcome,
                 dropped: Vec::new(),
+                covariates: None,
                 displacement: None,
                 notes: Vec::new(),
             };

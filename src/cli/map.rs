@@ -168,7 +168,7 @@ pub fn run(args: &Args) -> Result<()> {
         open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
     model.note_effects(&frame);
     let processes = model.with(&others);
-    // Before the survey is judged: what that takes is given back, and taken again by the map.
+    // What judging takes comes after, and is given back for the map to use.
     let resident = plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0);
     let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
     let verdict = trust::examine(called, &survey, &frame)?;
