@@ -30,12 +30,15 @@ struct Clean {
     tested: Option<Vec<f64>>,
 }
 
+/// Places in km, and what was seen there.
+type Spoilt = (Vec<[f64; 2]>, Outcome);
+
 /// A way to get a survey wrong: from the survey to what a user would hand in, or nothing where the reader
 /// of surveys refuses it.
 struct Kind {
     name: &'static str,
     prior: Prior,
-    spoil: fn(Clean, &mut Stream) -> Option<(Vec<[f64; 2]>, Outcome)>,
+    spoil: fn(Clean, &mut Stream) -> Option<Spoilt>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -58,12 +61,12 @@ fn observed(clean: &Clean, rng: &mut Stream) -> Outcome {
     }
 }
 
-fn scaled(clean: Clean, by: f64, rng: &mut Stream) -> Option<(Vec<[f64; 2]>, Outcome)> {
+fn scaled(clean: Clean, by: f64, rng: &mut Stream) -> Option<Spoilt> {
     let outcome = observed(&clean, rng);
     Some((clean.km.iter().map(|p| [by * p[0], by * p[1]]).collect(), outcome))
 }
 
-fn moved(mut clean: Clean, to: f64, rng: &mut Stream) -> Option<(Vec<[f64; 2]>, Outcome)> {
+fn moved(mut clean: Clean, to: f64, rng: &mut Stream) -> Option<Spoilt> {
     let mean = clean.eta.iter().sum::<f64>() / clean.eta.len() as f64;
     let to = to * rng.uniform(7.0, 10.0);
     clean.eta.iter_mut().for_each(|eta| *eta += to - mean);
@@ -86,13 +89,13 @@ fn counted(outcome: Outcome) -> (Vec<f64>, Vec<f64>) {
     }
 }
 
-fn rates(clean: Clean, per: f64, rng: &mut Stream) -> Option<(Vec<[f64; 2]>, Outcome)> {
+fn rates(clean: Clean, per: f64, rng: &mut Stream) -> Option<Spoilt> {
     let (k, n) = counted(observed(&clean, rng));
     let positive = k.iter().zip(&n).map(|(k, n)| (per * k / n).round()).collect();
     Some((clean.km, Outcome::Counts { positive, tested: vec![per; n.len()] }))
 }
 
-fn stray(mut clean: Clean, rng: &mut Stream) -> Option<(Vec<[f64; 2]>, Outcome)> {
+fn stray(mut clean: Clean, rng: &mut Stream) -> Option<Spoilt> {
     let (_, half) = unit_box(&clean.km)?;
     let at = rng.below(clean.km.len());
     clean.km[at][0] += half * rng.uniform(15.0, 40.0);

@@ -100,7 +100,7 @@ fn districts(folder: &TempDir) -> String {
     layer(
         folder,
         &[
-            ("whole", polygon(&[land.clone()])),
+            ("whole", polygon(std::slice::from_ref(&land))),
             ("holed", polygon(&[land, hole.clone()])),
             ("hole", polygon(&[hole])),
             ("parts", parts),
