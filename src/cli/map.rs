@@ -34,6 +34,7 @@ use crate::{
         geotiff::{self, Band, Cog, Polygons, Raster},
         grid::{Extent, Grid, Resolution},
         survey::{self, Survey},
+        table::Columns,
     },
     kernel::{Displaced, Kernel},
     likelihood::{self, Likelihood},
@@ -149,6 +150,7 @@ pub fn run(args: &Args) -> Result<()> {
     let reading = args.reading.reading()?;
     let resolution = args.resolution.as_deref().map(str::parse).transpose()?;
     let budget: Option<Bytes> = args.memory.as_deref().map(str::parse).transpose()?;
+    args.districts.as_ref().map(Columns::read).transpose()?;
     let mut output = Output::prepare(&args.out, args.force)?;
     let cards = args.device.open(args.model.as_deref(), reading)?;
     // Before any raster is opened: GDAL takes its cache once and for all.
@@ -792,8 +794,10 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
         [] => String::new(),
     };
     let rows = record.products.iter().map(|p| (names(p), p.description.clone()));
-    let rows: Vec<_> =
-        rows.chain([(record::FILE.into(), "What was asked, used and found".to_string())]).collect();
+    let page =
+        record.report.clone().map(|file| (file, "Maps, calibration, methods: to send on".into()));
+    let whole = (record::FILE.to_string(), "What was asked, used and found".to_string());
+    let rows: Vec<_> = rows.chain(page).chain([whole]).collect();
     let width = rows.iter().map(|(files, _)| files.len()).max().unwrap_or(0);
     rows.iter().try_for_each(|(files, what)| line("", format!("{files:width$}  {what}")))?;
     if let Some(device) = record.device.as_ref().filter(|d| d.card_memory_mib.is_some()) {
