@@ -161,8 +161,9 @@ struct Entrant {
 struct Drawn {
     name: String,
     fixed: Fixed,
-    /// What the exact process scores that is not told the kernel.
-    integrated: Option<Vec<Scores>>,
+    /// What the exact process scores that is not told the kernel, and how many kernels count where
+    /// fewest do.
+    integrated: Option<(Vec<Scores>, f64)>,
 }
 
 /// Trains and scores what `options` asks for, and writes tables and pictures. Returns the Markdown
@@ -197,7 +198,8 @@ pub fn run(options: &Options, tell: &(dyn Fn(String) + Sync)) -> Result<String> 
             tell(format!("{}: the process integrated over {draws} kernels", evaluation.name));
             let mut rng = Stream::new(score::SEED, "kernels", 0);
             let (prior, likelihood) = (tasks.prior(), tasks.likelihood());
-            fixed.meet(&IntegratedGp::over(prior, draws, likelihood, &mut rng)?)
+            let process = IntegratedGp::over(prior, draws, likelihood, &mut rng)?;
+            Ok::<_, Error>((fixed.meet(&process)?, fixed.effective(&process)?))
         });
         let integrated = integrated.transpose()?;
         drawn.push(Drawn { name: evaluation.name.clone(), fixed, integrated });

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::{
-    baseline::ExactGp,
+    baseline::{ExactGp, IntegratedGp},
     error::Result,
     likelihood::Likelihood,
     predictive::{Marginals, Of},
@@ -191,6 +191,19 @@ impl Fixed {
         };
         let floored = floors.iter().map(raised).collect();
         Ok(Some((scores, floored)))
+    }
+
+    /// How many of an integrated process's kernels count on the tasks where fewest do: the lowest
+    /// tenth of the first few.
+    ///
+    /// # Errors
+    /// Those of the process.
+    pub fn effective(&self, process: &IntegratedGp) -> Result<f64> {
+        const SOME: usize = 25;
+        let some = self.batches.iter().take(SOME).map(|b| process.effective(&b.task.context));
+        let mut counts = some.collect::<Result<Vec<_>>>()?.concat();
+        counts.sort_by(f64::total_cmp);
+        Ok(counts[counts.len() / 10])
     }
 
     /// The best pointwise score there is for a head whose sd is never below `floor`, by task; NaN

@@ -13,6 +13,9 @@ use crate::{
     process::Reward,
 };
 
+/// Kernels of an integrated process that must count, everywhere but in a tenth of the tasks, for its score
+/// to be a ceiling and not the luck of the draws.
+const FEWEST: f64 = 3.0;
 /// Ranges of context sizes that are told apart.
 const BINS: usize = 4;
 
@@ -203,7 +206,7 @@ fn scores(w: &mut String, definition: &Definition, drawn: &Drawn, e: usize, entr
             reference(definition, &drawn.name, &["pointwise", "joint", "bayes"]),
         ];
         row(w, &cells);
-        if let Some(scores) = &drawn.integrated {
+        if let Some((scores, counting)) = &drawn.integrated {
             let own = |part: fn(&Scores) -> f64| all(&|i| part(&scores[i]));
             let gap = all(&|i| scores[i].pointwise - fixed.ceiling(0.0)[i]);
             let kl =
@@ -214,7 +217,10 @@ fn scores(w: &mut String, definition: &Definition, drawn: &Drawn, e: usize, entr
                 &[
                     "*true prior, kernel not told*".into(),
                     with_error(own(|s| s.pointwise)),
-                    "–".into(),
+                    match *counting < FEWEST {
+                        true => format!("too few draws: {counting:.1} count"),
+                        false => format!("{counting:.0} draws count"),
+                    },
                     with_error(gap),
                     with_error(own(|s| s.joint)),
                     with_error(kl),
