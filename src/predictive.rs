@@ -211,6 +211,12 @@ pub struct Marginals {
     pub sd: Vec<f64>,
 }
 
+/// `ln Σ exp(terms)`, without overflow.
+pub fn log_sum_exp(terms: &[f64]) -> f64 {
+    let top = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    top + terms.iter().map(|t| (t - top).exp()).sum::<f64>().ln()
+}
+
 /// Φ: the standard normal distribution function.
 pub fn normal_cdf(z: f64) -> f64 {
     0.5 * erfc(-z / std::f64::consts::SQRT_2)
@@ -342,9 +348,7 @@ impl Marginals {
             .components(i)
             .map(|(w, m, s)| w.ln() - s.ln() - 0.5 * ((value - m) / s).powi(2))
             .collect();
-        let top = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        top + terms.iter().map(|t| (t - top).exp()).sum::<f64>().ln()
-            - 0.5 * (2.0 * std::f64::consts::PI).ln()
+        log_sum_exp(&terms) - 0.5 * (2.0 * std::f64::consts::PI).ln()
     }
 
     /// The `level` quantile of target `i`, outcome units; `level` in (0, 1).

@@ -17,7 +17,7 @@ use super::ExactGp;
 use crate::{
     error::{Error, Result},
     likelihood::Likelihood,
-    predictive::{Draws, Of, Predictive},
+    predictive::{Draws, Of, Predictive, log_sum_exp},
     prior::Prior,
     process::{Memory, Posterior, Process},
     rng::Stream,
@@ -81,8 +81,7 @@ impl IntegratedGp {
 
 /// Log weights less the log of their sum.
 fn normalised(mut log: Vec<f64>) -> Vec<f64> {
-    let top = log.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let total = top + log.iter().map(|l| (l - top).exp()).sum::<f64>().ln();
+    let total = log_sum_exp(&log);
     log.iter_mut().for_each(|l| *l -= total);
     log
 }

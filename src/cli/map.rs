@@ -309,7 +309,6 @@ pub fn run(args: &Args) -> Result<()> {
         report::write(&Findings {
             record: &record,
             survey: &survey,
-            frame: &frame,
             model: called,
             outcome: &outcome.name,
             folder: output.scratch(),

@@ -17,7 +17,6 @@ use super::{
 use crate::{
     error::{Error, Result},
     geo::{
-        frame::Frame,
         survey::Survey,
         table::{Column, Columns},
     },
@@ -58,8 +57,6 @@ pub(super) struct Findings<'a> {
     pub record: &'a Record,
     /// Its survey.
     pub survey: &'a Survey,
-    /// What the survey is measured on.
-    pub frame: &'a Frame,
     /// Model by name or file.
     pub model: &'a str,
     /// What is mapped: "prevalence".
@@ -208,9 +205,9 @@ fn held_out(w: &mut String, found: &Findings) -> Result<()> {
 fn variogram(report: &Report, found: &Findings, file: &Path) -> Result<String> {
     let (order, steps) = report.first();
     let Survey { crs, x, y, .. } = found.survey;
-    let places = found.frame.sites(crs, x, y, &Device::Cpu)?.host()?.swap_remove(0);
+    let places = found.record.frame.sites(crs, x, y, &Device::Cpu)?.host()?.swap_remove(0);
     let places: Vec<[f64; 2]> =
-        order.iter().map(|i| [0, 1].map(|d| found.frame.km(places[*i][d]))).collect();
+        order.iter().map(|i| [0, 1].map(|d| found.record.frame.km(places[*i][d]))).collect();
     let mut rng = Stream::new(1, "variogram", 0);
     let score: Vec<f64> = pit::randomised(steps, &mut rng)
         .into_iter()
@@ -344,7 +341,7 @@ fn data(w: &mut String, found: &Findings) {
         line("Counted, of", format!("{positive} of {tested}"));
     }
     line("Coordinates", note.crs.clone());
-    line("Extent", format!("{} km", round(found.frame.extent_km())));
+    line("Extent", format!("{} km", round(found.record.frame.extent_km())));
     line("Rows left out", note.dropped.len().to_string());
     let _ = writeln!(w, "</table>");
     if !note.dropped.is_empty() || !note.notes.is_empty() {
@@ -389,7 +386,7 @@ fn methods(found: &Findings) -> String {
         capital(outcome),
         survey.len(),
         if survey.crs.is_local() { "the survey's own plane" } else { "a local equal-area plane" },
-        round(found.frame.extent_km()),
+        round(found.record.frame.extent_km()),
         record.grid.cols,
         record.grid.rows,
         record.grid.wanted,

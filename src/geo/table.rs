@@ -35,6 +35,8 @@ mod vector;
 #[cfg(feature = "gdal")]
 #[path = "table/enabled.rs"]
 mod vector;
+#[cfg(feature = "gdal")]
+pub(in crate::geo) use vector::NewLayer;
 
 /// One column of a table.
 #[derive(Debug, Clone, PartialEq)]

@@ -8,7 +8,7 @@ use statrs::function::gamma::ln_gamma;
 
 use crate::{
     error::{Error, Result},
-    predictive::{Link, Marginals, normal_cdf},
+    predictive::{Link, Marginals, log_sum_exp, normal_cdf},
 };
 
 /// The predictive law of one count.
@@ -173,9 +173,7 @@ pub(super) fn log_probability(
             })
         })
         .collect();
-    let top = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = terms.iter().map(|t| (t - top).exp()).sum();
-    constant + top + sum.ln()
+    constant + log_sum_exp(&terms)
 }
 
 /// Nodes (η, weight) at which the trapezoid rule integrates a likelihood of this `curvature` (that

@@ -3,11 +3,10 @@
 use std::path::Path;
 
 use gdal::{
-    Dataset, DatasetOptions, DriverManager, GdalOpenFlags,
+    Dataset, DatasetOptions, GdalOpenFlags,
     cpl::CslStringList,
     vector::{
-        Feature, FieldDefn, Geometry, LayerAccess, LayerOptions, OGRFieldType,
-        OGRwkbGeometryType as Kind, geometry_type_flatten,
+        Geometry, LayerAccess, OGRFieldType, OGRwkbGeometryType as Kind, geometry_type_flatten,
     },
 };
 
@@ -17,6 +16,7 @@ use crate::{
     geo::{
         cover::Ring,
         crs::{Crs, quiet, said},
+        table::NewLayer,
     },
     registry::nearest,
 };
@@ -196,60 +196,19 @@ pub(super) fn write(
     names: &[String],
     columns: &[Column],
 ) -> Result<()> {
-    quiet();
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // GDAL goes by the ending.
-    let temporary = path.with_file_name(format!(".{name}.partial-{}.gpkg", std::process::id()));
-    let written = fill(&temporary, areas, names, columns).map_err(|e| {
-        Error::input("the areas could not be written")
-            .fact("file", path.display())
-            .fact("GDAL says", said().unwrap_or_else(|| e.to_string()))
-            .try_this("see whether that disk is full, or write elsewhere with --out")
-    });
-    let whole = written.and_then(|()| {
-        std::fs::rename(&temporary, path).map_err(|e| Error::io("rename to", path, e))
-    });
-    whole.inspect_err(|_| {
-        let _ = std::fs::remove_file(&temporary);
-    })
-}
-
-fn fill(path: &Path, areas: &Areas, names: &[String], columns: &[Column]) -> Result<()> {
-    let _ = std::fs::remove_file(path);
-    let mut data = DriverManager::get_driver_by_name("GPKG")?.create_vector_only(path)?;
-    let reference = areas.crs.spatial_ref()?;
-    {
-        let mut all = data.start_transaction()?;
-        let layer = all.create_layer(LayerOptions {
-            name: &areas.layer,
-            srs: Some(&reference),
-            ty: Kind::wkbUnknown,
-            options: None,
-        })?;
-        for (name, column) in names.iter().zip(columns) {
-            let kind = match column {
-                Column::Numbers(_) => OGRFieldType::OFTReal,
-                Column::Text(_) => OGRFieldType::OFTString,
-            };
-            FieldDefn::new(name, kind)?.add_to_layer(&layer)?;
-        }
-        for row in 0..areas.len() {
-            let mut feature = Feature::new(layer.defn())?;
-            for (i, column) in columns.iter().enumerate() {
-                match column {
-                    Column::Numbers(values) if values[row].is_nan() => feature.set_field_null(i)?,
-                    Column::Numbers(values) => feature.set_field_double(i, values[row])?,
-                    Column::Text(cells) if cells[row].is_empty() => feature.set_field_null(i)?,
-                    Column::Text(cells) => feature.set_field_string(i, &cells[row])?,
-                }
-            }
-            if !areas.wkb[row].is_empty() {
-                feature.set_geometry(Geometry::from_wkb(&areas.wkb[row])?)?;
-            }
-            feature.create(&layer)?;
-        }
-        all.commit()?;
-    }
-    data.close()?;
-    Ok(())
+    let geometry = |row: usize| match areas.wkb[row].is_empty() {
+        true => Ok(None),
+        false => Ok(Some(Geometry::from_wkb(&areas.wkb[row])?)),
+    };
+    let layer = NewLayer {
+        name: &areas.layer,
+        what: "areas",
+        kind: Kind::wkbUnknown,
+        crs: &areas.crs,
+        names,
+        columns,
+        rows: areas.len(),
+        geometry: &geometry,
+    };
+    layer.write(path)
 }

@@ -21,69 +21,104 @@ use crate::{
 pub(super) fn write(
     path: &Path,
     crs: &Crs,
-    places: [&[f64]; 2],
-    names: &[String],
-    columns: &[Column],
-) -> Result<()> {
-    quiet();
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // GDAL goes by the ending.
-    let temporary = path.with_file_name(format!(".{name}.partial-{}.gpkg", std::process::id()));
-    let _ = std::fs::remove_file(&temporary);
-    let whole = fill(&temporary, crs, places, names, columns)
-        .map_err(|e| {
-            Error::input("the points could not be written")
-                .fact("file", path.display())
-                .fact("GDAL says", said().unwrap_or_else(|| e.to_string()))
-                .try_this("see whether that disk is full, or write elsewhere with --out")
-        })
-        .and_then(|()| {
-            std::fs::rename(&temporary, path).map_err(|e| Error::io("rename to", path, e))
-        });
-    whole.inspect_err(|_| {
-        let _ = std::fs::remove_file(&temporary);
-    })
-}
-
-fn fill(
-    path: &Path,
-    crs: &Crs,
     [x, y]: [&[f64]; 2],
     names: &[String],
     columns: &[Column],
 ) -> Result<()> {
-    let mut data = DriverManager::get_driver_by_name("GPKG")?.create_vector_only(path)?;
-    let reference = crs.spatial_ref()?;
-    {
-        let layer = data.create_layer(LayerOptions {
-            name: "plan",
-            srs: Some(&reference),
-            ty: Kind::wkbPoint,
-            options: None,
-        })?;
-        for (name, column) in names.iter().zip(columns) {
-            let kind = match column {
-                Column::Numbers(_) => OGRFieldType::OFTReal,
-                Column::Text(_) => OGRFieldType::OFTString,
-            };
-            FieldDefn::new(name, kind)?.add_to_layer(&layer)?;
-        }
-        for row in 0..x.len() {
-            let mut feature = Feature::new(layer.defn())?;
-            for (i, column) in columns.iter().enumerate() {
-                match column {
-                    Column::Numbers(values) => feature.set_field_double(i, values[row])?,
-                    Column::Text(cells) => feature.set_field_string(i, &cells[row])?,
-                }
-            }
-            let mut point = Geometry::empty(Kind::wkbPoint)?;
-            point.add_point_2d((x[row], y[row]));
-            feature.set_geometry(point)?;
-            feature.create(&layer)?;
-        }
+    let point = |row: usize| {
+        let mut point = Geometry::empty(Kind::wkbPoint)?;
+        point.add_point_2d((x[row], y[row]));
+        Ok(Some(point))
+    };
+    let (name, what, kind) = ("plan", "points", Kind::wkbPoint);
+    NewLayer { name, what, kind, crs, names, columns, rows: x.len(), geometry: &point }.write(path)
+}
+
+/// A layer to be written as a GeoPackage.
+pub(in crate::geo) struct NewLayer<'a> {
+    /// What GDAL calls it.
+    pub name: &'a str,
+    /// What it holds, for an error.
+    pub what: &'static str,
+    pub kind: gdal::vector::OGRwkbGeometryType::Type,
+    pub crs: &'a Crs,
+    pub names: &'a [String],
+    /// NaN and empty text become null.
+    pub columns: &'a [Column],
+    pub rows: usize,
+    /// The geometry of each row, where it has one.
+    pub geometry: &'a dyn Fn(usize) -> Result<Option<Geometry>>,
+}
+
+impl NewLayer<'_> {
+    /// Writes it, to a temporary name first.
+    ///
+    /// # Errors
+    /// [`Error::Input`] with what GDAL says; [`Error::Io`] if the disk refuses.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        quiet();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        // GDAL goes by the ending.
+        let temporary = path.with_file_name(format!(".{name}.partial-{}.gpkg", std::process::id()));
+        let _ = std::fs::remove_file(&temporary);
+        let whole = self
+            .fill(&temporary)
+            .map_err(|e| {
+                Error::input(format!("the {} could not be written", self.what))
+                    .fact("file", path.display())
+                    .fact("GDAL says", said().unwrap_or_else(|| e.to_string()))
+                    .try_this("see whether that disk is full, or write elsewhere with --out")
+            })
+            .and_then(|()| {
+                std::fs::rename(&temporary, path).map_err(|e| Error::io("rename to", path, e))
+            });
+        whole.inspect_err(|_| {
+            let _ = std::fs::remove_file(&temporary);
+        })
     }
-    data.close()?;
-    Ok(())
+
+    fn fill(&self, path: &Path) -> Result<()> {
+        let mut data = DriverManager::get_driver_by_name("GPKG")?.create_vector_only(path)?;
+        let reference = self.crs.spatial_ref()?;
+        {
+            let mut all = data.start_transaction()?;
+            let layer = all.create_layer(LayerOptions {
+                name: self.name,
+                srs: Some(&reference),
+                ty: self.kind,
+                options: None,
+            })?;
+            for (name, column) in self.names.iter().zip(self.columns) {
+                let kind = match column {
+                    Column::Numbers(_) => OGRFieldType::OFTReal,
+                    Column::Text(_) => OGRFieldType::OFTString,
+                };
+                FieldDefn::new(name, kind)?.add_to_layer(&layer)?;
+            }
+            for row in 0..self.rows {
+                let mut feature = Feature::new(layer.defn())?;
+                for (i, column) in self.columns.iter().enumerate() {
+                    match column {
+                        Column::Numbers(values) if values[row].is_nan() => {
+                            feature.set_field_null(i)?
+                        }
+                        Column::Numbers(values) => feature.set_field_double(i, values[row])?,
+                        Column::Text(cells) if cells[row].is_empty() => {
+                            feature.set_field_null(i)?
+                        }
+                        Column::Text(cells) => feature.set_field_string(i, &cells[row])?,
+                    }
+                }
+                if let Some(geometry) = (self.geometry)(row)? {
+                    feature.set_geometry(geometry)?;
+                }
+                feature.create(&layer)?;
+            }
+            all.commit()?;
+        }
+        data.close()?;
+        Ok(())
+    }
 }
 
 pub(super) fn read(path: &Path, layer: Option<&str>) -> Result<Loaded> {
