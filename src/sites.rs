@@ -180,7 +180,16 @@ pub struct Task {
     /// The true surface plus the nugget at the targets `[batch, target, 1]`, link scale: a new
     /// village's logit prevalence or log rate, or a new noisy value.
     pub noisy: Tensor,
+    /// What ruled each row, for networks that learn to read it: `[batch, 7]`, see [`HYPER`]. Nothing
+    /// where no kernel is known.
+    pub hyper: Option<Tensor>,
 }
+
+/// Numbers of [`Task::hyper`]: 1 where one Matérn kernel ruled the row, else all are 0; which of
+/// [`Smoothness::all`](crate::kernel::Smoothness::all) it had; the logarithms of its length scale (model
+/// units, the geometric mean over directions), sill and nugget (link scale²); and the logarithm of the
+/// ratio of its length scales times cosine and sine of twice their angle.
+pub const HYPER: usize = 7;
 
 impl Task {
     /// The same task on another device.
@@ -190,6 +199,7 @@ impl Task {
             target: self.target.to_device(device)?,
             surface: self.surface.to_device(device)?,
             noisy: self.noisy.to_device(device)?,
+            hyper: self.hyper.as_ref().map(|h| h.to_device(device)).transpose()?,
         })
     }
 }

@@ -63,7 +63,7 @@ pub struct ExactGp {
 pub type MadeOf<'a> = &'a (dyn Fn(Matern) -> Result<Box<dyn Kernel>> + Sync);
 
 /// One row of a context on the host, padding removed.
-pub(super) struct Row {
+pub(crate) struct Row {
     /// Coordinates, and behind them the covariates.
     pub sites: Vec<Vec<f64>>,
     pub y: Vec<f64>,
@@ -540,7 +540,7 @@ fn places(sites: &Sites, features: usize) -> Result<Vec<Vec<Vec<f64>>>> {
 }
 
 /// Rows of a context on the host, padding removed, with `features` covariates behind coordinates.
-pub(super) fn rows(
+pub(crate) fn rows(
     context: &Observations,
     likelihood: &dyn Likelihood,
     features: usize,

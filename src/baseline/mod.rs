@@ -5,11 +5,12 @@ pub mod exact_gp;
 mod field;
 pub mod integrated;
 pub mod nearest;
-mod neighbours;
+pub(crate) mod neighbours;
 mod nelder_mead;
 pub mod regression;
 pub mod rules;
 mod spectral;
+pub mod variogram;
 
 pub use exact_gp::ExactGp;
 pub use integrated::IntegratedGp;

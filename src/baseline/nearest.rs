@@ -148,8 +148,8 @@ struct Shift {
     variance: f64,
 }
 
-struct Conditioned<'a> {
-    gp: &'a NearestGp,
+struct Conditioned<G> {
+    gp: G,
     rows: Vec<Fitted>,
 }
 
@@ -483,6 +483,17 @@ impl NearestGp {
     /// Approximate log marginal likelihood of each row of `context`, in nats.
     pub fn log_marginals(&self, context: &Observations) -> Result<Vec<f64>> {
         Ok(self.absorb_all(context)?.into_iter().map(|row| row.log_marginal).collect())
+    }
+
+    /// The posterior given `context`, which takes this process along; and the approximate log marginal
+    /// likelihood of each row, in nats.
+    ///
+    /// # Errors
+    /// As [`Process::condition`].
+    pub fn conditioned(self, context: &Observations) -> Result<(Box<dyn Posterior>, Vec<f64>)> {
+        let rows = self.absorb_all(context)?;
+        let log_marginals = rows.iter().map(|row| row.log_marginal).collect();
+        Ok((Box::new(Conditioned { gp: Box::new(self), rows }), log_marginals))
     }
 
     fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
@@ -974,14 +985,14 @@ impl Process for NearestGp {
     }
 }
 
-impl Posterior for Conditioned<'_> {
+impl<G: std::ops::Deref<Target = NearestGp> + Send + Sync> Posterior for Conditioned<G> {
     /// In the precision of the targets' coordinates, computed in f64.
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         if targets.batch() != self.rows.len() {
             let (asked, held) = (targets.batch(), self.rows.len());
             return Err(Error::axis("rows of targets and of the context", asked, held));
         }
-        let gp = self.gp;
+        let gp: &NearestGp = &self.gp;
         let shape = (targets.batch(), targets.len(), 1);
         let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
         let least = gp.least();
@@ -1021,6 +1032,6 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
-        Ok(Box::new(field::Local::new(self.gp, row, draws, seed, extent)?))
+        Ok(Box::new(field::Local::new(&self.gp, row, draws, seed, extent)?))
     }
 }

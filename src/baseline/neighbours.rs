@@ -15,7 +15,7 @@ const HALVINGS: usize = 32;
 
 /// Sites `[site][dimension]`, flat, in a tree that answers which are nearest.
 #[derive(Debug, Clone)]
-pub(super) struct Tree {
+pub(crate) struct Tree {
     dim: usize,
     /// Coordinates in the order of the leaves.
     flat: Vec<f64>,
@@ -37,7 +37,7 @@ struct Node {
 }
 
 /// The nearest sites found so far, nearest first: (squared distance, site).
-pub(super) type Found = Vec<(f64, u32)>;
+pub(crate) type Found = Vec<(f64, u32)>;
 
 impl Tree {
     /// A tree over sites in their order.
@@ -171,7 +171,7 @@ fn mix(x: u64) -> u64 {
 /// # Shapes
 /// `sites` `[site][dimension]`, `also` `[site]` tells sites at one place apart; returns the sites in
 /// their order.
-pub(super) fn spread(sites: &[Vec<f64>], also: &[f64]) -> Vec<usize> {
+pub(crate) fn spread(sites: &[Vec<f64>], also: &[f64]) -> Vec<usize> {
     let hash = |i: &usize| sites[*i].iter().fold(0, |h, c| mix(h ^ (c + 0.0).to_bits()));
     let mut keyed: Vec<(u64, usize)> = (0..sites.len()).map(|i| (hash(&i), i)).collect();
     keyed.sort_by(|(a, i), (b, j)| {

@@ -151,6 +151,9 @@ impl Kernel for Matern {
             Metric::GreatCircle => None,
         }
     }
+    fn matern(&self) -> Option<Matern> {
+        Some(*self)
+    }
 }
 
 simd::vectorised! {

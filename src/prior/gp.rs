@@ -245,6 +245,10 @@ impl Kernel for Scaled {
     fn sill(&self) -> f64 {
         self.sill * self.shape.sill()
     }
+    fn matern(&self) -> Option<Matern> {
+        let shape = self.shape.matern()?;
+        Some(Matern { sill: self.sill * shape.sill, ..shape })
+    }
 }
 
 impl Prior for Gp {
