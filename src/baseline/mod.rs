@@ -9,6 +9,7 @@ mod neighbours;
 mod nelder_mead;
 pub mod regression;
 pub mod rules;
+pub mod sequential;
 mod spectral;
 
 pub use exact_gp::ExactGp;
