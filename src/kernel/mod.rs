@@ -9,12 +9,14 @@ pub mod displaced;
 pub mod matern;
 pub mod metric;
 pub mod periodic;
+pub mod varying;
 
 pub use combine::{Product, Sum};
 pub use displaced::Displaced;
 pub use matern::{Matern, Smoothness};
 pub use metric::Metric;
 pub use periodic::Periodic;
+pub use varying::{Local, Varying};
 
 /// A covariance: symmetric, positive semi-definite, largest at zero lag. Registered ones are
 /// stationary too.
@@ -34,7 +36,7 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
     }
 
     /// Variance of the surface anywhere: the covariance at zero lag, outcome². It is the partial
-    /// sill of geostatistics, since no kernel here holds a nugget.
+    /// sill of geostatistics, since no kernel here holds a nugget. The largest, where it varies.
     fn sill(&self) -> f64;
 
     /// A frequency of the plane's spectral distribution, of which the covariance is the expected
