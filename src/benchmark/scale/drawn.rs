@@ -168,11 +168,6 @@ impl Drawn {
         }
     }
 
-    /// The frame of the truth: region units, the outcome as it is.
-    pub const fn plain() -> Frame {
-        Frame { centre: [0.0; 2], unit: 1.0, level: [0.0, 1.0] }
-    }
-
     /// The frame that a map would have: the context's box becomes [−1, 1], values are standardised.
     ///
     /// # Errors
@@ -199,6 +194,11 @@ impl Drawn {
 }
 
 impl Frame {
+    /// The frame of the truth: region units, the outcome as it is.
+    pub const fn plain() -> Self {
+        Frame { centre: [0.0; 2], unit: 1.0, level: [0.0, 1.0] }
+    }
+
     /// Places of the region.
     pub fn sites(&self, xy: &[[f64; 2]]) -> Result<Sites> {
         let to = |p: &[f64; 2]| [0, 1].map(|d| (p[d] - self.centre[d]) / self.unit);

@@ -156,7 +156,7 @@ impl Round<'_> {
             tell(report::line(&run));
             Ok(run)
         };
-        let plain = Drawn::plain();
+        let plain = Frame::plain();
         let floor = || Ok(Box::new(Floor::new(self.case, likelihood)?) as Ready);
         let mut runs = vec![one(FLOOR, &plain, &drawn.context(&plain)?, &floor)?];
         let frame = drawn.frame()?;

@@ -74,7 +74,7 @@ fn the_floor_is_calibrated_and_nobody_else_is_below_it() {
     let (case, drawn) = drawn("lattice-exponential", 3000, 2);
     let score = |case: &Case| {
         let floor = Floor::new(case, case.likelihood().unwrap()).unwrap();
-        let plain = Drawn::plain();
+        let plain = Frame::plain();
         let context = drawn.context(&plain).unwrap();
         let posterior = floor.condition(&context).unwrap();
         score::ask(&*posterior, &drawn, &plain, &mut Cost::default()).unwrap()
@@ -126,7 +126,7 @@ fn scores_are_in_the_units_of_the_outcome() {
     let ask = |bell: [f64; 3], frame: &Frame| {
         score::ask(&Bell(bell), &drawn, frame, &mut Cost::default()).unwrap()
     };
-    let plain = ask([0.3, 0.5, 0.8], &Drawn::plain());
+    let plain = ask([0.3, 0.5, 0.8], &Frame::plain());
     let model = ask([(0.3 - level) / spread, 0.5 / spread, 0.8 / spread], &frame);
     assert!((plain.crps - model.crps).abs() < 1e-5, "{plain:?} {model:?}");
     assert!((plain.log_score - model.log_score).abs() < 1e-5, "{plain:?} {model:?}");
