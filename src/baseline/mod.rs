@@ -4,6 +4,8 @@ mod elimination;
 pub mod exact_gp;
 mod field;
 pub mod integrated;
+mod kriging;
+mod latent;
 pub mod nearest;
 mod neighbours;
 mod nelder_mead;

@@ -245,6 +245,9 @@ impl Kernel for Scaled {
     fn sill(&self) -> f64 {
         self.sill * self.shape.sill()
     }
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        self.shape.unstretch()
+    }
 }
 
 impl Prior for Gp {
