@@ -31,7 +31,6 @@ struct Given {
 struct Room {
     lower: Vec<Lane>,
     value: Vec<Lane>,
-    one: Vec<Lane>,
     x: Vec<f64>,
     y: Vec<f64>,
     column: Vec<f64>,
@@ -107,8 +106,6 @@ impl Room {
         }
         self.value.clear();
         self.value.resize(n, Lane::default());
-        self.one.clear();
-        self.one.resize(n, Lane::default());
         for (lane, (site, list)) in block.iter().zip(&lists).enumerate() {
             let k = list.len();
             let places = list.iter().chain([site]).map(|i| place(*i));
@@ -124,7 +121,7 @@ impl Room {
                 }
             }
         }
-        let [_, _, left] = eliminate(n, &mut self.lower, &mut self.value, &mut self.one);
+        let [_, left, ..] = eliminate(n, &mut self.lower, &mut self.value, &mut []);
         weigh(n, &mut self.lower);
         let last = &self.lower[row_of(n)..];
         let one = |(lane, list): (usize, &Vec<u32>)| Given {
