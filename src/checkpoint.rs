@@ -194,6 +194,15 @@ impl Checkpoint {
         Recipe::parse(&self.card.recipe)
     }
 
+    /// Whether the model takes time linear in the sites and holds at any number of them.
+    pub fn any_size(&self) -> bool {
+        let kind = |recipe: Recipe| {
+            let kind = recipe.table("model").ok()?.get("kind")?.as_str()?.to_string();
+            Some(kind)
+        };
+        self.recipe().ok().and_then(kind).as_deref() == Some(model::kriging::ENTRY.name)
+    }
+
     /// How observations arise for this model.
     pub fn likelihood(&self) -> Result<&'static dyn Likelihood> {
         likelihood::find(&self.recipe()?.likelihood()?)

@@ -7,13 +7,16 @@
 //! Sources: Journel & Huijbregts (1978), "Mining geostatistics", VII.A.1, for conditioning by
 //! kriging; Wilson et al. (2020), arXiv:2002.09309, for prior draws by waves and an exact correction:
 //! what waves lack is lacking in the prior alone. For counts, Σ is the noise of Laplace's
-//! pseudo-values.
+//! pseudo-values. The mean's levels are off by a draw of what is left open of them, which the error of
+//! kriging with known levels does not hang on.
 
 use faer::{Accum, Mat, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
 use super::{
+    elimination::{LANES, Lane},
     exact_gp::{self, ExactGp},
+    kriging::{Levels, dot},
     nearest::{self, NearestGp},
     spectral::Spectral,
 };
@@ -200,10 +203,10 @@ pub(super) struct Local<'a> {
     gp: &'a NearestGp,
     row: &'a nearest::Fitted,
     prior: Spectral,
-    /// The prior's mean in each draw, and how far off that the sites find it.
-    level: Vec<f32>,
-    found: Vec<f32>,
-    /// What noisy observations of each draw would be: `[draw, site]`.
+    /// How far off the mean's levels are found in each draw.
+    off: Vec<Levels>,
+    /// What noisy observations of each draw would be, or what counts would say of its surface:
+    /// `[draw, site]`.
     told: Mat<f32>,
 }
 
@@ -237,32 +240,51 @@ impl<'a> Local<'a> {
         }
         let [x, y] = flat(&sites)?;
         let prior = Spectral::new(&*gp.kernel, draws, seed, reach(&x, &y, extent))?;
-        let level: Vec<f32> =
-            levels(gp.mean_variance, draws, seed).iter().map(|v| *v as f32).collect();
         let mut told = prior_at(&prior, draws, &x, &y);
-        for i in 0..n {
-            let sd = (gp.nugget + row.noise(i)).sqrt();
-            let mut rng = Stream::new(seed, "noise of a field", i as u64);
-            for (told, level) in told.col_as_slice_mut(i).iter_mut().zip(&level) {
-                *told += level + (sd * rng.normal()) as f32;
+        match row.latent() {
+            None => {
+                for i in 0..n {
+                    let sd = row.noise(i).sqrt();
+                    let mut rng = Stream::new(seed, "noise of a field", i as u64);
+                    let column = told.col_as_slice_mut(i).iter_mut();
+                    column.for_each(|told| *told += (sd * rng.normal()) as f32);
+                }
             }
-        }
-        let mut found = vec![0f64; draws];
-        if gp.mean_variance > 0.0 {
-            for (i, b) in gp.mean_weights(row).into_iter().enumerate() {
-                for (found, told) in found.iter_mut().zip(told.col_as_slice(i)) {
-                    *found += b * f64::from(*told);
+            Some(latent) => {
+                let groups: Vec<Vec<Lane>> = (0..draws.div_ceil(LANES))
+                    .into_par_iter()
+                    .map(|group| {
+                        let of = |i: usize, l: usize| {
+                            let draw = group * LANES + l;
+                            if draw < draws { f64::from(told[(draw, i)]) } else { 0.0 }
+                        };
+                        let mut surface: Vec<Lane> =
+                            (0..n).map(|i| Lane(std::array::from_fn(|l| of(i, l)))).collect();
+                        let purpose = format!("noise of draws {group}");
+                        latent.reread(&mut surface, |i| {
+                            let mut rng = Stream::new(seed, &purpose, i as u64);
+                            Lane(std::array::from_fn(|_| rng.normal()))
+                        })
+                    })
+                    .collect::<Result<_>>()?;
+                for (group, said) in groups.iter().enumerate() {
+                    for (i, said) in said.iter().enumerate() {
+                        let column = &mut told.col_as_slice_mut(i)[group * LANES..];
+                        column.iter_mut().zip(said.0).for_each(|(told, said)| *told = said as f32);
+                    }
                 }
             }
         }
-        let found = found.iter().map(|v| *v as f32).collect();
-        Ok(Local { gp, row, prior, level, found, told })
+        let mut rng = Stream::new(seed, "level of a field", 0);
+        let shift = row.shift();
+        let off = (0..draws).map(|_| shift.drawn(std::array::from_fn(|_| rng.normal()))).collect();
+        Ok(Local { gp, row, prior, off, told })
     }
 }
 
 impl Field for Local<'_> {
     fn draws(&self) -> usize {
-        self.level.len()
+        self.off.len()
     }
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
@@ -277,14 +299,16 @@ impl Field for Local<'_> {
                 let places: Vec<[f64; 2]> = x.iter().zip(y).map(|(x, y)| [*x, *y]).collect();
                 let mut part = Drawn { mean: Vec::new(), sd: Vec::new(), deviations: Vec::new() };
                 part.deviations.reserve(draws * x.len());
+                let places: Vec<&[f64]> = places.iter().map(|place| &place[..]).collect();
                 for (i, weighed) in self.gp.weigh(self.row, &places).iter().enumerate() {
                     let out = out.col_as_slice_mut(i);
                     for (site, weight) in &weighed.weights {
                         let told = self.told.col_as_slice(*site as usize);
                         add_row(out, -*weight as f32, told);
                     }
-                    add_row(out, 1.0, &self.level);
-                    add_row(out, -weighed.unknown as f32, &self.found);
+                    for (out, off) in out.iter_mut().zip(&self.off) {
+                        *out += dot(weighed.levels, *off) as f32;
+                    }
                     part.deviations.extend_from_slice(out);
                     part.mean.push(weighed.mean);
                     part.sd.push(weighed.variance.sqrt());

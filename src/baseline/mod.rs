@@ -4,11 +4,14 @@ mod elimination;
 pub mod exact_gp;
 mod field;
 pub mod integrated;
+mod kriging;
+mod latent;
 pub mod nearest;
 pub(crate) mod neighbours;
 mod nelder_mead;
 pub mod regression;
 pub mod rules;
+pub mod sequential;
 mod spectral;
 pub mod variogram;
 

@@ -28,6 +28,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    kernel::Kernel,
     likelihood::Likelihood,
     linalg::lower,
     predictive::{Draws, Link, Predictive},
@@ -192,17 +193,19 @@ impl Regressed {
     }
 
     /// The nearest-neighbour Gaussian process of what is left of the context at the coefficients' mean,
-    /// and the law of the coefficients.
+    /// with or without a `trend`, and the law of the coefficients.
     ///
     /// # Errors
     /// As [`Coefficients::of`] and [`NearestGp::fit`].
     pub fn nearest(
         context: &Observations,
         likelihood: &'static dyn Likelihood,
+        trend: bool,
     ) -> Result<(Self, Coefficients, Arc<NearestGp>)> {
         let (coefficients, _) = Coefficients::of(context, likelihood)?;
         let left = less(context, &shift(&context.sites, &coefficients.mean)?, likelihood)?;
-        let inner = Arc::new(NearestGp::fit(&left, likelihood)?);
+        let plain = |kernel| Ok(Box::new(kernel) as Box<dyn Kernel>);
+        let inner = Arc::new(NearestGp::fit_as(&left, likelihood, &plain, trend)?);
         let all = Regressed::new(inner.clone(), coefficients.spread()?, likelihood, false);
         Ok((all, coefficients, inner))
     }

@@ -73,7 +73,7 @@ pub struct Args {
     #[arg(long, value_name = "AREA")]
     pub(super) clip: Option<PathBuf>,
     /// Model by name or file; `gp` fits an exact Gaussian process, `vecchia` one of nearest
-    /// neighbours for many sites. `prevalence` for counts and `continuous` for values when left out
+    /// neighbours for many sites, `vecchia-trend` that with a trend along the coordinates. `prevalence` for counts and `continuous` for values when left out
     #[arg(long, value_name = "NAME|FILE")]
     pub(super) model: Option<String>,
     /// Also map the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
@@ -556,7 +556,7 @@ fn classical(
     reading: Reading,
     moved: Option<&Displacement>,
 ) -> Result<Option<Model>> {
-    if !["gp", "vecchia"].contains(&name) {
+    if !FITTED.contains(&name) {
         return Ok(None);
     }
     if reading != Reading::default() {
@@ -581,7 +581,12 @@ pub(super) struct Fitted {
     coefficients: Option<Coefficients>,
 }
 
-/// Fits `gp` or `vecchia` to a context, with its covariates where it has some.
+/// Models that are fitted to the survey they are given: no file, no training.
+pub(super) const FITTED: [&str; 3] = ["gp", "vecchia", TREND];
+/// The nearest-neighbour Gaussian process whose mean is linear in the coordinates.
+pub(super) const TREND: &str = "vecchia-trend";
+
+/// Fits one of [`FITTED`] to a context, with its covariates where it has some.
 pub(super) fn fit(
     name: &str,
     context: &Observations,
@@ -616,13 +621,17 @@ pub(super) fn fit(
             ("neighbours", json!({ "fitting": gp.previous, "predicting": gp.near })),
         ]
     };
-    let what = "nearest-neighbour Gaussian process";
+    let trend = name == TREND;
+    let what = match trend {
+        true => "nearest-neighbour Gaussian process with a linear trend",
+        false => "nearest-neighbour Gaussian process",
+    };
     Ok(if covariates {
-        let (all, coefficients, gp) = Regressed::nearest(context, likelihood)?;
+        let (all, coefficients, gp) = Regressed::nearest(context, likelihood, trend)?;
         let about = (what, facts(&gp));
         Fitted { process: Box::new(all), about, coefficients: Some(coefficients) }
     } else {
-        let gp = nearest(context, likelihood, moved)?;
+        let gp = nearest(context, likelihood, moved, trend)?;
         let about = (what, facts(&gp));
         Fitted { process: Box::new(gp), about, coefficients: None }
     })
@@ -651,15 +660,19 @@ pub(super) fn exact(
     ExactGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
 }
 
-/// The nearest-neighbour Gaussian process fitted to a context, whose sites may be displaced.
+/// The nearest-neighbour Gaussian process fitted to a context, whose sites may be displaced, with or
+/// without a trend.
 pub(super) fn nearest(
     context: &Observations,
     likelihood: &'static dyn Likelihood,
     moved: Option<&Displacement>,
+    trend: bool,
 ) -> Result<NearestGp> {
-    let Some(moved) = moved else { return NearestGp::fit(context, likelihood) };
+    let Some(moved) = moved else {
+        return NearestGp::fit_as(context, likelihood, &|kernel| Ok(Box::new(kernel)), trend);
+    };
     let of = |kernel| Ok(Box::new(Displaced::new(kernel, &moved.laws)?) as Box<dyn Kernel>);
-    NearestGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
+    NearestGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of, trend)
 }
 
 /// What the user should know before believing the map.

@@ -11,7 +11,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use candle_core::Device;
 
 use super::{
-    map::round,
+    map::{TREND, round},
     validate::{self, report::Report},
 };
 use crate::{
@@ -370,6 +370,9 @@ fn methods(found: &Findings) -> String {
                  likelihood (Laplace's approximation for counts) [3]"
             .to_string(),
         "vecchia" => "a nearest-neighbour (Vecchia) Gaussian process with a Matérn covariance, fitted by maximum likelihood [3]".into(),
+        TREND => "a nearest-neighbour (Vecchia) Gaussian process with a Matérn covariance and a mean that is linear in the \
+                  coordinates (universal kriging), fitted by maximum likelihood [3]"
+            .into(),
         name => format!(
             "the neural process `{name}` ({}), which was trained on surfaces simulated from a Gaussian-process prior with \
              rough and smooth kernels, a village-level nugget and trends, so that conditioning on the survey is amortised \

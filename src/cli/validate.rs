@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     covariates::CovariateArgs,
-    map::{exact, nearest, placed},
+    map::{TREND, exact, nearest, placed},
     note,
     output::Output,
     say,
@@ -69,7 +69,7 @@ pub struct Args {
     folds: String,
     /// Models by name or file, the first compared with all others: `prevalence` for counts and
     /// `continuous` for values when left out; `gp` fits an exact Gaussian process to every fold's
-    /// context, `vecchia` one of nearest neighbours. `intercept-only` and `nearest-site` always stand
+    /// context, `vecchia` one of nearest neighbours, `vecchia-trend` that with a trend. `intercept-only` and `nearest-site` always stand
     /// beside them
     #[arg(long, value_name = "NAME|FILE,…", value_delimiter = ',')]
     model: Vec<String>,
@@ -207,8 +207,8 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
     if model == GP {
         return Ok(exact_gp(wanted));
     }
-    if model == VECCHIA {
-        return Ok(nearest_gp(wanted));
+    if [VECCHIA, TREND].contains(&model) {
+        return Ok(nearest_gp(wanted, model == TREND));
     }
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
@@ -235,14 +235,15 @@ pub fn exact_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>>
     })
 }
 
-/// Fits a nearest-neighbour Gaussian process to each context, then conditions it on that context.
-pub fn nearest_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
+/// Fits a nearest-neighbour Gaussian process to each context, with or without a trend, then conditions it
+/// on that context.
+pub fn nearest_gp(likelihood: &'static dyn Likelihood, trend: bool) -> Box<Forecaster<'static>> {
     Box::new(move |context, targets, moved| {
         if context.sites.x.is_some() {
-            let (process, ..) = Regressed::nearest(context, likelihood)?;
+            let (process, ..) = Regressed::nearest(context, likelihood, trend)?;
             return process.condition(context)?.at(targets);
         }
-        fitted(Box::new(nearest(context, likelihood, moved)?), context, targets, moved)
+        fitted(Box::new(nearest(context, likelihood, moved, trend)?), context, targets, moved)
     })
 }
 

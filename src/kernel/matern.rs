@@ -130,6 +130,15 @@ impl Kernel for Matern {
     fn sill(&self) -> f64 {
         self.sill
     }
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        match self.metric {
+            Metric::Anisotropic { angle, ratio } => {
+                let (sin, cos) = angle.sin_cos();
+                Some([cos, sin, -ratio * sin, ratio * cos])
+            }
+            _ => None,
+        }
+    }
     /// Rasmussen & Williams (2006), eq. 4.15: a bivariate t with 2ν degrees of freedom.
     fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
         let left = 1.0 - share;

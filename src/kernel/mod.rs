@@ -36,8 +36,14 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
     }
 
     /// Variance of the surface anywhere: the covariance at zero lag, outcome². It is the partial
-    /// sill of geostatistics, since no kernel here holds a nugget.
+    /// sill of geostatistics, since no kernel here holds a nugget. The largest, where it varies.
     fn sill(&self) -> f64;
+
+    /// A linear map of the plane, row by row, after which sites that are near are alike, whatever the
+    /// direction. Nothing where they are as they stand, or nearly.
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        None
+    }
 
     /// A frequency of the plane's spectral distribution, of which the covariance is the expected
     /// cosine: `covariance(h) = sill · E cos(ω·h)`. `share` in (0, 1) says how far out it lies, as a
@@ -66,6 +72,9 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     }
     fn sill(&self) -> f64 {
         (**self).sill()
+    }
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        (**self).unstretch()
     }
     fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
         (**self).frequency(share, turn)

@@ -16,6 +16,7 @@ use crate::{
 pub mod areas;
 pub mod displaced;
 pub mod draws;
+pub mod machine;
 mod near;
 mod nearest;
 pub mod next;

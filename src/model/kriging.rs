@@ -420,7 +420,10 @@ impl Kriging {
         let (mean, belief) = if row.y.is_empty() { (0.0, 1.0) } else { (mean, belief) };
         let near = self.config.near;
         let gp = NearestGp::new(read.kernel, read.nugget, mean, self.likelihood)?;
-        Ok(gp.uncertain_mean(belief).neighbours(30, near))
+        let gp = gp.uncertain_mean(belief).neighbours(30, near);
+        // Few sites do not tell a trend from a surface, nor do counts of few people.
+        let sloped = !self.likelihood.counts() && row.y.len() > 2 * self.config.window;
+        if sloped { gp.sloped(belief) } else { Ok(gp) }
     }
 
     /// Several covariances where few sites leave it in doubt.

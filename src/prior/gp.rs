@@ -249,6 +249,9 @@ impl Kernel for Scaled {
         let shape = self.shape.matern()?;
         Some(Matern { sill: self.sill * shape.sill, ..shape })
     }
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        self.shape.unstretch()
+    }
 }
 
 impl Prior for Gp {

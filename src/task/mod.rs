@@ -16,7 +16,9 @@ use crate::{
     sites::{HYPER, Observations, Sites, Task, log_rate, mean_sd, unit_box},
 };
 
+pub mod continent;
 pub mod design;
+pub mod gaps;
 
 use design::{Design, Layout};
 

@@ -26,6 +26,7 @@ mod refusals;
 #[cfg(feature = "gdal")]
 mod report;
 mod sample;
+mod scale;
 #[cfg(feature = "gdal")]
 mod trust;
 #[cfg(feature = "gdal")]
