@@ -106,6 +106,7 @@ struct Density {
 pub(super) struct Fitted {
     ordered: Ordered,
     form: Form,
+    log_marginal: f64,
 }
 
 /// What a row says.
@@ -410,6 +411,7 @@ impl NearestGp {
     fn absorb(&self, ordered: Ordered) -> Result<Fitted> {
         let lists = ordered.lists(self.previous);
         let settled = self.settle(&ordered, &lists, None, &mut Start::default(), 1e-5)?;
+        let log_marginal = settled.log_marginal();
         let form = match settled {
             Settled::Values { shift, .. } => {
                 let value = ordered.y.iter().map(|y| y - self.mean).collect();
@@ -421,7 +423,7 @@ impl NearestGp {
                 jitter: vec![JITTER * self.kernel.sill(); ordered.len()],
             },
         };
-        Ok(Fitted { ordered, form })
+        Ok(Fitted { ordered, form, log_marginal })
     }
 
     /// Values are read as they are, `terms` of them or all; counts through their mode, from the guess
