@@ -87,6 +87,16 @@ const SHIPPED: &[Shipped] = &[
         about: "continuous values: surface and new noisy value, for surveys on the plane",
         bytes: include_bytes!("../models/continuous.safetensors"),
     },
+    Shipped {
+        name: "kriging-values",
+        about: "continuous values at any number of sites: kriging under covariances read off the data",
+        bytes: include_bytes!("../models/kriging-values.safetensors"),
+    },
+    Shipped {
+        name: "kriging-counts",
+        about: "binomial counts at any number of sites: kriging under covariances read off the data",
+        bytes: include_bytes!("../models/kriging-counts.safetensors"),
+    },
 ];
 
 struct Shipped {

@@ -8,7 +8,7 @@ mod kriging;
 mod latent;
 pub mod nearest;
 pub(crate) mod neighbours;
-mod nelder_mead;
+pub(crate) mod nelder_mead;
 pub mod regression;
 pub mod rules;
 pub mod sequential;
