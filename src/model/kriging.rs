@@ -74,7 +74,7 @@ const SEVERAL: usize = 12;
 /// How much local covariances may differ from that of the whole, sd of ln length scale and ln sill.
 const STRAY: [f64; 2] = [0.25, 0.7];
 /// What a covariance that varies has to be more likely by, nats, to be believed.
-const WORTH: f64 = 6.0;
+const WORTH: f64 = 15.0;
 /// Sites whose densities choose between covariances, at most; and where they are counts, whose mode is
 /// another at every step.
 const JUDGES: usize = 4_000;
