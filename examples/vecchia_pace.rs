@@ -62,8 +62,10 @@ fn surface(places: &[[f64; 2]], rng: &mut Stream) -> Vec<f64> {
         })
         .collect();
     let size = (2.0 * kernel.sill() / WAVES as f64).sqrt();
-    let at = |p: &[f64; 2]| waves.iter().map(|[x, y, z]| (x * p[0] + y * p[1] + z).cos());
-    places.par_iter().map(|p| size * at(p).sum::<f64>()).collect()
+    let at = |p: &[f64; 2]| -> f64 {
+        waves.iter().map(|[x, y, z]| (x * p[0] + y * p[1] + z).cos()).sum()
+    };
+    places.par_iter().map(|p| size * at(p)).collect()
 }
 
 /// In the empty tenth.
