@@ -150,10 +150,13 @@ fn main() -> Result<()> {
                 });
                 let covered = mean(&|i| if z(i).abs() < 1.959_964 { 1.0 } else { 0.0 });
                 let rmse = mean(&|i| (z(i) * surface.sd[*i]).powi(2)).sqrt();
+                let sd = mean(&|i| surface.sd[*i].powi(2)).sqrt();
+                let low = mean(&|i| z(i) * surface.sd[*i]);
                 println!(
                     "    {part:<16} observation: log score {:.4}, CRPS {:.5}; surface: log score \
-                     {log:.4}, RMSE {rmse:.4}, {:.3} inside 95 %",
-                    summary.log_score, summary.crps, covered
+                     {log:.4}, RMSE {rmse:.4} where sd is {sd:.4}, too low by {low:.4}, \
+                     {covered:.3} inside 95 %",
+                    summary.log_score, summary.crps
                 );
             }
         }
