@@ -62,8 +62,10 @@ fn surface(places: &[[f64; 2]], rng: &mut Stream) -> Vec<f64> {
         })
         .collect();
     let size = (2.0 * kernel.sill() / WAVES as f64).sqrt();
-    let at = |p: &[f64; 2]| waves.iter().map(|[x, y, z]| (x * p[0] + y * p[1] + z).cos());
-    places.par_iter().map(|p| size * at(p).sum::<f64>()).collect()
+    let at = |p: &[f64; 2]| -> f64 {
+        waves.iter().map(|[x, y, z]| (x * p[0] + y * p[1] + z).cos()).sum()
+    };
+    places.par_iter().map(|p| size * at(p)).collect()
 }
 
 /// In the empty tenth.
@@ -148,10 +150,13 @@ fn main() -> Result<()> {
                 });
                 let covered = mean(&|i| if z(i).abs() < 1.959_964 { 1.0 } else { 0.0 });
                 let rmse = mean(&|i| (z(i) * surface.sd[*i]).powi(2)).sqrt();
+                let sd = mean(&|i| surface.sd[*i].powi(2)).sqrt();
+                let low = mean(&|i| z(i) * surface.sd[*i]);
                 println!(
                     "    {part:<16} observation: log score {:.4}, CRPS {:.5}; surface: log score \
-                     {log:.4}, RMSE {rmse:.4}, {:.3} inside 95 %",
-                    summary.log_score, summary.crps, covered
+                     {log:.4}, RMSE {rmse:.4} where sd is {sd:.4}, too low by {low:.4}, \
+                     {covered:.3} inside 95 %",
+                    summary.log_score, summary.crps
                 );
             }
         }

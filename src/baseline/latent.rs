@@ -25,15 +25,17 @@
 //! of the logarithm of what it leaves, by Lanczos's method from a few random vectors, the same ones for
 //! all parameters.
 //!
-//! **Spread.** What the nearest readings alone leave open of a place, v, is known exactly. Draws of the
-//! posterior say by how much all readings tell more: with d the difference of the two estimates, which
-//! is independent of the error of the better one, its variance is v − E d². Only the second, smaller
-//! term carries the sampling error of few draws.
+//! **Spread.** What the nearest readings alone leave open of a place, v, is known exactly. It is what all
+//! readings leave open, and what they know beyond the nearest: `v = E e² + E d²`, for the error e of the
+//! better estimate and its difference d from the other are independent. Draws of the posterior tell
+//! both; each is an estimate of E e², and they are weighed by how sure they are. Where the
+//! nearest readings say nearly all there is to say, little is left to the chance of the draws.
 
 use rayon::prelude::*;
 
 use super::{
     elimination::{LANES, LEVELS, Lane},
+    field::add_row,
     kriging::{Heard, Kriging, Levels, Lists, Ordered, Shift, Weights, dot, levels},
 };
 use crate::{
@@ -44,7 +46,7 @@ use crate::{
 };
 
 /// Draws of the posterior that its spread is learned from: a multiple of [`LANES`].
-pub(super) const SAMPLES: usize = 64;
+pub(super) const SAMPLES: usize = 128;
 /// Least weight of a count: a crowd that is all of one kind says nothing more, but never nothing.
 const LEAST: f64 = 1e-12;
 /// Variance given to the surface at each place alone, relative to the sill: arithmetic, so that near
@@ -755,10 +757,12 @@ impl Point {
     }
 }
 
-/// Readings of drawn surfaces, and what all of them together say of the surface: `[place][sample]`.
+/// Readings of drawn surfaces, what all of them together say of the surface, and how far from it that
+/// is: `[place][sample]`.
 pub(super) struct Samples {
-    pub read: Vec<[f32; SAMPLES]>,
-    pub smooth: Vec<[f32; SAMPLES]>,
+    read: Vec<[f32; SAMPLES]>,
+    smooth: Vec<[f32; SAMPLES]>,
+    error: Vec<[f32; SAMPLES]>,
 }
 
 impl Latent {
@@ -789,7 +793,7 @@ impl Latent {
         type Few = [f32; LANES];
         let n = self.root.len();
         let few = |lane: &Lane| -> Few { lane.0.map(|v| v as f32) };
-        let parts: Result<Vec<[Vec<Few>; 2]>> = (0..SAMPLES / LANES)
+        let parts: Result<Vec<[Vec<Few>; 3]>> = (0..SAMPLES / LANES)
             .into_par_iter()
             .map(|group| {
                 let mut noise = Vec::with_capacity(n);
@@ -803,8 +807,13 @@ impl Latent {
                     })
                     .collect();
                 Lane::solve(&self.prior, &mut s);
+                let mut error: Vec<Few> = s.iter().map(few).collect();
                 let smooth = self.reread(&mut s, |i| noise[i])?;
-                Ok([s, smooth].map(|lanes| lanes.iter().map(few).collect()))
+                for (error, smooth) in error.iter_mut().zip(&smooth) {
+                    error.iter_mut().zip(smooth.0).for_each(|(e, smooth)| *e -= smooth as f32);
+                }
+                let [read, smooth] = [s, smooth].map(|lanes| lanes.iter().map(few).collect());
+                Ok([read, smooth, error])
             })
             .collect();
         let parts = parts?;
@@ -812,28 +821,96 @@ impl Latent {
             let of = |i: usize, k: usize| parts[k / LANES][which][i][k % LANES];
             (0..n).map(|i| std::array::from_fn(|k| of(i, k))).collect()
         };
-        Ok(Samples { read: gather(0), smooth: gather(1) })
+        Ok(Samples { read: gather(0), smooth: gather(1), error: gather(2) })
     }
 }
 
 impl Samples {
-    /// By how much all readings narrow a place down further than its nearest do, where `smooth` are the
-    /// place's weights of the surface at its neighbours and `read` those of their readings.
-    pub fn narrowed(&self, smooth: &Weights, read: &Weights) -> f64 {
-        let mut apart = [0f32; SAMPLES];
+    /// What all readings leave open of a place: `smooth` are its weights of the surface at its neighbours,
+    /// beside which `own` is left open, and `read` those of their readings, which leave `near` open.
+    pub fn variance(&self, smooth: &Weights, own: f64, read: &Weights, near: f64) -> f64 {
+        let [mut error, mut apart] = [[0f32; SAMPLES]; 2];
         for ((i, smooth), (_, read)) in smooth.iter().zip(read) {
             let (i, smooth, read) = (*i as usize, *smooth as f32, *read as f32);
-            further(&mut apart, smooth, &self.smooth[i], read, &self.read[i]);
+            add_row(&mut error, smooth, &self.error[i]);
+            add_row(&mut apart, smooth, &self.smooth[i]);
+            add_row(&mut apart, -read, &self.read[i]);
         }
-        apart.iter().map(|d| f64::from(*d).powi(2)).sum::<f64>() / SAMPLES as f64
+        let square = |x: &[f32]| x.iter().map(|d| f64::from(*d).powi(2)).sum::<f64>();
+        let [left, more] = [square(&error), square(&apart)].map(|sum| sum / SAMPLES as f64);
+        let left = own + left;
+        // An estimate of a variance is as unsure as it is large: each is weighed by the other's square.
+        let [by_left, by_more] = [more, left].map(|v| v * v);
+        let whole = (by_left + by_more).max(f64::MIN_POSITIVE);
+        ((by_left * left + by_more * (near - more)) / whole).max(own)
     }
 }
 
-simd::vectorised! {
-    /// `out += a · x − b · y`.
-    pub fn further(out: &mut [f32; SAMPLES], a: f32, x: &[f32; SAMPLES], b: f32, y: &[f32; SAMPLES]) {
-        for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
-            *out = (-b).mul_add(*y, a.mul_add(*x, *out));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The two-by-two matrix by hand; and the sums of powers that every quadrature of a matrix keeps.
+    #[test]
+    fn nodes_are_eigenvalues() {
+        let mut two = nodes(vec![2.0, 5.0], vec![2.0]);
+        two.sort_by(|a, b| a.0.total_cmp(&b.0));
+        // (1, 6), with the vectors (2, −1) and (1, 2) over √5.
+        let hand = [(1.0, 0.8), (6.0, 0.2)];
+        for (seen, hand) in two.iter().zip(hand) {
+            assert!((seen.0 - hand.0).abs() + (seen.1 - hand.1).abs() < 1e-14, "{two:?}");
         }
+        let mut rng = Stream::new(1, "tridiagonal", 0);
+        for k in [1, 3, 30] {
+            let diagonal: Vec<f64> = (0..k).map(|_| 3.0 + rng.unit()).collect();
+            let beside: Vec<f64> = (1..k).map(|_| rng.unit()).collect();
+            let mut power = vec![0.0; k];
+            power[0] = 1.0;
+            for degree in 0..2 * k {
+                let found = nodes(diagonal.clone(), beside.clone());
+                let sum: f64 = found.iter().map(|(v, w)| w * v.powi(degree as i32)).sum();
+                assert!((sum / power[0] - 1.0).abs() < 1e-11, "degree {degree} of {k}: {sum}");
+                power = (0..k)
+                    .map(|i| {
+                        let below = if i > 0 { beside[i - 1] * power[i - 1] } else { 0.0 };
+                        let above = if i + 1 < k { beside[i] * power[i + 1] } else { 0.0 };
+                        below + diagonal[i] * power[i] + above
+                    })
+                    .collect();
+            }
+        }
+    }
+
+    /// Loops over one column and over eight, there and back.
+    #[test]
+    fn a_factor_undoes_itself() {
+        let mut rng = Stream::new(2, "factor", 0);
+        let mut factor = Factor {
+            starts: vec![0],
+            before: Vec::new(),
+            weight: Vec::new(),
+            variance: Vec::new(),
+        };
+        for i in 0..40 {
+            for _ in 0..i.min(4) {
+                factor.before.push(rng.below(i) as u32);
+                factor.weight.push(rng.uniform(-0.5, 0.5));
+            }
+            factor.starts.push(factor.before.len() as u32);
+            factor.variance.push(rng.uniform(0.5, 2.0));
+        }
+        let lanes: Vec<Lane> = (0..40).map(|_| Lane::map(|_| rng.normal())).collect();
+        let mut back = lanes.clone();
+        factor.covariance(&mut back);
+        for lane in [0, 7] {
+            let mut one: Vec<f64> = lanes.iter().map(|l| l.0[lane]).collect();
+            factor.covariance(&mut one);
+            assert!(one.iter().zip(&back).all(|(a, b)| (a - b.0[lane]).abs() < 1e-12));
+            factor.precision(&mut one);
+            let off = one.iter().zip(&lanes).map(|(a, b)| (a - b.0[lane]).abs());
+            assert!(off.fold(0.0, f64::max) < 1e-11);
+        }
+        factor.precision(&mut back);
+        assert!(back.iter().zip(&lanes).all(|(a, b)| (a.0[3] - b.0[3]).abs() < 1e-11));
     }
 }

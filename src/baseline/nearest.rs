@@ -525,8 +525,8 @@ impl NearestGp {
                             let (j, known) = (*j as usize, levels(ordered.site(*j as usize)));
                             (0..LEVELS).for_each(|l| open[l] += w * (latent.open[j][l] - known[l]));
                         }
-                        let narrowed = samples.narrowed(&weights, &readings[lane]);
-                        let left = (read[lane].variance - narrowed).max(said[lane].variance);
+                        let (own, near) = (said[lane].variance, read[lane].variance);
+                        let left = samples.variance(&weights, own, &readings[lane], near);
                         out.push(Weighed {
                             weights,
                             levels: open,
@@ -726,7 +726,7 @@ impl Process for NearestGp {
         // Two sparse factors; drawn readings, held twice while they are made; and columns of as many
         // draws as each thread works at.
         let factors = sites * 2 * 12 * self.previous;
-        let drawn = sites * 2 * 4 * SAMPLES;
+        let drawn = sites * 3 * 4 * SAMPLES;
         let columns = sites * 10 * 8 * LANES * threads;
         let held = held + factors + drawn + 128 * sites + block;
         Memory { conditioning: held + lists + drawn + columns + 256 * sites, held, target: 512 }
