@@ -2,7 +2,7 @@
 //! floor is a floor.
 
 use super::*;
-use crate::{process::Process, score::crps};
+use crate::{process::Process, registry::Named, score::crps};
 
 fn drawn(name: &str, sites: usize, seed: u64) -> (Case, Drawn) {
     let entry = CASES.iter().find(|case| case.name == name).unwrap();
