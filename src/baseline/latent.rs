@@ -49,7 +49,7 @@ pub(super) const SAMPLES: usize = 64;
 const LEAST: f64 = 1e-12;
 /// Variance given to the surface at each place alone, relative to the sill: arithmetic, so that near
 /// places never determine each other to rounding.
-pub(super) const JITTER: f64 = 1e-9;
+pub(super) const JITTER: f64 = 1e-10;
 
 /// Each place regressed on earlier ones: `x = Σ weight · x[before] + noise`.
 pub(super) struct Factor {
@@ -394,16 +394,57 @@ fn quadrature(tri: &[(Lane, Lane)]) -> f64 {
         // A lane that ended early is what it was then.
         let ended = tri.iter().position(|(_, beta)| beta.0[lane] < 1e-9);
         let k = ended.map_or(tri.len(), |at| at + 1);
-        let t = faer::Mat::from_fn(k, k, |i, j| match i.abs_diff(j) {
-            0 => tri[i].0.0[lane],
-            1 => tri[i.min(j)].1.0[lane],
-            _ => 0.0,
-        });
-        let Ok(eigen) = t.self_adjoint_eigen(faer::Side::Lower) else { return f64::NAN };
-        let (values, vectors) = (eigen.S().column_vector(), eigen.U());
-        (0..k).map(|i| vectors[(0, i)].powi(2) * values[i].max(f64::MIN_POSITIVE).ln()).sum()
+        let diagonal: Vec<f64> = tri[..k].iter().map(|(alpha, _)| alpha.0[lane]).collect();
+        let beside: Vec<f64> = tri[..k - 1].iter().map(|(_, beta)| beta.0[lane]).collect();
+        let nodes = nodes(diagonal, beside);
+        nodes.iter().map(|(value, weight)| weight * value.max(f64::MIN_POSITIVE).ln()).sum()
     };
     (0..LANES).map(one).sum::<f64>() / LANES as f64
+}
+
+/// Eigenvalues of a tridiagonal matrix, each with the square of its vector's first number: the nodes
+/// and weights of a quadrature (Golub & Welsch 1969, doi:10.1090/S0025-5718-69-99647-1), by implicit
+/// QL steps.
+fn nodes(mut d: Vec<f64>, mut e: Vec<f64>) -> Vec<(f64, f64)> {
+    let k = d.len();
+    e.push(0.0);
+    let mut first = vec![0.0; k];
+    first[0] = 1.0;
+    for l in 0..k {
+        for _ in 0..60 {
+            let small = |m: &usize| e[*m].abs() <= f64::EPSILON * (d[*m].abs() + d[m + 1].abs());
+            let m = (l..k - 1).find(small).unwrap_or(k - 1);
+            if m == l {
+                break;
+            }
+            let g = (d[l + 1] - d[l]) / (2.0 * e[l]);
+            let mut g = d[m] - d[l] + e[l] / (g + g.hypot(1.0).copysign(g));
+            let (mut s, mut c, mut p) = (1.0, 1.0, 0.0);
+            for i in (l..m).rev() {
+                let (f, b) = (s * e[i], c * e[i]);
+                let r = f.hypot(g);
+                e[i + 1] = r;
+                if r == 0.0 {
+                    d[i + 1] -= p;
+                    e[m] = 0.0;
+                    break;
+                }
+                (s, c) = (f / r, g / r);
+                g = d[i + 1] - p;
+                let r = (d[i] - g) * s + 2.0 * c * b;
+                p = s * r;
+                d[i + 1] = g + p;
+                g = c * r - b;
+                let (low, high) = (first[i], first[i + 1]);
+                first[i + 1] = s * low + c * high;
+                first[i] = c * low - s * high;
+            }
+            d[l] -= p;
+            e[l] = g;
+            e[m] = 0.0;
+        }
+    }
+    d.into_iter().zip(first).map(|(value, first)| (value, first * first)).collect()
 }
 
 /// A row of counts that was absorbed.
@@ -455,6 +496,16 @@ struct Reading {
 }
 
 impl Model<'_> {
+    fn jitter(&self) -> f64 {
+        JITTER * self.kriging.kernel.sill()
+    }
+
+    /// Variance of a village effect: of all of it but what is already in the surface as jitter, so that
+    /// together they are the nugget.
+    fn village(&self) -> f64 {
+        (self.nugget - self.jitter()).max(0.0)
+    }
+
     fn read(&self, ordered: &Ordered, f: &[f64]) -> Reading {
         let n = ordered.len();
         let mut reading = Reading {
@@ -469,7 +520,7 @@ impl Model<'_> {
             let [log, gradient, curve] = self.law(ordered, i, *f);
             let w = (-curve).max(LEAST);
             let pull = w * f + gradient;
-            let share = 1.0 / (1.0 + w * self.nugget);
+            let share = 1.0 / (1.0 + w * self.village());
             let place = ordered.at[i] as usize;
             reading.log += log;
             reading.weight.push(w);
@@ -501,7 +552,7 @@ impl Model<'_> {
         close: f64,
     ) -> Result<Latent> {
         let (n, m) = (ordered.len(), ordered.y.len());
-        let jitter = JITTER * self.kriging.kernel.sill();
+        let jitter = self.jitter();
         let prior = Factor::new(self.kriging, ordered, lists, &vec![jitter; n]);
         let count = self.doubt.iter().rposition(|v| *v > 0.0).map_or(0, |last| last + 1);
         let known: Vec<Levels> = (0..n).map(|i| levels(ordered.site(i))).collect();
@@ -513,7 +564,7 @@ impl Model<'_> {
         if level.len() != count || level.iter().any(|column| column.len() != n) {
             *level = vec![vec![0.0; n]; count];
         }
-        let mut dual = vec![0.0; m];
+        let mut point = Point::none(n, m);
         // What no step may fall below: see [`ExactGp`](super::ExactGp).
         let mut objective = self.log_likelihood(ordered, &vec![0.0; m]);
         let (mut settled, mut gain) = (false, 1.0f64);
@@ -577,41 +628,34 @@ impl Model<'_> {
                         |l: usize| known[i][l] - columns.get(l).map_or(0.0, |c| c[i] / root[i]);
                     std::array::from_fn(of)
                 };
-                let noise = reading.precision.iter().map(|p| 1.0 / p).collect();
+                let noise = reading.precision.iter().map(|p| jitter + 1.0 / p).collect();
                 let open = (0..n).map(open).collect();
                 let log_marginal = objective - 0.5 * log_det;
                 let Some((near, _)) = near else { unreachable!("made above") };
-                let surface = self.surface(&prior, &reading, &root, x, columns, &known, &shift);
+                let surface =
+                    self.aim(ordered, &prior, &reading, &root, x, columns, &known, &shift).surface;
                 return Ok(Latent { surface, noise, shift, open, log_marginal, prior, near, root });
             }
-            let s = self.surface(&prior, &reading, &root, x, columns, &known, &shift);
-            let newton = |i: usize| -> (f64, f64) {
-                let place = ordered.at[i] as usize;
-                let u = s[place] + dot(known[place], shift.mean);
-                let w = reading.weight[i];
-                let dual = (reading.pull[i] - w * u) / (1.0 + w * self.nugget);
-                (dual, u + self.nugget * dual)
-            };
-            let aim: Vec<(f64, f64)> = (0..m).map(newton).collect();
+            let aim = self.aim(ordered, &prior, &reading, &root, x, columns, &known, &shift);
             let mut step = 1.0;
             loop {
-                let toward = |from: f64, to: f64| from + step * (to - from);
-                let (tried, latent): (Vec<f64>, Vec<f64>) = match told {
-                    // What a start was the mode of is not known here: the first step is a whole one.
-                    true => aim.iter().copied().unzip(),
-                    false => {
-                        (0..m).map(|i| (toward(dual[i], aim[i].0), toward(f[i], aim[i].1))).unzip()
-                    }
-                };
-                let value = self.log_likelihood(ordered, &latent)
-                    - 0.5 * tried.iter().zip(&latent).map(|(a, f)| a * f).sum::<f64>();
+                // What a start was the mode of is not known here: the first step is a whole one.
+                let tried = if told { aim.clone() } else { point.toward(&aim, step) };
+                let latent: Vec<f64> = (0..m)
+                    .map(|i| {
+                        let place = ordered.at[i] as usize;
+                        let u = tried.surface[place] + dot(known[place], tried.level);
+                        u + self.village() * tried.village[i]
+                    })
+                    .collect();
+                let value = self.log_likelihood(ordered, &latent) - 0.5 * self.cost(&tried);
                 let slack = 1e-9 * (1.0 + objective.abs()) + small;
                 if value > objective - slack {
                     let moved = latent.iter().zip(f.iter()).map(|(a, b)| (a - b).abs());
                     let moved = moved.fold(0.0, f64::max);
                     settled = step == 1.0 && moved < close;
                     gain = if told { 1.0 } else { (value - objective).abs().min(gain) };
-                    (dual, *f, objective, told) = (tried, latent, value, false);
+                    (point, *f, objective, told) = (tried, latent, value, false);
                     break;
                 }
                 step *= 0.5;
@@ -634,10 +678,11 @@ impl Model<'_> {
             .try_this("check the counts for extreme values"))
     }
 
-    /// The surface's deviation at every place that goes with a solution: K times its dual.
+    /// Where Newton's step leads, given what was solved for.
     #[allow(clippy::too_many_arguments)]
-    fn surface(
+    fn aim(
         &self,
+        ordered: &Ordered,
         prior: &Factor,
         reading: &Reading,
         root: &[f64],
@@ -645,8 +690,8 @@ impl Model<'_> {
         columns: &[Vec<f64>],
         known: &[Levels],
         shift: &Shift,
-    ) -> Vec<f64> {
-        let mut s: Vec<f64> = (0..x.len())
+    ) -> Point {
+        let dual: Vec<f64> = (0..x.len())
             .map(|i| {
                 let level = dot(known[i], shift.mean);
                 let read = columns.iter().zip(shift.mean).map(|(c, mean)| c[i] * mean);
@@ -654,8 +699,59 @@ impl Model<'_> {
                 reading.place[i] - reading.precision[i] * level - root[i] * left
             })
             .collect();
-        prior.covariance(&mut s);
-        s
+        let mut surface = dual.clone();
+        prior.covariance(&mut surface);
+        let village = (0..ordered.y.len())
+            .map(|i| {
+                let place = ordered.at[i] as usize;
+                let u = surface[place] + dot(known[place], shift.mean);
+                let w = reading.weight[i];
+                (reading.pull[i] - w * u) / (1.0 + w * self.village())
+            })
+            .collect();
+        Point { dual, surface, level: shift.mean, village }
+    }
+
+    /// Twice minus the log prior density of a point, up to a constant.
+    fn cost(&self, point: &Point) -> f64 {
+        let surface: f64 = point.dual.iter().zip(&point.surface).map(|(a, s)| a * s).sum();
+        let village: f64 = point.village.iter().map(|v| v * v).sum();
+        let levels = point.level.iter().zip(self.doubt).filter(|(_, v)| *v > 0.0);
+        let level: f64 = levels.map(|(level, variance)| level * level / variance).sum();
+        surface + self.village() * village + level
+    }
+}
+
+/// A place in the space of all that is not known. The surface is K times its dual and village effects
+/// are τ times theirs, so that the prior density needs no inverse.
+#[derive(Clone)]
+struct Point {
+    dual: Vec<f64>,
+    surface: Vec<f64>,
+    level: Levels,
+    village: Vec<f64>,
+}
+
+impl Point {
+    fn none(places: usize, counts: usize) -> Self {
+        Point {
+            dual: vec![0.0; places],
+            surface: vec![0.0; places],
+            level: Levels::default(),
+            village: vec![0.0; counts],
+        }
+    }
+
+    fn toward(&self, aim: &Point, step: f64) -> Point {
+        let between = |from: &[f64], to: &[f64]| -> Vec<f64> {
+            from.iter().zip(to).map(|(from, to)| from + step * (to - from)).collect()
+        };
+        Point {
+            dual: between(&self.dual, &aim.dual),
+            surface: between(&self.surface, &aim.surface),
+            level: std::array::from_fn(|l| self.level[l] + step * (aim.level[l] - self.level[l])),
+            village: between(&self.village, &aim.village),
+        }
     }
 }
 

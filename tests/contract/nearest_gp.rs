@@ -578,7 +578,7 @@ fn any_kernel_is_conditioned_as_the_exact_process_does() -> Result<()> {
             (seen(&places, &counted(&latent, &tested), Some(&tested)), binomial()),
         ] {
             let exact = ExactGp::new(kernel(), 0.1, 0.2, likelihood)?;
-            let nearest = NearestGp::new(kernel(), 0.1, 0.2, likelihood)?.neighbours(15, 25);
+            let nearest = NearestGp::new(kernel(), 0.1, 0.2, likelihood)?.neighbours(40, 120);
             let (a, b) = (ask(&nearest, &context, &at)?, ask(&exact, &context, &at)?);
             let off: Vec<f64> = (0..60).map(|i| (a[0][i] - b[0][i]) / b[1][i]).collect();
             let off = (off.iter().map(|v| v * v).sum::<f64>() / 60.0).sqrt();
