@@ -120,5 +120,5 @@ fn list() -> Result<()> {
     for (name, model) in &models {
         say(format!("  {name:wide$}  {}", model.about))?;
     }
-    Ok(())
+    say("\nUp to 100,000 sites, with nothing trained: isopleth benchmark scale --list")
 }

@@ -114,9 +114,9 @@ impl Lattice {
 fn stationary(kernel: &dyn Kernel, size: [usize; 2], step: [f64; 2]) -> bool {
     let side = [0, 1].map(|d| size[d] as f64 * step[d]);
     let slack = 1e-9 * kernel.sill();
-    (1..=8).all(|i| {
-        // Multiples of the golden section and of its square.
-        let at = |k: f64| [0.618_033_988_7, 0.381_966_011_3].map(|g| (k * g).fract());
+    (1..=16).all(|i| {
+        // Powers of the plastic number fill the square evenly (Roberts 2018).
+        let at = |k: f64| [0.754_877_666_2, 0.569_840_291].map(|g| (k * g).fract());
         let (lag, from) = (at(f64::from(i)), at(f64::from(i) + 0.5));
         let lag = [0, 1].map(|d| 0.3 * side[d] * lag[d]);
         let from = [0, 1].map(|d| 0.7 * side[d] * from[d]);

@@ -78,7 +78,7 @@ fn usual_likelihood() -> String {
 }
 
 fn usual_near() -> usize {
-    80
+    160
 }
 
 /// The law of a surface, link scale.

@@ -2,7 +2,7 @@
 //! where the truth is known: registry [`CASES`] of cases, registry [`PROCESSES`] of processes.
 //!
 //! The floor is the nearest-neighbour Gaussian process with the parameters that made the case, which
-//! nobody else is told.
+//! nobody else is told. It is asked only about the targets that are scored.
 //!
 //! **To add a process:** one line in `process.rs`. Its constructor sees the context in model units
 //! (sites in [−1, 1], values standardised) and returns whatever answers `condition` and `at`.
@@ -206,7 +206,7 @@ impl Round<'_> {
         let mut whole = || -> Result<(Scores, Option<Means>)> {
             let process = run.fit.add(fit)?;
             let posterior = run.condition.add(|| process.condition(context))?;
-            let scores = score::ask(&*posterior, drawn, frame, &mut run.predict)?;
+            let scores = score::ask(&*posterior, drawn, frame, name != FLOOR, &mut run.predict)?;
             run.peak_mib = machine::peak_rss_mib();
             let means = pictured.then(|| means(&*posterior, drawn, frame)).transpose()?;
             Ok((scores, means))

@@ -52,7 +52,8 @@ impl Cost {
     }
 }
 
-/// Asks a posterior, which sees the case in `frame`, about all targets.
+/// Asks a posterior, which sees the case in `frame`, about all targets, or of them only those that are
+/// scored.
 ///
 /// # Errors
 /// Those of the posterior, and values that are not finite.
@@ -60,13 +61,19 @@ pub fn ask(
     posterior: &dyn Posterior,
     drawn: &Drawn,
     frame: &Frame,
+    all: bool,
     cost: &mut Cost,
 ) -> Result<Scores> {
+    let which: Vec<usize> = match all {
+        true => (0..drawn.asked.len()).collect(),
+        false => drawn.truths.iter().map(|t| t.target).collect(),
+    };
     let (mut sum, mut truths) = (Scores::default(), &drawn.truths[..]);
-    for (part, places) in drawn.asked.chunks(PART).enumerate() {
-        let sites = frame.sites(places)?;
+    for part in which.chunks(PART) {
+        let places: Vec<[f64; 2]> = part.iter().map(|i| drawn.asked[*i]).collect();
+        let sites = frame.sites(&places)?;
         let predictive = cost.add(|| posterior.at(&sites))?;
-        let end = truths.partition_point(|t| t.target < part * PART + places.len());
+        let end = truths.partition_point(|t| t.target <= part[part.len() - 1]);
         let (here, later) = truths.split_at(end);
         truths = later;
         if here.is_empty() {
@@ -78,11 +85,11 @@ pub fn ask(
             Ok::<_, crate::Error>(marginals.rescale(mean, sd))
         });
         let (surface, observation) = (surface?, observation?);
-        let all = surface.map(|surface, i| {
-            let truth = here.binary_search_by_key(&(part * PART + i), |t| t.target).ok()?;
+        let each = surface.map(|surface, i| {
+            let truth = here.binary_search_by_key(&part[i], |t| t.target).ok()?;
             Some(one(surface, &observation, i, &here[truth]))
         });
-        for one in all.into_iter().flatten() {
+        for one in each.into_iter().flatten() {
             sum.crps += one.crps;
             sum.log_score += one.log_score;
             sum.inside.iter_mut().zip(one.inside).for_each(|(sum, one)| *sum += one);

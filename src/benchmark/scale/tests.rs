@@ -2,7 +2,7 @@
 //! floor is a floor.
 
 use super::*;
-use crate::{process::Process, score::crps};
+use crate::{process::Process, registry::Named, score::crps};
 
 fn drawn(name: &str, sites: usize, seed: u64) -> (Case, Drawn) {
     let entry = CASES.iter().find(|case| case.name == name).unwrap();
@@ -77,7 +77,7 @@ fn the_floor_is_calibrated_and_nobody_else_is_below_it() {
         let plain = Frame::plain();
         let context = drawn.context(&plain).unwrap();
         let posterior = floor.condition(&context).unwrap();
-        score::ask(&*posterior, &drawn, &plain, &mut Cost::default()).unwrap()
+        score::ask(&*posterior, &drawn, &plain, true, &mut Cost::default()).unwrap()
     };
     let floor = score(&case);
     for (found, level) in floor.inside.iter().zip(score::LEVELS) {
@@ -123,16 +123,18 @@ fn scores_are_in_the_units_of_the_outcome() {
     let (_, drawn) = drawn("continent", 300, 1);
     let frame = drawn.frame().unwrap();
     let [level, spread] = frame.level;
-    let ask = |bell: [f64; 3], frame: &Frame| {
-        score::ask(&Bell(bell), &drawn, frame, &mut Cost::default()).unwrap()
+    let ask = |bell: [f64; 3], frame: &Frame, all: bool| {
+        score::ask(&Bell(bell), &drawn, frame, all, &mut Cost::default()).unwrap()
     };
-    let plain = ask([0.3, 0.5, 0.8], &Frame::plain());
-    let model = ask([(0.3 - level) / spread, 0.5 / spread, 0.8 / spread], &frame);
+    let plain = ask([0.3, 0.5, 0.8], &Frame::plain(), true);
+    let model = ask([(0.3 - level) / spread, 0.5 / spread, 0.8 / spread], &frame, true);
     assert!((plain.crps - model.crps).abs() < 1e-5, "{plain:?} {model:?}");
     assert!((plain.log_score - model.log_score).abs() < 1e-5, "{plain:?} {model:?}");
     let direct: f64 =
         drawn.truths.iter().map(|t| crps::mixture(&[(1.0, 0.3, 0.8)], t.noisy)).sum::<f64>();
     assert!((plain.crps - direct / drawn.truths.len() as f64).abs() < 1e-6);
-    // A thousand pixels are asked in parts, and every one scored is met by its own truth.
+    // Asked only about what is scored, or about everything.
+    assert_eq!(plain, ask([0.3, 0.5, 0.8], &Frame::plain(), false));
+    // A million pixels are asked in parts, and every one scored is met by its own truth.
     assert!(drawn.asked.len() > 8192 && drawn.truths.len() == 20_000);
 }
