@@ -5,7 +5,7 @@ pub mod exact_gp;
 mod field;
 pub mod integrated;
 pub mod nearest;
-mod neighbours;
+pub(crate) mod neighbours;
 mod nelder_mead;
 pub mod regression;
 pub mod rules;
