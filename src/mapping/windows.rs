@@ -801,3 +801,197 @@ impl Conditioned<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{checkpoint::Checkpoint, likelihood, predictive::Of, rng::Stream};
+
+    /// Sites of every sort that surveys have, `[site]`.
+    fn layout(kind: usize, n: usize, rng: &mut Stream) -> Vec<[f64; 2]> {
+        (0..n)
+            .map(|i| match (kind, i % 10) {
+                // Evenly; a city and the land around it; one place over and over; a line; one far away.
+                (1, 0..7) => [0.3 + 0.01 * rng.normal(), -0.2 + 0.01 * rng.normal()],
+                (2, 0..9) => [0.25, 0.5],
+                (3, _) => [rng.uniform(-1.0, 1.0), 0.125],
+                (4, _) if i == 17 => [1000.0, -300.0],
+                _ => [rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)],
+            })
+            .collect()
+    }
+
+    fn seen(sites: &[[f64; 2]]) -> Seen {
+        let mut rng = Stream::new(5, "values", 0);
+        let y: Vec<f32> = (0..sites.len()).map(|_| rng.normal() as f32).collect();
+        let y = Tensor::from_vec(y, (1, sites.len(), 1), &Device::Cpu).unwrap();
+        let sites = Sites::plane(sites, &Device::Cpu).unwrap();
+        Seen::of(&Observations::new(sites, y, None).unwrap()).unwrap()
+    }
+
+    /// No window is larger than was asked for, and no place is in none.
+    #[test]
+    fn windows_hold_what_they_may_and_leave_nobody_out() {
+        let mut rng = Stream::new(1, "cut", 0);
+        for kind in 0..5 {
+            for (n, sites) in [(10, 64), (900, 64), (5_000, 200)] {
+                let seen = seen(&layout(kind, n, &mut rng));
+                let cut = Cut::of(sites);
+                let windows = cut.windows(&seen);
+                let mut held = vec![false; seen.len()];
+                for w in &windows {
+                    let rows: usize = w.places.iter().map(|i| seen.rows(*i).len()).sum();
+                    assert!(rows <= sites, "layout {kind}: {rows} rows in a window of {sites}");
+                    assert!(w.unit > 0.0 && w.reach > 0.0, "layout {kind}: {} {}", w.unit, w.reach);
+                    w.places.iter().for_each(|i| held[*i as usize] = true);
+                    let mut twice = w.places.clone();
+                    twice.sort_unstable();
+                    twice.dedup();
+                    assert_eq!(twice.len(), w.places.len(), "layout {kind}: a place twice");
+                }
+                let out = held.iter().filter(|h| !**h).count();
+                assert_eq!(out, 0, "layout {kind}, {n} sites: {out} of {} places", seen.len());
+                // As many as a constant share of the sites: time and memory are linear.
+                assert!(windows.len() <= 2 + n / 8, "{} windows of {n} sites", windows.len());
+            }
+        }
+    }
+
+    /// The tree is a short cut, and never changes who answers.
+    #[test]
+    fn the_ranking_finds_what_looking_at_every_window_finds() {
+        let mut rng = Stream::new(2, "ranking", 0);
+        let windows: Vec<([f64; 2], f64)> = (0..700)
+            .map(|_| {
+                let reach = rng.log_uniform(0.003, 2.0);
+                ([rng.uniform(-1.0, 1.0), rng.uniform(-0.3, 0.3)], reach)
+            })
+            .collect();
+        let ranking = Ranking::new(windows.clone());
+        let mut found = Found::new();
+        for i in 0..2_000 {
+            let far = if i % 5 == 0 { 1e4 } else { 1.2 };
+            let place = [rng.uniform(-far, far), rng.uniform(-far, far)];
+            ranking.first(place, 4, &mut found);
+            let mut all: Found = windows
+                .iter()
+                .enumerate()
+                .map(|(i, (c, reach))| {
+                    let square = (c[0] - place[0]).powi(2) + (c[1] - place[1]).powi(2);
+                    (score(square, *reach), i as u32)
+                })
+                .collect();
+            all.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+            all.truncate(4);
+            assert_eq!(found, all, "at {place:?}");
+        }
+    }
+
+    /// Weights sum to one and change by less than the place does, whoever comes and goes.
+    #[test]
+    fn weights_fade_and_never_jump() {
+        let mut rng = Stream::new(3, "weights", 0);
+        for kind in [0, 1, 4] {
+            let seen = seen(&layout(kind, 3_000, &mut rng));
+            let windows = Cut::of(100).windows(&seen);
+            let least = windows.iter().map(|w| w.reach).fold(f64::INFINITY, f64::min);
+            let ranking = Ranking::new(windows.iter().map(|w| (w.centre, w.reach)).collect());
+            let mut found = Found::new();
+            let mut at = |place: [f64; 2]| -> HashMap<u32, f64> {
+                ranking.weights(place, 3, &mut found);
+                found.iter().map(|(weight, window)| (*window, *weight)).collect()
+            };
+            let step = 1e-3 * least;
+            let (mut most, mut handed) = (0f64, 0);
+            for _ in 0..3_000 {
+                let from = [rng.uniform(-1.1, 1.1), rng.uniform(-1.1, 1.1)];
+                let (a, b) = (at(from), at([from[0] + step, from[1]]));
+                let total: f64 = a.values().sum();
+                assert!((total - 1.0).abs() < 1e-12 && a.len() <= 3, "{a:?}");
+                handed += usize::from(a.keys().any(|w| !b.contains_key(w)));
+                for window in a.keys().chain(b.keys()) {
+                    let of = |x: &HashMap<u32, f64>| x.get(window).copied().unwrap_or(0.0);
+                    most = most.max((of(&a) - of(&b)).abs());
+                }
+            }
+            // A thousandth of the smallest reach at a time: the steepest weight takes 1/20 of a reach.
+            assert!(most < 0.02, "layout {kind}: a weight jumps by {most}");
+            assert!(handed > 5, "layout {kind}: windows come and go {handed} times only");
+        }
+    }
+
+    /// Between neighbouring pixels the map moves no more where other windows answer than where the same
+    /// ones do; where each place asks one window alone, it does.
+    #[test]
+    fn a_map_has_no_seams() -> Result<()> {
+        let mut rng = Stream::new(4, "seams", 0);
+        let sites = layout(1, 2_500, &mut rng);
+        let wave = |p: &[f64; 2]| ((3.0 * p[0]).sin() + (4.0 * p[1]).cos()) as f32;
+        let y: Vec<f32> = sites.iter().map(|p| wave(p) + 0.3 * rng.normal() as f32).collect();
+        let y = Tensor::from_vec(y, (1, sites.len(), 1), &Device::Cpu)?;
+        let context = Observations::new(Sites::plane(&sites, &Device::Cpu)?, y, None)?;
+        let network: Arc<dyn Process + Send + Sync> =
+            Checkpoint::resolve("continuous")?.process(&Device::Cpu)?.into();
+        let gaussian = likelihood::find("gaussian")?;
+        const SIDE: usize = 150;
+        let pixel =
+            |k: usize| [0.6 * (k % SIDE) as f64 / 150.0, 0.6 * (k / SIDE) as f64 / 150.0 - 0.5];
+        let pixels: Vec<[f64; 2]> = (0..SIDE * SIDE).map(pixel).collect();
+        // Largest steps of mean and sd, where the same windows answer and where others do.
+        let steps = |blend: usize| -> Result<[[f64; 2]; 2]> {
+            let cut = Cut { blend, ..Cut::of(150) };
+            let process = Windows::new(network.clone(), gaussian, cut)?;
+            let posterior = process.condition(&context)?;
+            let m = posterior.at(&Sites::plane(&pixels, &Device::Cpu)?)?;
+            let m = m.marginals(0, Of::Surface)?;
+            let told: Vec<(f64, f64)> = (0..m.len()).map(|i| m.mean_sd(i)).collect();
+            let windows = cut.windows(&Seen::of(&context)?);
+            let ranking = Ranking::new(windows.iter().map(|w| (w.centre, w.reach)).collect());
+            let mut found = Found::new();
+            let who: Vec<Vec<u32>> = pixels
+                .iter()
+                .map(|p| {
+                    ranking.weights(*p, blend, &mut found);
+                    let mut who: Vec<u32> = found.iter().map(|(_, w)| *w).collect();
+                    who.sort_unstable();
+                    who
+                })
+                .collect();
+            let mut most = [[0f64; 2]; 2];
+            for k in 0..SIDE * SIDE {
+                let right = (k % SIDE + 1 < SIDE).then_some(k + 1);
+                let below = (k + SIDE < SIDE * SIDE).then_some(k + SIDE);
+                for next in right.into_iter().chain(below) {
+                    let other = usize::from(who[k] != who[next]);
+                    let step = [told[k].0 - told[next].0, told[k].1 - told[next].1];
+                    for (most, step) in most[other].iter_mut().zip(step) {
+                        *most = most.max(step.abs());
+                    }
+                }
+            }
+            Ok(most)
+        };
+        let [inside, across] = steps(3)?;
+        assert!(across[0] <= inside[0], "means: {} across, {} inside", across[0], inside[0]);
+        assert!(across[1] <= inside[1], "sds: {} across, {} inside", across[1], inside[1]);
+        let [inside, across] = steps(1)?;
+        assert!(across[0] > 2.0 * inside[0], "one window alone: {} and {}", across[0], inside[0]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_cut_that_is_none_is_refused() {
+        struct Any;
+        impl Process for Any {
+            fn condition<'a>(&'a self, _: &Observations) -> Result<Box<dyn Posterior + 'a>> {
+                unreachable!("never conditioned")
+            }
+        }
+        let gaussian = likelihood::find("gaussian").unwrap();
+        for cut in [Cut::of(3), Cut { cell: 0.0, ..Cut::of(100) }, Cut { blend: 0, ..Cut::of(100) }]
+        {
+            assert!(Windows::new(Arc::new(Any), gaussian, cut).is_err(), "{cut:?}");
+        }
+        assert!(Windows::new(Arc::new(Any), gaussian, Cut::of(100)).is_ok());
+    }
+}
