@@ -6,7 +6,7 @@
 //!
 //! Sites are nodes of a lattice, the field exact on it (circulant embedding), LENGTH in spacings of evenly
 //! spread sites, NUGGET an sd where the field's is 1. LAYOUT: `even`, `clustered`, `gaps`. KERNEL: `half`,
-//! `three`. A CUT is `plain`, `vecchia` or SITES:FAR:CELL:BLEND[:HOW:ZOOM].
+//! `three`. A CUT is `plain`, `vecchia` or SITES:FAR:CELL:BLEND[:SPAN].
 
 use std::time::Instant;
 
@@ -137,7 +137,9 @@ fn main() -> Result<()> {
     let mut floors = Vec::new();
     for seed in 1..=seeds {
         let mut rng = Stream::new(seed, "large surveys", n as u64);
-        let side = ((2.0 * (n as f64).sqrt()).ceil() as usize).next_power_of_two();
+        // Clusters need room to be cut out of.
+        let wide = if layout == "clustered" { 8.0 } else { 2.0 };
+        let side = ((wide * (n as f64).sqrt()).ceil() as usize).next_power_of_two();
         let step = 2.0 / side as f64;
         let spacing = 2.0 / (n as f64).sqrt();
         let smoothness = if kernel == "half" { Smoothness::Half } else { Smoothness::ThreeHalves };
@@ -213,8 +215,7 @@ fn main() -> Result<()> {
                         far: v[1],
                         cell: v[2],
                         blend: v[3] as usize,
-                        how: v.get(4).map_or(0, |h| *h as u8),
-                        zoom: v.get(5).copied().unwrap_or(1.0),
+                        span: v.get(4).copied().unwrap_or(1.0),
                     };
                     let windows = Windows::new(model.clone(), gaussian, cut)?;
                     windows.condition(&context)?.at(&targets)?

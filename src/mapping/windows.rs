@@ -43,6 +43,8 @@ const THINNED: usize = 4;
 const SAME: usize = 8;
 /// Share of a window's reach that it answers for before another may be better.
 const COVERS: f64 = 0.7;
+/// Far sites of a window are at most so many times as far as its near ones reach.
+const FARTHEST: f64 = 3.0;
 /// Bytes of conditioned windows that are kept for the next question.
 const KEPT: usize = 384 << 20;
 /// The least sd that values of a window are divided by, in sds of the whole context: f32 resolves no less.
@@ -65,16 +67,14 @@ pub struct Cut {
     pub cell: f64,
     /// Windows that answer for a place, at most.
     pub blend: usize,
-    /// EXPERIMENT.
-    pub how: u8,
-    /// EXPERIMENT.
-    pub zoom: f64,
+    /// Half the longer side of the near ones' box, in the units of the window's frame: 1 in training.
+    pub span: f64,
 }
 
 impl Cut {
     /// Windows of `sites`, cut as measured best.
     pub fn of(sites: usize) -> Self {
-        Cut { sites, far: 0.2, cell: 0.25, blend: 3, how: 0, zoom: 1.0 }
+        Cut { sites, far: 0.2, cell: 0.25, blend: 3, span: 1.0 }
     }
 
     /// Windows for a network that learned from `design`.
@@ -115,12 +115,11 @@ impl Windows {
         if cut.sites < LEAST {
             return Err(small(cut.sites));
         }
-        if !(0.0..=0.5).contains(&cut.far) || !(cut.cell > 0.0 && cut.cell <= 1.0) || cut.blend == 0
-        {
-            return Err(Error::input("windows are cut by shares that are none")
-                .fact("far", cut.far)
-                .fact("cell", cut.cell)
-                .fact("windows that answer for a place", cut.blend));
+        let shares = (0.0..=0.5).contains(&cut.far) && cut.cell > 0.0 && cut.cell <= 1.0;
+        if !shares || cut.blend == 0 || !(cut.span > 0.0 && cut.span.is_finite()) {
+            return Err(Error::input("no windows can be cut like this")
+                .fact("cut", format!("{cut:?}"))
+                .try_this("take the cut of `Cut::of`, and change one number of it"));
         }
         Ok(Windows { inner, likelihood, cut })
     }
@@ -198,6 +197,11 @@ impl Seen {
         [self.places[2 * i], self.places[2 * i + 1]]
     }
 
+    /// Rows that windows would hold of so many places.
+    fn held(&self, places: impl Iterator<Item = u32>) -> usize {
+        places.map(|i| self.rows(i).len()).sum()
+    }
+
     /// The rows of place `i` that a window holds.
     fn rows(&self, i: u32) -> std::ops::Range<u32> {
         let (start, end) = (self.first[i as usize], self.first[i as usize + 1]);
@@ -217,7 +221,7 @@ struct Window {
     places: Vec<u32>,
 }
 
-/// Cuts places `which` into cells of at most `most`, each of neighbours.
+/// Cuts places `which` into cells of neighbours, each of at most `most` rows or one place; their centres.
 fn cells(seen: &Seen, which: &mut [u32], most: usize, out: &mut Vec<[f64; 2]>) {
     let axis = |d: usize, i: u32| seen.places[2 * i as usize + d];
     let span = [0, 1].map(|d| {
@@ -228,7 +232,7 @@ fn cells(seen: &Seen, which: &mut [u32], most: usize, out: &mut Vec<[f64; 2]>) {
     });
     let half = which.len() / 2;
     let by = |d: usize| move |a: &u32, b: &u32| axis(d, *a).total_cmp(&axis(d, *b)).then(a.cmp(b));
-    if which.len() <= most {
+    if which.len() < 2 || seen.held(which.iter().copied()) <= most {
         // A median stays where most sites are, however far one of them is.
         out.push([0, 1].map(|d| {
             which.select_nth_unstable_by(half, by(d));
@@ -250,15 +254,19 @@ impl Cut {
         let near = self.sites - far;
         let most = ((self.cell * near as f64) as usize).max(1);
         let mut ends = vec![seen.len()];
-        while ends[ends.len() - 1] > near {
-            ends.push(ends[ends.len() - 1].div_ceil(THINNED));
+        loop {
+            let end = ends[ends.len() - 1];
+            if end < 2 || seen.held(0..end as u32) <= near {
+                break;
+            }
+            ends.push(end.div_ceil(THINNED));
         }
         let mut all = Vec::new();
         for (level, end) in ends.iter().enumerate() {
             let mut which: Vec<u32> = (0..*end as u32).collect();
             let mut centres = Vec::new();
-            let most = if *end <= near { *end } else { most };
-            cells(seen, &mut which, most.max(1), &mut centres);
+            let last = level + 1 == ends.len();
+            cells(seen, &mut which, if last { near } else { most }, &mut centres);
             let made = centres.par_iter().map(|c| self.window(seen, *c, &ends[level..], near, far));
             all.extend(made.collect::<Vec<_>>());
         }
@@ -295,8 +303,9 @@ impl Cut {
             seen.tree.nearest(&centre, left + places.len(), *end, &mut beyond);
             for (square, i) in &beyond {
                 let rows = seen.rows(*i).len();
-                if square.sqrt() > edge && rows <= left && square.sqrt() <= 3.0 * reach.max(1e-300)
-                {
+                let distance = square.sqrt();
+                let there = distance > edge && (distance <= FARTHEST * reach || reach == 0.0);
+                if there && rows <= left {
                     places.push(*i);
                     left -= rows;
                 }
@@ -313,7 +322,7 @@ impl Cut {
             })
             .unwrap_or((centre, 1.0));
         let reach = if reach > 0.0 { reach } else { unit };
-        Window { centre, reach, middle, unit: unit * self.zoom, places }
+        Window { centre, reach, middle, unit: unit / self.span, places }
     }
 }
 
@@ -706,55 +715,6 @@ impl Conditioned<'_> {
             return Err(Error::input("windows were asked about no place"));
         };
         let c = any.components;
-        let how = self.owner.cut.how;
-        if how > 0 {
-            // EXPERIMENT: 1 = moments, 2 = aligned components
-            let w = if how == 1 { 1 } else { c };
-            let mut out = [0, 1, 2, 3].map(|_| vec![0f32; places * w]);
-            for (group, said) in groups.iter().zip(said) {
-                for (i, ask) in group.iter().enumerate() {
-                    let r = i * c..(i + 1) * c;
-                    let at = ask.place as usize * w;
-                    if how == 2 {
-                        for (j, k) in r.enumerate() {
-                            out[0][at + j] += ask.weight * said.log_weight[k];
-                            out[1][at + j] += ask.weight * said.mean[k];
-                            out[2][at + j] += ask.weight * said.surface_sd[k];
-                            out[3][at + j] += ask.weight * said.observation_sd[k];
-                        }
-                    } else {
-                        let (mut m, mut s2, mut o2) = (0.0, 0.0, 0.0);
-                        for k in r.clone() {
-                            m += said.log_weight[k].exp() * said.mean[k];
-                        }
-                        for k in r {
-                            let p = said.log_weight[k].exp();
-                            let d = (said.mean[k] - m).powi(2);
-                            s2 += p * (said.surface_sd[k].powi(2) + d);
-                            o2 += p * (said.observation_sd[k].powi(2) + d);
-                        }
-                        out[1][at] += ask.weight * m;
-                        out[2][at] += ask.weight * s2.sqrt();
-                        out[3][at] += ask.weight * o2.sqrt();
-                    }
-                }
-            }
-            let [lw, m, s, o] = out;
-            let t = |x: Vec<f32>| -> Result<Tensor> {
-                Ok(Tensor::from_vec(x, (1, places, w), targets.s.device())?)
-            };
-            let lw = t(lw)?;
-            let lw = lw.broadcast_sub(&lw.log_sum_exp(candle_core::D::Minus1)?.unsqueeze(2)?)?;
-            return Ok(Predictive {
-                link: any.link,
-                log_weight: lw,
-                mean: t(m)?,
-                surface_sd: t(s)?,
-                observation_sd: t(o)?,
-                lift: None,
-                law: None,
-            });
-        }
         let width = slots * c;
         let parts = 4 + usize::from(any.lift.is_some());
         let mut out: Vec<Vec<f32>> = vec![vec![f32::NAN; places * width]; parts];
@@ -811,11 +771,13 @@ mod tests {
     fn layout(kind: usize, n: usize, rng: &mut Stream) -> Vec<[f64; 2]> {
         (0..n)
             .map(|i| match (kind, i % 10) {
-                // Evenly; a city and the land around it; one place over and over; a line; one far away.
+                // Evenly; a city and the land around it; one place over and over; a line; one far away;
+                // villages.
                 (1, 0..7) => [0.3 + 0.01 * rng.normal(), -0.2 + 0.01 * rng.normal()],
                 (2, 0..9) => [0.25, 0.5],
                 (3, _) => [rng.uniform(-1.0, 1.0), 0.125],
                 (4, _) if i == 17 => [1000.0, -300.0],
+                (5, _) => [0.1 * (i % 7) as f64, 0.1 * (i % 11) as f64],
                 _ => [rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)],
             })
             .collect()
@@ -833,7 +795,7 @@ mod tests {
     #[test]
     fn windows_hold_what_they_may_and_leave_nobody_out() {
         let mut rng = Stream::new(1, "cut", 0);
-        for kind in 0..5 {
+        for kind in 0..6 {
             for (n, sites) in [(10, 64), (900, 64), (5_000, 200)] {
                 let seen = seen(&layout(kind, n, &mut rng));
                 let cut = Cut::of(sites);
@@ -988,7 +950,9 @@ mod tests {
             }
         }
         let gaussian = likelihood::find("gaussian").unwrap();
-        for cut in [Cut::of(3), Cut { cell: 0.0, ..Cut::of(100) }, Cut { blend: 0, ..Cut::of(100) }]
+        let ok = Cut::of(100);
+        for cut in
+            [Cut::of(3), Cut { cell: 0.0, ..ok }, Cut { blend: 0, ..ok }, Cut { span: 0.0, ..ok }]
         {
             assert!(Windows::new(Arc::new(Any), gaussian, cut).is_err(), "{cut:?}");
         }
