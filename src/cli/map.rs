@@ -317,6 +317,7 @@ pub fn run(args: &Args) -> Result<()> {
             record: &record,
             survey: &survey,
             model: called,
+            windows: &args.windows,
             outcome: &outcome.name,
             folder: output.scratch(),
             districts: args.districts.as_deref(),

@@ -163,13 +163,18 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// `model` validated on `count` random folds of a survey.
+/// `model` validated on `count` random folds of a survey, read in windows where it is large.
 ///
 /// # Errors
 /// As [`cross_validate`].
-pub(super) fn hold_out(model: &str, survey: &Survey, count: usize) -> Result<report::Report> {
+pub(super) fn hold_out(
+    model: &str,
+    survey: &Survey,
+    count: usize,
+    windows: &WindowArgs,
+) -> Result<report::Report> {
     let folds = Folds::random(count, survey.len(), 1)?;
-    let ask = forecaster(model, survey, &WindowArgs::default())?;
+    let ask = forecaster(model, survey, windows)?;
     let scored = cross_validate(survey, &folds, &*ask)?;
     let (how, models) = (count.to_string(), [model.to_string()]);
     Ok(report::Report::new(survey, &folds, &how, &models, &[scored], Vec::new()))

@@ -151,10 +151,18 @@ impl Seen {
             !(y[**i].is_finite() && trials.is_finite())
         };
         if let Some(i) = kept.iter().find(bad) {
-            return Err(Error::input("an observation is not finite").fact("site", i + 1));
+            return Err(Error::input("an observation is not finite")
+                .fact("site", i + 1)
+                .try_this("leave rows without a number out"));
         }
         if let Some(i) = sites.iter().position(|s| s.iter().any(|c| !c.is_finite())) {
-            return Err(Error::input("a site has no finite coordinates").fact("site", kept[i] + 1));
+            return Err(Error::input("a site has no finite coordinates")
+                .fact("site", kept[i] + 1)
+                .try_this("leave sites without coordinates out"));
+        }
+        if sites.is_empty() {
+            return Err(Error::input("there are no sites to cut into windows")
+                .try_this("condition the process itself, which knows its prior"));
         }
         // Rows of one place come in an order that hangs neither on the listing nor on which is larger.
         let also: Vec<f64> = kept
@@ -498,7 +506,8 @@ impl Process for Windows {
             ));
         }
         if context.sites.x.is_some() || context.sites.t.is_some() {
-            return Err(Error::input("windows know places, and neither times nor covariates"));
+            return Err(Error::input("windows know places, and neither times nor covariates")
+                .try_this("leave windows out, or take covariates off first (`Regressed`)"));
         }
         let seen = Seen::of(context)?;
         let windows = self.cut.windows(&seen);
