@@ -27,3 +27,5 @@ mod scores;
 mod surveys;
 #[path = "contract/validate.rs"]
 mod validate;
+#[path = "contract/windows.rs"]
+mod windows;

@@ -203,7 +203,7 @@ pub fn run(args: &Args) -> Result<()> {
         &frame,
         &context,
         &cards.devices,
-        reading,
+        (reading, &told.windows),
     )?;
     map::tell_input(&survey, &grid, &frame, &model)?;
     let plan = Plan::on(cards.devices.clone());

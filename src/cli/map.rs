@@ -20,6 +20,7 @@ use super::{
     say,
     survey::{SurveyArgs, agree, default_model},
     trust::{self, StrictArgs},
+    windows::{self, WindowArgs},
 };
 use crate::{
     attention::{Reading, Tally},
@@ -43,6 +44,7 @@ use crate::{
         displaced::{self, Expected, Placed},
         plan::{self, Bytes, Needs},
         record::{self, ProductNote, Record},
+        windows::{Cut, Windows},
     },
     picture::{Palette, Picture},
     predictive::{Link, Of},
@@ -50,6 +52,7 @@ use crate::{
     product::{self, Outcome, Scale, Spec},
     sites::Observations,
     task::design::Design,
+    train::trust::{Finding, Verdict},
 };
 
 /// Map prevalence and its uncertainty from a table of survey sites
@@ -110,6 +113,8 @@ pub struct Args {
     pub(super) memory: Option<String>,
     #[command(flatten)]
     pub(super) reading: ReadingArgs,
+    #[command(flatten)]
+    pub(super) windows: WindowArgs,
     /// Write no PNG pictures
     #[arg(long)]
     no_pictures: bool,
@@ -166,19 +171,21 @@ pub fn run(args: &Args) -> Result<()> {
     let inside = overlap(&grid, &survey)?;
     args.draws.map_or(Ok(()), |draws| super::draws::check_disk(draws, &grid))?;
     let (grid, cover) = cover(grid, &frame, output.scratch())?;
+    let how = (reading, &args.windows);
     let (mut model, others) =
-        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
+        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, how)?;
     model.note_effects(&frame);
     let processes = model.with(&others);
     // What judging takes comes after, and is given back for the map to use.
     let resident = plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0);
     let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
-    let verdict = trust::examine(called, &survey, &frame)?;
+    let verdict = model.suits(trust::examine(called, &survey, &frame)?);
     args.strict.settle(called, &survey, &verdict)?;
     tell_input(&survey, &grid, &frame, &model)?;
 
     let mut plan = Plan { of: outcome.of, ..Plan::on(cards.devices.clone()) };
     plan.tile = args.tile.unwrap_or(plan.tile);
+    plan.targets = model.targets(&plan);
     if let Some(budget) = budget {
         let needs = Needs {
             resident,
@@ -310,6 +317,7 @@ pub fn run(args: &Args) -> Result<()> {
             record: &record,
             survey: &survey,
             model: called,
+            windows: &args.windows,
             outcome: &outcome.name,
             folder: output.scratch(),
             districts: args.districts.as_deref(),
@@ -458,6 +466,8 @@ pub(super) struct Model {
     pub coefficients: Option<Coefficients>,
     /// How it reads the survey.
     pub likelihood: &'static dyn Likelihood,
+    /// How the survey is cut, where it is not read at once.
+    pub windows: Option<Cut>,
 }
 
 impl Model {
@@ -466,6 +476,20 @@ impl Model {
         if let (Some(design), Some(coefficients)) = (&frame.covariates, &self.coefficients) {
             self.card["coefficients"] = json!(effects(frame, design, coefficients));
         }
+    }
+
+    /// How many targets it is best asked about at once.
+    pub fn targets(&self, plan: &Plan) -> usize {
+        match self.windows {
+            Some(_) => plan.targets.max(mapping::windows::TARGETS_AT_ONCE),
+            None => plan.targets,
+        }
+    }
+
+    /// A verdict without what windows put right: that there are too many sites.
+    pub fn suits(&self, verdict: Verdict) -> Verdict {
+        let right = |f: &Finding| self.windows.is_none() || f.about != trust::SITES;
+        Verdict { findings: verdict.findings.into_iter().filter(right).collect(), ..verdict }
     }
 
     /// The effects, a line each, and how they came in.
@@ -482,6 +506,11 @@ impl Model {
         Ok(())
     }
 
+    /// That the survey is read in windows, where it is.
+    pub fn tell_windows(&self, sites: usize) -> Result<()> {
+        self.windows.iter().try_for_each(|cut| line("windows", windows::about(cut, sites)))
+    }
+
     /// Its process and those of the other devices, in their order.
     pub fn with<'a>(&'a self, others: &'a [Model]) -> Vec<&'a (dyn Process + Send + Sync)> {
         std::iter::once(self).chain(others).map(|model| &*model.process).collect()
@@ -495,9 +524,9 @@ pub(super) fn open_models(
     frame: &Frame,
     context: &Observations,
     devices: &[Device],
-    reading: Reading,
+    how: (Reading, &WindowArgs),
 ) -> Result<(Model, Vec<Model>)> {
-    let open = |device: &Device| open_model(name, survey, frame, context, device, reading);
+    let open = |device: &Device| open_model(name, survey, frame, context, device, how);
     let (first, others) = devices.split_first().unwrap_or((&Device::Cpu, &[]));
     Ok((open(first)?, others.iter().map(open).collect::<Result<_>>()?))
 }
@@ -510,13 +539,14 @@ pub(super) fn open_model(
     frame: &Frame,
     context: &Observations,
     device: &Device,
-    reading: Reading,
+    (reading, windows): (Reading, &WindowArgs),
 ) -> Result<Model> {
     let likelihood = survey.outcome.likelihood();
     let name = name.unwrap_or(default_model(&survey.outcome));
     let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
     let moved = survey.displacement.as_ref().map(|moved| frame.displacement(moved));
     if let Some(classical) = classical(name, context, wanted, reading, moved.as_ref())? {
+        windows.refused(name)?;
         return Ok(classical);
     }
     let checkpoint = Checkpoint::resolve(name)?;
@@ -528,6 +558,8 @@ pub(super) fn open_model(
             .try_this("`isopleth list models` shows the models for maps"));
     }
     let process = checkpoint.process_reading(device, reading)?;
+    let cut = windows.of(&checkpoint, context.len())?;
+    let process = cut_into(process, wanted, cut)?;
     let (process, coefficients): (Box<dyn Process + Send + Sync>, _) =
         match (moved, &context.sites.x) {
             (Some(moved), _) => (Box::new(placed(process, tasks.design(), moved)), None),
@@ -538,13 +570,24 @@ pub(super) fn open_model(
                 (Box::new(Regressed::new(process.into(), betas, wanted, true)), Some(coefficients))
             }
         };
-    Ok(Model {
-        name: checkpoint.card.name.clone(),
-        process,
-        card: serde_json::to_value(&checkpoint.card)
-            .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
-        coefficients,
-        likelihood: wanted,
+    let mut card = serde_json::to_value(&checkpoint.card)
+        .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?;
+    if let Some(cut) = cut {
+        card["windows"] = json!(cut);
+    }
+    let name = checkpoint.card.name.clone();
+    Ok(Model { name, process, card, coefficients, likelihood: wanted, windows: cut })
+}
+
+/// A trained process, read in windows where it is to be.
+pub(super) fn cut_into(
+    process: Box<dyn Process + Send + Sync>,
+    likelihood: &'static dyn Likelihood,
+    cut: Option<Cut>,
+) -> Result<Box<dyn Process + Send + Sync>> {
+    Ok(match cut {
+        Some(cut) => Box::new(Windows::new(process.into(), likelihood, cut)?),
+        None => process,
     })
 }
 
@@ -571,7 +614,8 @@ fn classical(
         Some(moved) => Box::new(Expected::new(process, moved.clone())),
         None => process,
     };
-    Ok(Some(Model { name: name.to_string(), process, card, coefficients, likelihood }))
+    let name = name.to_string();
+    Ok(Some(Model { name, process, card, coefficients, likelihood, windows: None }))
 }
 
 /// A classical process with what its card says.
@@ -778,6 +822,7 @@ pub(super) fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Mo
     )?;
     let what = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
     line("model", format!("{}: {what}", model.name))?;
+    model.tell_windows(survey.len())?;
     model.tell_effects()
 }
 

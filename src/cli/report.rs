@@ -13,6 +13,7 @@ use candle_core::Device;
 use super::{
     map::{TREND, round},
     validate::{self, report::Report},
+    windows::WindowArgs,
 };
 use crate::{
     error::{Error, Result},
@@ -59,6 +60,8 @@ pub(super) struct Findings<'a> {
     pub survey: &'a Survey,
     /// Model by name or file.
     pub model: &'a str,
+    /// How a large survey is read.
+    pub windows: &'a WindowArgs,
     /// What is mapped: "prevalence".
     pub outcome: &'a str,
     /// Where the record's files lie.
@@ -171,7 +174,7 @@ fn held_out(w: &mut String, found: &Findings) -> Result<()> {
         );
         return Ok(());
     }
-    let report = validate::hold_out(found.model, found.survey, FOLDS)?;
+    let report = validate::hold_out(found.model, found.survey, FOLDS, found.windows)?;
     let picture = found.folder.join("report-calibration.png");
     report.picture(&picture)?;
     let calibration = image(

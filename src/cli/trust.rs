@@ -14,6 +14,8 @@ use crate::{
     train::trust::{self, Judge, Verdict},
 };
 
+pub(super) use trust::SITES_FINDING as SITES;
+
 /// Tell whether a survey is like those a model was trained on, figure by figure
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {

@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 
 use super::{
     covariates::CovariateArgs,
-    map::{TREND, exact, nearest, placed},
+    map::{TREND, cut_into, exact, nearest, placed},
     note,
     output::Output,
     say,
     survey::{SurveyArgs, agree, default_model},
     trust::{self, StrictArgs},
+    windows::{self, WindowArgs},
 };
 use crate::{
     baseline::{
@@ -87,6 +88,8 @@ pub struct Args {
     #[arg(long, requires = "out")]
     force: bool,
     #[command(flatten)]
+    windows: WindowArgs,
+    #[command(flatten)]
     strict: StrictArgs,
 }
 
@@ -136,7 +139,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut output = args.out.as_deref().map(|out| Output::prepare(out, args.force)).transpose()?;
     let models = models(&args.model, &survey)?;
     let forecasters =
-        models.iter().map(|model| forecaster(model, &survey)).collect::<Result<Vec<_>>>()?;
+        models.iter().map(|m| forecaster(m, &survey, &args.windows)).collect::<Result<Vec<_>>>()?;
     let (frame, mut warnings) = (Frame::fit(&survey)?, Vec::new());
     for model in &models {
         let verdict = trust::examine(model, &survey, &frame)?;
@@ -160,13 +163,19 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// `model` validated on `count` random folds of a survey.
+/// `model` validated on `count` random folds of a survey, read in windows where it is large.
 ///
 /// # Errors
 /// As [`cross_validate`].
-pub(super) fn hold_out(model: &str, survey: &Survey, count: usize) -> Result<report::Report> {
+pub(super) fn hold_out(
+    model: &str,
+    survey: &Survey,
+    count: usize,
+    windows: &WindowArgs,
+) -> Result<report::Report> {
     let folds = Folds::random(count, survey.len(), 1)?;
-    let scored = cross_validate(survey, &folds, &*forecaster(model, survey)?)?;
+    let ask = forecaster(model, survey, windows)?;
+    let scored = cross_validate(survey, &folds, &*ask)?;
     let (how, models) = (count.to_string(), [model.to_string()]);
     Ok(report::Report::new(survey, &folds, &how, &models, &[scored], Vec::new()))
 }
@@ -202,7 +211,11 @@ fn entrants(folds: &[Fold]) -> (Vec<Forecast>, Vec<(&'static str, Vec<Forecast>)
 }
 
 /// The forecaster that `--model` names.
-fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
+fn forecaster(
+    model: &str,
+    survey: &Survey,
+    windows: &WindowArgs,
+) -> Result<Box<Forecaster<'static>>> {
     let wanted = likelihood::find(survey.outcome.likelihood())?;
     if model == GP {
         return Ok(exact_gp(wanted));
@@ -213,7 +226,10 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
     let design = checkpoint.recipe()?.tasks()?.design().clone();
-    let process: Arc<dyn Process + Send + Sync> = checkpoint.process(&Device::Cpu)?.into();
+    let cut = windows.cut(&design, survey.len())?;
+    cut.iter().for_each(|cut| note(format!("{model}: {}", windows::about(cut, survey.len()))));
+    let process = cut_into(checkpoint.process(&Device::Cpu)?, wanted, cut)?;
+    let process: Arc<dyn Process + Send + Sync> = process.into();
     Ok(Box::new(move |context, targets, moved| match (moved, &context.sites.x) {
         (None, None) => process.condition(context)?.at(targets),
         (None, Some(_)) => {

@@ -24,6 +24,7 @@ mod part;
 mod pipeline;
 pub mod plan;
 pub mod record;
+pub mod windows;
 
 pub use part::Part;
 pub use pipeline::in_parts;

@@ -370,7 +370,7 @@ pub fn examine(judge: Option<&Judge>, survey: &Survey, frame: &Frame) -> Result<
         && !(least..=most).contains(&survey.len())
     {
         findings.push(Finding {
-            about: "number of sites".into(),
+            about: SITES_FINDING.into(),
             text: format!(
                 "the model was trained on {least} to {most} sites and the survey has {}: compare with \
                  --model {}",
@@ -382,6 +382,9 @@ pub fn examine(judge: Option<&Judge>, survey: &Survey, frame: &Frame) -> Result<
     findings.append(&mut verdict.findings);
     Ok(Verdict { findings, ..verdict })
 }
+
+/// What a finding is about that speaks of too few or too many sites.
+pub const SITES_FINDING: &str = "number of sites";
 
 /// Farther apart than any two places on earth, km.
 const IMPOSSIBLE_KM: f64 = 20_038.0;

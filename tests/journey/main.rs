@@ -31,6 +31,8 @@ mod scale;
 mod trust;
 #[cfg(feature = "gdal")]
 mod validate;
+#[cfg(feature = "gdal")]
+mod windows;
 mod words;
 
 /// The command, run where `data/` is, with no terminal to ask.
