@@ -630,7 +630,7 @@ impl NearestGp {
     }
 
     /// Kriging of places, with the weights.
-    pub(super) fn weigh(&self, row: &Fitted, places: &[[f64; 2]]) -> Vec<Weighed> {
+    pub(super) fn weigh(&self, row: &Fitted, places: &[Vec<f64>]) -> Vec<Weighed> {
         let Fitted { ordered, told, shift, .. } = row;
         let least = self.least();
         let mut room = Room::default();
@@ -962,6 +962,10 @@ impl std::fmt::Debug for NearestGp {
 impl Process for NearestGp {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         Ok(Box::new(Conditioned { gp: self, rows: self.absorb_all(context)? }))
+    }
+
+    fn any_dimension(&self) -> bool {
+        true
     }
 
     fn memory(&self, sites: usize) -> Memory {

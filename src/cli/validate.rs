@@ -14,7 +14,7 @@ use super::{
     note,
     output::Output,
     say,
-    survey::{SurveyArgs, agree, default_model},
+    survey::{SurveyArgs, agree, at_home, default_model},
     trust::{self, StrictArgs},
 };
 use crate::{
@@ -214,6 +214,7 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
     agree(model, checkpoint.likelihood()?, survey)?;
     let design = checkpoint.recipe()?.tasks()?.design().clone();
     let process: Arc<dyn Process + Send + Sync> = checkpoint.process(&Device::Cpu)?.into();
+    at_home(model, &*process, survey)?;
     Ok(Box::new(move |context, targets, moved| match (moved, &context.sites.x) {
         (None, None) => process.condition(context)?.at(targets),
         (None, Some(_)) => {

@@ -7,6 +7,7 @@ pub mod cover;
 pub mod crs;
 pub mod displacement;
 pub mod frame;
+pub mod geometry;
 pub mod geotiff;
 pub mod grid;
 pub mod people;

@@ -47,6 +47,11 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
     fn frequency(&self, _share: f64, _turn: f64) -> Option<[f64; 2]> {
         None
     }
+
+    /// The same of the spectral distribution in three dimensions, in this direction (a unit vector).
+    fn frequency_in_space(&self, _share: f64, _direction: [f64; 3]) -> Option<[f64; 3]> {
+        None
+    }
 }
 
 /// A kernel that several owners hold.
@@ -62,6 +67,9 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     }
     fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
         (**self).frequency(share, turn)
+    }
+    fn frequency_in_space(&self, share: f64, direction: [f64; 3]) -> Option<[f64; 3]> {
+        (**self).frequency_in_space(share, direction)
     }
 }
 
