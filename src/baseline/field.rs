@@ -92,7 +92,11 @@ fn spread(sites: &[Vec<f64>]) -> Result<usize> {
     let dim = sites.first().map_or(2, Vec::len);
     match dim {
         2 | 3 => Ok(dim),
-        _ => Err(Error::axis("dimensions of sites to draw surfaces over", dim, "2 or 3")),
+        _ => Err(Error::input(
+            "joint draws are made on a plane or in space, and not in more dimensions",
+        )
+        .fact("coordinates of a site", dim)
+        .try_this("ways around a barrier may need more: leave the barrier out, or the draws")),
     }
 }
 

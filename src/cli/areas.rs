@@ -191,7 +191,7 @@ pub fn run(args: &Args) -> Result<()> {
     unchanged(record.as_ref(), survey.len(), &mapped)?;
     let local = survey.crs.is_local().then_some(&survey.crs);
     let areas = Areas::read(&args.areas, args.areas_layer.as_deref(), local)?;
-    let grid = pixels(&told, mapped, &areas)?;
+    let grid = frame.geometry.cut(pixels(&told, mapped, &areas)?)?;
     let shapes = areas.shapes(&grid)?;
     let population = args.population.as_deref();
     let people =

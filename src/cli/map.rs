@@ -400,6 +400,17 @@ pub(super) fn grid_of(
     survey: &Survey,
     frame: &Frame,
 ) -> Result<Grid> {
+    frame.geometry.cut(whole_grid(like, clip, crs_out, resolution, survey, frame)?)
+}
+
+fn whole_grid(
+    like: Option<&Path>,
+    clip: Option<&Path>,
+    crs_out: Option<&str>,
+    resolution: Option<Resolution>,
+    survey: &Survey,
+    frame: &Frame,
+) -> Result<Grid> {
     if let Some(like) = like {
         let grid = if survey.crs.is_local() {
             Grid::read_local(like, &survey.crs)?

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use crate::{
     error::{Error, Result},
-    geo::survey::{Outcome, Survey, SurveyOptions},
+    geo::{
+        geometry::Choice,
+        survey::{Outcome, Survey, SurveyOptions},
+    },
     likelihood::{Kind, Likelihood},
     process::Process,
 };
@@ -71,6 +74,14 @@ pub struct ColumnArgs {
     /// globe where a plane would be off by more than 1 %, from about 3,600 km on
     #[arg(long, value_name = "plane|globe")]
     pub distance: Option<String>,
+    /// Polygons, or a raster that is not 0 there, within which distances are measured, such as land: ways
+    /// around what lies outside
+    #[arg(long, value_name = "AREA", conflicts_with = "barrier")]
+    pub inside: Option<PathBuf>,
+    /// Polygons, or a raster that is not 0 there, which cannot be crossed, such as water: distances are ways
+    /// around them
+    #[arg(long, value_name = "AREA")]
+    pub barrier: Option<PathBuf>,
 }
 
 impl ColumnArgs {
@@ -91,7 +102,11 @@ impl ColumnArgs {
             layer: self.layer.clone(),
             displacement: self.displacement.clone(),
             urban_rural: self.urban_rural.clone(),
-            distance: self.distance.clone(),
+            distance: Choice {
+                distance: self.distance.clone(),
+                inside: self.inside.clone(),
+                barrier: self.barrier.clone(),
+            },
         }
     }
 }

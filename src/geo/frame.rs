@@ -13,7 +13,7 @@ use super::{
     covariates::Design,
     crs::{Crs, EARTH_RADIUS},
     displacement::Displacement,
-    geometry::{Geometry, Middle, degrees},
+    geometry::{Geometry, plane},
     survey::{Outcome, Survey},
 };
 use crate::{
@@ -189,16 +189,6 @@ fn flat(survey: &Survey) -> Error {
         .fact("file", survey.source.display())
         .fact("sites", survey.len())
         .try_this("a map needs at least two sites apart")
-}
-
-/// The plane for a survey: its own if that is local, else equal-area about the sites' middle.
-fn plane(survey: &Survey) -> Result<Crs> {
-    if survey.crs.is_local() {
-        return Ok(survey.crs.clone());
-    }
-    let [lon, lat] = degrees(&survey.crs, &survey.x, &survey.y)?;
-    let Middle { lon, lat, .. } = Middle::of(&lon, &lat)?;
-    Crs::local_equal_area(lon, lat)
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! How far apart places are: on the plane of a [`Frame`](super::frame::Frame), or through the globe.
+//! How far apart places are: on the plane of a [`Frame`](super::frame::Frame), through the globe, or
+//! around a barrier ([`Around`]).
 //!
 //! Every geometry gives a place coordinates between which the straight line is its distance. A kernel
 //! of space is then positive definite among places whatever the geometry, and a network that reads
@@ -12,9 +13,16 @@
 //! Sources: Gneiting (2013), doi:10.3150/12-BEJSP06, section 4; Guinness & Fuentes (2016),
 //! doi:10.1016/j.spasta.2015.08.001, who find chords as good as any covariance made for spheres.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
-use super::crs::{Crs, EARTH_RADIUS};
+use super::{
+    around::{Around, Passable},
+    crs::{Crs, EARTH_RADIUS},
+    grid::{Grid, Mask, Window},
+    survey::Survey,
+};
 use crate::{
     error::{Error, Result},
     sites::unit_box,
@@ -32,6 +40,8 @@ pub enum Geometry {
     Plane,
     /// The globe.
     Globe(Globe),
+    /// Ways around a barrier.
+    Around(Box<Around>),
 }
 
 /// The globe in three dimensions, turned so that its axes are east, north and up at one place: near there
@@ -82,44 +92,60 @@ impl Globe {
     }
 }
 
-/// What `--distance` says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Choice {
-    /// A plane, however wide.
-    Plane,
-    /// The globe.
-    Globe,
-}
-
-impl std::str::FromStr for Choice {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "plane" => Ok(Choice::Plane),
-            "globe" => Ok(Choice::Globe),
-            _ => Err(Error::input("distances are measured on a plane or on the globe")
-                .fact("--distance", text)
-                .try_this("write --distance plane or --distance globe, or leave it out")),
-        }
-    }
+/// What a user says of distances.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Choice {
+    /// `plane` or `globe` (`--distance`).
+    pub distance: Option<String>,
+    /// What can be passed (`--inside`).
+    pub inside: Option<PathBuf>,
+    /// What cannot (`--barrier`).
+    pub barrier: Option<PathBuf>,
 }
 
 impl Geometry {
-    /// The geometry of sites, and what there is to say about it: the globe where a plane's distances would
-    /// be off by more than [`MOST_OFF`], unless `choice` says which.
+    /// The geometry of a survey's sites, and what there is to say about it: the globe where a plane's
+    /// distances would be off by more than [`MOST_OFF`], unless `choice` says which.
     ///
-    /// `displaced` sites are integrated over on a plane, and stay there.
+    /// Displaced sites are integrated over on a plane, and stay there.
     ///
     /// # Errors
-    /// [`Error::Input`] for sites on a local plane, or displaced ones, that are to be on the globe.
-    pub fn of(
-        choice: Option<Choice>,
-        crs: &Crs,
-        [x, y]: [&[f64]; 2],
-        displaced: bool,
-    ) -> Result<(Self, Option<String>)> {
-        let asked = choice == Some(Choice::Globe);
+    /// [`Error::Input`] for sites on a local plane, or displaced ones, that are to be on the globe; for
+    /// displaced ones beside a barrier; else as [`Around::new`].
+    pub fn of(choice: &Choice, survey: &Survey) -> Result<(Self, Vec<String>)> {
+        let Survey { crs, x, y, .. } = survey;
+        let displaced = survey.displacement.is_some();
+        let asked = match choice.distance.as_deref() {
+            None | Some("plane") => false,
+            Some("globe") => true,
+            Some(text) => {
+                return Err(Error::input("distances are measured on a plane or on the globe")
+                    .fact("--distance", text)
+                    .try_this("write --distance plane or --distance globe, or leave it out"));
+            }
+        };
+        let barrier = match (&choice.inside, &choice.barrier) {
+            (Some(file), None) => Some((Passable::Inside, &**file)),
+            (None, Some(file)) => Some((Passable::Outside, &**file)),
+            (None, None) => None,
+            (Some(_), Some(_)) => {
+                return Err(Error::input("what can be passed is said once")
+                    .try_this("give --inside, or --barrier for all that is not inside"));
+            }
+        };
+        if let Some(barrier) = barrier {
+            if displaced || asked {
+                let flag = if asked { "--distance globe" } else { "--displacement" };
+                return Err(Error::input(
+                    "ways around a barrier are found on a plane, from known places",
+                )
+                .fact("given too", flag)
+                .try_this(format!("leave {flag} out, or the barrier")));
+            }
+            let around = Around::new(barrier, crs, &plane(survey)?, [x, y], &survey.rows)?;
+            let said = around.about();
+            return Ok((Geometry::Around(Box::new(around)), said));
+        }
         if asked && crs.is_local() {
             return Err(Error::input("sites on a local plane have no place on the globe")
                 .fact("sites", crs.name())
@@ -135,21 +161,21 @@ impl Geometry {
                      kilometres are less than a pixel",
                 ));
         }
-        if crs.is_local() || choice == Some(Choice::Plane) || (displaced && !asked) {
-            return Ok((Geometry::Plane, None));
+        if crs.is_local() || choice.distance.as_deref() == Some("plane") || displaced {
+            return Ok((Geometry::Plane, Vec::new()));
         }
         let [lon, lat] = degrees(crs, x, y)?;
         let Middle { lon, lat, farthest } = Middle::of(&lon, &lat)?;
         let off = off(farthest);
         if !asked && off <= MOST_OFF {
-            return Ok((Geometry::Plane, None));
+            return Ok((Geometry::Plane, Vec::new()));
         }
         let said = format!(
             "distances are measured through the globe: on a plane they would be off by up to {} %{}",
             if farthest < 2.0 { format!("{:.1}", 100.0 * off) } else { "100 or more".into() },
             if asked { "" } else { " (--distance plane: on a plane all the same)" },
         );
-        Ok((Geometry::Globe(Globe { lon, lat }), Some(said)))
+        Ok((Geometry::Globe(Globe { lon, lat }), vec![said]))
     }
 
     /// Whether places are on a plane.
@@ -162,6 +188,7 @@ impl Geometry {
         match self {
             Geometry::Plane => "on a plane",
             Geometry::Globe(_) => "through the globe",
+            Geometry::Around(_) => "around a barrier",
         }
     }
 
@@ -170,13 +197,14 @@ impl Geometry {
         match self {
             Geometry::Plane => 2,
             Geometry::Globe(_) => 3,
+            Geometry::Around(around) => around.dim,
         }
     }
 
     /// A distance in metres as it is along the ground.
     pub fn ground(&self, metres: f64) -> f64 {
         match self {
-            Geometry::Plane => metres,
+            Geometry::Plane | Geometry::Around(_) => metres,
             Geometry::Globe(_) => Globe::arc(metres),
         }
     }
@@ -184,7 +212,7 @@ impl Geometry {
     /// Coordinates of places in `crs` `[place, dimension]`, in metres; on the plane in units of `plane`.
     ///
     /// # Errors
-    /// [`Error::Input`] if a place is not finite, or cannot be moved there.
+    /// [`Error::Input`] if a place is not finite, or cannot be moved there, or lies in a barrier.
     pub fn places(&self, crs: &Crs, plane: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<f64>> {
         match self {
             Geometry::Plane => Ok(moved(crs, plane, x, y)?.into_iter().flatten().collect()),
@@ -192,8 +220,76 @@ impl Geometry {
                 let [lon, lat] = degrees(crs, x, y)?;
                 Ok(lon.iter().zip(&lat).flat_map(|(lon, lat)| globe.place(*lon, *lat)).collect())
             }
+            Geometry::Around(around) => {
+                let places = around.places(crs, x, y)?;
+                match places.chunks(around.dim).position(|place| place[0].is_nan()) {
+                    None => Ok(places),
+                    Some(i) => {
+                        Err(Error::input("a place lies in the barrier, or no way leads there")
+                            .fact("place", format!("number {}", i + 1))
+                            .fact("barrier", around.file.display())
+                            .try_this("leave places in the barrier out"))
+                    }
+                }
+            }
         }
     }
+
+    /// Which places have coordinates at all: all but those in a barrier.
+    ///
+    /// # Errors
+    /// As [`Geometry::places`], but for those.
+    pub fn reached(&self, crs: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<bool>> {
+        let Geometry::Around(around) = self else { return Ok(vec![true; x.len()]) };
+        let places = around.places(crs, x, y)?;
+        Ok(places.chunks(around.dim).map(|place| !place[0].is_nan()).collect())
+    }
+
+    /// A grid without the pixels in a barrier.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if none is left.
+    pub fn cut(&self, mut grid: Grid) -> Result<Grid> {
+        let Geometry::Around(around) = self else { return Ok(grid) };
+        let (mut mask, before) = (Mask::none(grid.rows, grid.cols), grid.wanted());
+        for row in 0..grid.rows {
+            let line = Window { row, col: 0, rows: 1, cols: grid.cols };
+            let valid = grid.valid(line);
+            let (x, y) = grid.centres(line, &valid);
+            let mut reached = self.reached(&grid.crs, &x, &y)?.into_iter();
+            for col in (0..grid.cols).filter(|col| valid[*col]) {
+                mask.set(row, col, reached.next().unwrap_or(false));
+            }
+        }
+        let left = mask.count();
+        if left == 0 {
+            return Err(Error::input("no pixel of the grid can be reached from the sites")
+                .fact("barrier", around.file.display())
+                .try_this("check that both are about the same place"));
+        }
+        if left < before {
+            grid.notes.push(format!(
+                "{} of {before} pixels lie in the barrier, or no way leads there from a site: they are left \
+                 empty",
+                before - left
+            ));
+        }
+        grid.valid = (left < grid.rows * grid.cols).then_some(mask);
+        Ok(grid)
+    }
+}
+
+/// The plane for a survey: its own if that is local, else equal-area about the sites' middle.
+///
+/// # Errors
+/// If sites cannot be moved there.
+pub fn plane(survey: &Survey) -> Result<Crs> {
+    if survey.crs.is_local() {
+        return Ok(survey.crs.clone());
+    }
+    let [lon, lat] = degrees(&survey.crs, &survey.x, &survey.y)?;
+    let Middle { lon, lat, .. } = Middle::of(&lon, &lat)?;
+    Crs::local_equal_area(lon, lat)
 }
 
 /// The most by which an equal-area plane's scale is off at an angle from its centre (radians), of itself:

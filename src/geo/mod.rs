@@ -2,6 +2,7 @@
 //! model.
 
 pub mod areas;
+pub mod around;
 pub mod covariates;
 pub mod cover;
 pub mod crs;

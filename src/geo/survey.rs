@@ -12,7 +12,7 @@ use super::{
     covariates::Covariates,
     crs::{self, Crs},
     displacement::{self, Displacement, Law},
-    geometry::Geometry,
+    geometry::{Choice, Geometry},
     table::{Column, Columns, Keep, Loaded, Points, load},
 };
 use crate::error::{Error, Result};
@@ -187,8 +187,8 @@ pub struct SurveyOptions {
     pub displacement: Option<String>,
     /// Column of urban or rural (`--urban-rural`), for the rule of the DHS.
     pub urban_rural: Option<String>,
-    /// What distances are measured on (`--distance`), as [`super::geometry::Choice`] reads it.
-    pub distance: Option<String>,
+    /// What distances are measured on.
+    pub distance: Choice,
 }
 
 /// Spellings of columns, compared without case and without anything but letters and digits.
@@ -725,10 +725,7 @@ impl Reading<'_> {
         self.enough(&survey)?;
         self.in_unit(&survey)?;
         self.in_area(&survey)?;
-        let (choice, displaced) = (&self.options.distance, survey.displacement.is_some());
-        let choice = choice.as_deref().map(str::parse).transpose()?;
-        let places = [&survey.x[..], &survey.y];
-        let (geometry, said) = Geometry::of(choice, &survey.crs, places, displaced)?;
+        let (geometry, said) = Geometry::of(&self.options.distance, &survey)?;
         self.notes.extend(said);
         if let Outcome::Cases { cases, exposure, per } = &survey.outcome
             && per == "person"
