@@ -217,10 +217,6 @@ impl Around {
         [x, y]: [&[f64]; 2],
         rows: &[usize],
     ) -> Result<Self> {
-        let refuse = |what: String| {
-            let flag = if passable == Passable::Inside { "--inside" } else { "--barrier" };
-            Error::input(what).fact(flag, file.display())
-        };
         let (mut east, mut north) = (x.to_vec(), y.to_vec());
         crs.transform(plane, &mut east, &mut north)?;
         let sites = Extent::of(&east, &north)
@@ -229,6 +225,24 @@ impl Around {
         let side = (extent.width() * extent.height() / CELLS).sqrt() * plane.metres_per_unit();
         let grid = Grid::cover(extent, plane, Some(Resolution::Metres(side)))?;
         let open = open(passable, file, &grid)?;
+        Self::over(grid, open, (passable, file), [&east, &north], rows)
+    }
+
+    /// The ways between sites on the plane of a grid, over its cells that are `open`.
+    fn over(
+        grid: Grid,
+        open: Vec<bool>,
+        (passable, file): (Passable, &Path),
+        [east, north]: [&[f64]; 2],
+        rows: &[usize],
+    ) -> Result<Self> {
+        let refuse = |what: String| {
+            let flag = if passable == Passable::Inside { "--inside" } else { "--barrier" };
+            Error::input(what).fact(flag, file.display())
+        };
+        let sites = Extent::of(east, north)
+            .ok_or_else(|| Error::input("the sites have no finite coordinates"))?;
+        let side = grid.pixel[0].abs() * grid.crs.metres_per_unit();
         let (tall, wide) = (grid.rows as i64, grid.cols as i64);
         let mut ground = Ground { rows: tall, cols: wide, open, side, crossings: Vec::new() };
         // Where sites stand.
@@ -237,7 +251,7 @@ impl Around {
         };
         let found: Vec<Option<usize>> = east
             .iter()
-            .zip(&north)
+            .zip(north)
             .map(|(x, y)| {
                 let (row, col) = place(*x, *y);
                 ground.nearest_open(row, col)
@@ -614,4 +628,138 @@ fn eigen(mut a: Vec<f64>, n: usize) -> Vec<(f64, Vec<f64>)> {
         }
     }
     (0..n).map(|j| (a[j * n + j], (0..n).map(|k| v[k * n + j]).collect())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Stream;
+
+    /// A plane of 100 × 100 km, cells of 1 km.
+    fn grid() -> Grid {
+        let extent = Extent { west: 0.0, south: 0.0, east: 100.0, north: 100.0 };
+        let plane = Crs::from_user("local:km").unwrap();
+        Grid::cover(extent, &plane, Some(Resolution::Metres(1000.0))).unwrap()
+    }
+
+    fn over(n: usize, land: impl Fn(f64, f64) -> bool) -> Result<(Around, Vec<[f64; 2]>)> {
+        let grid = grid();
+        let centre = |i: usize| grid.centre(i / grid.cols, i % grid.cols);
+        let open: Vec<bool> = (0..grid.len()).map(|i| land(centre(i).0, centre(i).1)).collect();
+        let mut rng = Stream::new(3, "sites", 0);
+        let mut sites = Vec::new();
+        while sites.len() < n {
+            let place = [rng.uniform(0.0, 100.0), rng.uniform(0.0, 100.0)];
+            if land(place[0], place[1]) {
+                sites.push(place);
+            }
+        }
+        let [x, y] = [0, 1].map(|d| sites.iter().map(|s| s[d]).collect::<Vec<f64>>());
+        let rows: Vec<usize> = (1..=n).collect();
+        let made = Around::over(grid, open, (Passable::Inside, Path::new("land")), [&x, &y], &rows);
+        Ok((made?, sites))
+    }
+
+    /// Straight lines between two places, km.
+    fn apart(around: &Around, a: [f64; 2], b: [f64; 2]) -> f64 {
+        let plane = Crs::from_user("local:km").unwrap();
+        let places = around.places(&plane, &[a[0], b[0]], &[a[1], b[1]]).unwrap();
+        let (a, b) = places.split_at(around.dim);
+        a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt() / 1000.0
+    }
+
+    /// Land to the west and east of a strait from the north, 10 km wide and 70 km long.
+    fn strait(x: f64, y: f64) -> bool {
+        !((45.0..55.0).contains(&x) && y > 30.0)
+    }
+
+    /// Without a barrier ways are straight lines, to what 16 neighbours allow.
+    #[test]
+    fn open_ground_is_a_plane() {
+        let (around, sites) = over(60, |_, _| true).unwrap();
+        assert!(around.stress < 0.02 && around.dim == 2, "{around:?}");
+        for pair in sites.windows(2).take(40) {
+            let straight = (pair[0][0] - pair[1][0]).hypot(pair[0][1] - pair[1][1]);
+            let found = apart(&around, pair[0], pair[1]);
+            assert!((found - straight).abs() < 0.03 * straight + 0.5, "{found} of {straight}");
+        }
+    }
+
+    /// Ten kilometres by water are as far as the way round by land, and neighbours stay neighbours.
+    #[test]
+    fn shores_of_a_strait_are_far_apart() {
+        let (around, _) = over(120, strait).unwrap();
+        assert!(around.stress < 0.15, "{around:?}");
+        for (y, way) in [(90.0, 122.0), (60.0, 62.5)] {
+            let found = apart(&around, [44.0, y], [56.0, y]);
+            assert!((found / way - 1.0).abs() < 0.25, "at {y}: {found} of about {way}");
+        }
+        let beside = apart(&around, [20.0, 80.0], [25.0, 80.0]);
+        assert!((2.5..7.5).contains(&beside), "{beside} of 5");
+        let below = apart(&around, [40.0, 10.0], [60.0, 10.0]);
+        assert!((below / 20.0 - 1.0).abs() < 0.3, "{below} of 20");
+    }
+
+    /// A barrier one cell wide, however it runs, is not slipped through; a gap in it is.
+    #[test]
+    fn thin_barriers_hold() {
+        for slope in [0.0, 0.5, 1.0] {
+            let wall = |x: f64, y: f64| ((x - 50.5) - slope * (y - 50.5)).abs() > 0.5 + 0.5 * slope;
+            let open: Vec<bool> =
+                (0..10_000).map(|i| wall((i % 100) as f64 + 0.5, (i / 100) as f64 + 0.5)).collect();
+            let mut ground =
+                Ground { rows: 100, cols: 100, open, side: 1.0, crossings: Vec::new() };
+            let (ways, _) = ground.ways(&[50 * 100 + 2], false, |_| false);
+            assert!(ways[50 * 100 + 98].is_infinite(), "slope {slope}");
+            ground.open[50 * 100 + 50] = true;
+            ground.open[50 * 100 + 49] = true;
+            ground.open[50 * 100 + 51] = true;
+            let (ways, _) = ground.ways(&[50 * 100 + 2], false, |_| false);
+            assert!((ways[50 * 100 + 98] / 96.0 - 1.0).abs() < 0.03, "slope {slope}");
+        }
+    }
+
+    /// Islands are joined by their shortest crossing, which is told.
+    #[test]
+    fn islands_are_joined() {
+        let (around, _) = over(60, |x, _| !(45.0..55.0).contains(&x)).unwrap();
+        assert_eq!(around.crossings.len(), 1);
+        assert!((around.crossings[0] / 1000.0 - 11.0).abs() < 0.5, "{:?}", around.crossings);
+        assert!(around.about()[1].contains("2 parts"), "{:?}", around.about());
+    }
+
+    /// Places near the shore are put on it, those out at sea have no coordinates, and sites there are
+    /// named by row.
+    #[test]
+    fn places_at_sea_are_nowhere() {
+        let land = |x: f64, _: f64| x < 60.0;
+        let (around, _) = over(40, land).unwrap();
+        let plane = Crs::from_user("local:km").unwrap();
+        let places = around.places(&plane, &[61.0, 80.0, 500.0], &[50.0, 50.0, 50.0]).unwrap();
+        let known: Vec<bool> = places.chunks(around.dim).map(|p| !p[0].is_nan()).collect();
+        assert_eq!(known, [true, false, false]);
+        let (x, y) = ([10.0, 20.0, 90.0], [10.0, 80.0, 50.0]);
+        let open = (0..10_000).map(|i| land((i % 100) as f64, 0.0)).collect();
+        let from = (Passable::Inside, Path::new("land"));
+        let error = Around::over(grid(), open, from, [&x, &y], &[4, 5, 9]).unwrap_err();
+        let said = format!("{error:?}");
+        assert!(
+            said.contains("1 of 3 sites stand in the barrier") && said.contains("\"9\""),
+            "{said}"
+        );
+        let text = serde_json::to_string(&around).unwrap();
+        let read: Around = serde_json::from_str(&text).unwrap();
+        assert!(read.places(&plane, &[1.0], &[1.0]).is_err());
+    }
+
+    #[test]
+    fn eigenvalues_of_a_small_matrix() {
+        let mut found = eigen(vec![2.0, 1.0, 0.0, 1.0, 2.0, 0.0, 0.0, 0.0, -5.0], 3);
+        found.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let values: Vec<f64> = found.iter().map(|f| f.0).collect();
+        for (value, truth) in values.iter().zip([3.0, 1.0, -5.0]) {
+            assert!((value - truth).abs() < 1e-12, "{values:?}");
+        }
+        assert!((found[0].1[0] - found[0].1[1]).abs() < 1e-12);
+    }
 }
