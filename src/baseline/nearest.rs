@@ -721,7 +721,10 @@ impl NearestGp {
             let sites = here.iter().map(|i| ordered.site(*i as usize));
             // A line is a plane's first axis.
             let flat = place.len() <= 2;
-            if flat {
+            let mut all: Vec<&[f64]> = Vec::new();
+            if !flat {
+                all.extend(sites.chain([*place]));
+            } else {
                 x.clear();
                 y.clear();
                 for site in sites.chain([*place]) {
@@ -735,10 +738,7 @@ impl NearestGp {
                 if flat {
                     self.kernel.column([x[j], y[j]], &x[j..], &y[j..], column);
                 } else {
-                    let of = |i: usize| here.get(i).map_or(*place, |i| ordered.site(*i as usize));
-                    for (i, out) in column.iter_mut().enumerate() {
-                        *out = self.kernel.covariance(of(i + j), of(j));
-                    }
+                    self.kernel.column_of(all[j], &all[j..], column);
                 }
                 if let Some(i) = here.get(j) {
                     let i = *i as usize;

@@ -120,12 +120,18 @@ impl Kernel for Matern {
         };
         let turn = turn.map(|v| v / self.length_scale);
         squares(at, turn, x, y, out);
-        match self.smoothness {
-            Smoothness::Half => half(self.sill, out),
-            Smoothness::ThreeHalves => three_halves(self.sill, out),
-            Smoothness::FiveHalves => five_halves(self.sill, out),
-            Smoothness::Infinite => infinite(self.sill, out),
+        self.at_squares(out);
+    }
+    fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
+        if self.metric != Metric::Euclidean {
+            out.iter_mut().zip(places).for_each(|(out, place)| *out = self.covariance(place, at));
+            return;
         }
+        let scale = self.length_scale.powi(-2);
+        for (out, place) in out.iter_mut().zip(places) {
+            *out = scale * place.iter().zip(at).map(|(a, b)| (a - b) * (a - b)).sum::<f64>();
+        }
+        self.at_squares(out);
     }
     fn sill(&self) -> f64 {
         self.sill
@@ -183,6 +189,18 @@ impl Kernel for Matern {
         }
         let out = low.tan() * if freedom > 0.0 { freedom.sqrt() } else { 1.0 } / self.length_scale;
         (self.metric == Metric::Euclidean).then(|| direction.map(|d| out * d))
+    }
+}
+
+impl Matern {
+    /// Covariances at squared distances in length scales, in place.
+    fn at_squares(&self, out: &mut [f64]) {
+        match self.smoothness {
+            Smoothness::Half => half(self.sill, out),
+            Smoothness::ThreeHalves => three_halves(self.sill, out),
+            Smoothness::FiveHalves => five_halves(self.sill, out),
+            Smoothness::Infinite => infinite(self.sill, out),
+        }
     }
 }
 

@@ -33,6 +33,11 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
         }
     }
 
+    /// The same among places of any number of coordinates.
+    fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
+        out.iter_mut().zip(places).for_each(|(out, place)| *out = self.covariance(place, at));
+    }
+
     /// Variance of the surface anywhere: the covariance at zero lag, outcome². It is the partial
     /// sill of geostatistics, since no kernel here holds a nugget.
     fn sill(&self) -> f64;
@@ -61,6 +66,9 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     }
     fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
         (**self).column(at, x, y, out);
+    }
+    fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
+        (**self).column_of(at, places, out);
     }
     fn sill(&self) -> f64 {
         (**self).sill()

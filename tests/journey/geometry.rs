@@ -7,7 +7,11 @@ use isopleth::{Link, Stream, geo::table::Columns};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{assert_error, ok, refused};
+use super::{
+    assert_error, ok,
+    recipes::{train, write},
+    refused,
+};
 
 fn pixels(path: &Path) -> Vec<f64> {
     let raster = Dataset::open(path).unwrap();
@@ -197,6 +201,19 @@ fn what_the_globe_cannot_do_is_refused() {
         &["sphere"],
         "--distance plane or --distance globe",
     );
+    // A model that reads coordinates has a seam where they have one.
+    let recipe = "name = 'tiny cnp'\n[model]\nkind = 'cnp'\nwidth = 8\ndepth = 2\n[prior]\nkind = 'gp'\n\
+                  [design]\ncontext = [{ sites = [10, 20], weight = 1.0 }]\ntargets = 8\n\
+                  [task]\nlikelihood = 'binomial'\n[train]\nsteps = 2\nrows = 2\nvalidate_tasks = 2\n";
+    let (recipe, model) =
+        (write(&folder, "cnp.toml", recipe), folder.path().join("cnp.safetensors"));
+    train(&recipe, &model, &[]);
+    assert_error(
+        &map(&["--model", model.to_str().unwrap()]),
+        "the model reads coordinates on a plane",
+        &["distances", "through the globe"],
+        "--distance plane",
+    );
     assert!(!out.exists());
 }
 
@@ -293,7 +310,8 @@ fn shores_apart_by_land_are_mapped_apart() {
         answers.to_str().unwrap(),
     ]);
     assert!(said.contains("1 target in the barrier"), "{said}");
-    let values = Columns::read(&answers).unwrap().numbers("surface_mean").unwrap();
+    let table = Columns::read(&answers).unwrap();
+    let values = table.numbers("surface_mean").unwrap();
     assert!(values[0].is_finite() && values[1].is_nan(), "{values:?}");
 }
 
