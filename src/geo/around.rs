@@ -413,6 +413,20 @@ impl Around {
     /// # Errors
     /// [`Error::Input`] where it was read from a run record, which holds no cells.
     pub fn places(&self, crs: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<f64>> {
+        self.near(crs, x, y, SNAP)
+    }
+
+    /// Which places are on ground that sites can be reached from, or within a cell of it: what a map shows.
+    ///
+    /// # Errors
+    /// As [`Around::places`].
+    pub fn reached(&self, crs: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<bool>> {
+        let places = self.near(crs, x, y, 1)?;
+        Ok(places.chunks(self.dim).map(|place| !place[0].is_nan()).collect())
+    }
+
+    /// Coordinates of places up to so many cells off passable ground.
+    fn near(&self, crs: &Crs, x: &[f64], y: &[f64], snap: i64) -> Result<Vec<f64>> {
         let Some(Raster { grid, coordinates }) = self.raster.as_deref() else {
             return Err(Error::input("a run record does not hold the cells of a barrier")
                 .fact("barrier", self.file.display())
@@ -437,12 +451,12 @@ impl Around {
             }
             if cell(near_row, near_col).is_none() {
                 // Off the ground, as a harbour may be: the nearest cell of it.
-                let around = (-SNAP..=SNAP)
-                    .flat_map(|i| (-SNAP..=SNAP).map(move |j| (near_row + i, near_col + j)));
+                let around = (-snap..=snap)
+                    .flat_map(|i| (-snap..=snap).map(move |j| (near_row + i, near_col + j)));
                 let far = |(i, j): &(i64, i64)| (*i as f64 - row).hypot(*j as f64 - col);
                 let found = around.filter(|(i, j)| cell(*i, *j).is_some());
                 let best = found.min_by(|a, b| far(a).total_cmp(&far(b)));
-                let best = best.filter(|at| far(at) <= SNAP as f64).and_then(|(i, j)| cell(i, j));
+                let best = best.filter(|at| far(at) <= snap as f64).and_then(|(i, j)| cell(i, j));
                 return best
                     .map_or(vec![f64::NAN; dim], |c| c.iter().map(|v| f64::from(*v)).collect());
             }

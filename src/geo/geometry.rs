@@ -172,7 +172,7 @@ impl Geometry {
         }
         let said = format!(
             "distances are measured through the globe: on a plane they would be off by up to {} %{}",
-            if farthest < 2.0 { format!("{:.1}", 100.0 * off) } else { "100 or more".into() },
+            if farthest < 2.0 { format!("{:.1}", 100.0 * off) } else { "100 and more".into() },
             if asked { "" } else { " (--distance plane: on a plane all the same)" },
         );
         Ok((Geometry::Globe(Globe { lon, lat }), vec![said]))
@@ -240,9 +240,10 @@ impl Geometry {
     /// # Errors
     /// As [`Geometry::places`], but for those.
     pub fn reached(&self, crs: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<bool>> {
-        let Geometry::Around(around) = self else { return Ok(vec![true; x.len()]) };
-        let places = around.places(crs, x, y)?;
-        Ok(places.chunks(around.dim).map(|place| !place[0].is_nan()).collect())
+        match self {
+            Geometry::Around(around) => around.reached(crs, x, y),
+            _ => Ok(vec![true; x.len()]),
+        }
     }
 
     /// A grid without the pixels in a barrier.
