@@ -592,7 +592,11 @@ impl Scaling {
             .into_iter()
             .map(|(value, vector)| vector.iter().map(|v| v / value.sqrt()).collect())
             .collect();
-        let dim = vectors.len();
+        let (dim, mut vectors) = (vectors.len(), vectors);
+        // Sites have two coordinates, even where all ground is one line.
+        if dim == 1 {
+            vectors.push(vec![0.0; n]);
+        }
         (Scaling { mean, vectors }, dim)
     }
 
