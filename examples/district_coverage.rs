@@ -117,7 +117,8 @@ fn frame() -> Result<Frame> {
     let plane = Crs::from_user("local:km")?;
     Ok(Frame {
         plane,
-        centre: [0.0; 2],
+        geometry: Default::default(),
+        centre: vec![0.0; 2],
         metres_per_unit: 1000.0,
         y_mean: 0.0,
         y_sd: 1.0,

@@ -10,6 +10,8 @@ mod displaced;
 mod draws;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
+#[path = "contract/geometry.rs"]
+mod geometry;
 #[path = "contract/integrated_gp.rs"]
 mod integrated_gp;
 #[path = "contract/kernels.rs"]

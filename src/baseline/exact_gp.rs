@@ -657,6 +657,10 @@ impl Process for ExactGp {
         Ok(Box::new(Conditioned { gp: self, rows: self.absorb_all(context)? }))
     }
 
+    fn any_dimension(&self) -> bool {
+        true
+    }
+
     fn memory(&self, sites: usize) -> Memory {
         let square = 8 * sites * sites;
         // The covariance, what is factored and the factor; a posterior keeps the factor alone.

@@ -43,13 +43,15 @@ fn check(draws: usize) -> Result<()> {
 }
 
 /// Longest distance between the sites' corners, or `extent` where that is longer.
-fn reach(x: &[f64], y: &[f64], extent: f64) -> f64 {
-    let side = |v: &[f64]| {
+fn reach(sites: &[Vec<f64>], extent: f64) -> f64 {
+    let side = |d: usize| {
+        let axis = sites.iter().map(|s| s[d]);
         let (low, high) =
-            v.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
+            axis.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
         (high - low).max(0.0)
     };
-    extent.max(side(x).hypot(side(y)))
+    let dim = sites.first().map_or(0, Vec::len);
+    extent.max((0..dim).map(|d| side(d).powi(2)).sum::<f64>().sqrt())
 }
 
 /// The mean's deviation from the prior's, in each draw.
@@ -59,50 +61,53 @@ fn levels(variance: f64, draws: usize, seed: u64) -> Vec<f64> {
 }
 
 /// The prior draws at places, a column for each: `[draw, place]`.
-fn prior_at(prior: &Spectral, draws: usize, x: &[f64], y: &[f64]) -> Mat<f32> {
-    let parts: Vec<Mat<f32>> = x
+fn prior_at(prior: &Spectral, draws: usize, places: &[Vec<f64>]) -> Mat<f32> {
+    let parts: Vec<Mat<f32>> = places
         .par_chunks(CHUNK)
-        .zip(y.par_chunks(CHUNK))
-        .map(|(x, y)| {
-            let mut out = Mat::zeros(draws, x.len());
-            prior.add(x, y, out.as_mut());
+        .map(|places| {
+            let mut out = Mat::zeros(draws, places.len());
+            prior.add(places, out.as_mut());
             out
         })
         .collect();
-    let mut whole = Mat::zeros(draws, x.len());
+    let mut whole = Mat::zeros(draws, places.len());
     for (i, part) in parts.iter().enumerate() {
         whole.as_mut().subcols_mut(i * CHUNK, part.ncols()).copy_from(part);
     }
     whole
 }
 
-/// Coordinates of one row of targets on a plane.
-fn plane(targets: &Sites) -> Result<[Vec<f64>; 2]> {
+/// Coordinates of one row of targets, as many for each as sites have.
+fn places(targets: &Sites, dim: usize) -> Result<Vec<Vec<f64>>> {
     let mut rows = targets.host()?;
     let (rows, places) = (rows.len(), rows.pop().unwrap_or_default());
     if rows != 1 {
         return Err(Error::axis("rows of targets to draw surfaces over", rows, 1));
     }
-    if let Some(place) = places.iter().find(|place| place.len() != 2) {
-        return Err(Error::axis("dimensions of places to draw surfaces over", place.len(), 2));
+    if let Some(place) = places.iter().find(|place| place.len() != dim) {
+        return Err(Error::axis("dimensions of places to draw surfaces over", place.len(), dim));
     }
-    Ok([0, 1].map(|d| places.iter().map(|place| place[d]).collect()))
+    Ok(places)
 }
 
-/// Coordinates of sites on a plane; of sites on a line there are no fields.
-fn flat(sites: &[Vec<f64>]) -> Result<[Vec<f64>; 2]> {
-    if let Some(site) = sites.iter().find(|site| site.len() != 2) {
-        return Err(Error::axis("dimensions of sites to draw surfaces over", site.len(), 2));
+/// Coordinates of sites on a plane or in space; of sites on a line there are no fields.
+fn spread(sites: &[Vec<f64>]) -> Result<usize> {
+    let dim = sites.first().map_or(2, Vec::len);
+    match dim {
+        2 | 3 => Ok(dim),
+        _ => Err(Error::input(
+            "joint draws are made on a plane or in space, and not in more dimensions",
+        )
+        .fact("coordinates of a site", dim)
+        .try_this("ways around a barrier may need more: leave the barrier out, or the draws")),
     }
-    Ok([0, 1].map(|d| sites.iter().map(|site| site[d]).collect()))
 }
 
 /// Draws given every site: of the exact process.
 pub(super) struct Dense<'a> {
     posterior: &'a dyn Posterior,
     gp: &'a ExactGp,
-    x: Vec<f64>,
-    y: Vec<f64>,
+    sites: Vec<Vec<f64>>,
     prior: Spectral,
     /// What a draw has everywhere: its mean, and what the sites take off it.
     level: Vec<f64>,
@@ -121,11 +126,11 @@ impl<'a> Dense<'a> {
         extent: f64,
     ) -> Result<Self> {
         check(draws)?;
-        let [x, y] = flat(&row.sites)?;
-        let n = x.len();
-        let prior = Spectral::new(&*gp.kernel, draws, seed, reach(&x, &y, extent))?;
+        let (sites, dim) = (row.sites.clone(), spread(&row.sites)?);
+        let n = sites.len();
+        let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent))?;
         let mut level = levels(gp.mean_variance, draws, seed);
-        let drawn = prior_at(&prior, draws, &x, &y);
+        let drawn = prior_at(&prior, draws, &sites);
         // Noise in the factor's own scale, in which that of a count that says nothing is one too.
         let noise: Vec<Vec<f64>> = (0..n)
             .map(|i| {
@@ -149,23 +154,33 @@ impl<'a> Dense<'a> {
             *level += gp.mean_variance * column.iter().sum::<f64>();
         }
         let weight = Mat::from_fn(draws, n, |d, i| columns[d][i]);
-        Ok(Dense { posterior, gp, x, y, prior, level, weight })
+        Ok(Dense { posterior, gp, sites, prior, level, weight })
     }
 
     /// `[place, draw]`.
-    fn deviations(&self, x: &[f64], y: &[f64]) -> Vec<f32> {
+    fn deviations(&self, places: &[Vec<f64>]) -> Vec<f32> {
         let draws = self.level.len();
-        let mut known = Mat::<f64>::zeros(self.x.len(), x.len());
-        for (i, (x, y)) in x.iter().zip(y).enumerate() {
-            self.gp.kernel.column([*x, *y], &self.x, &self.y, known.col_as_slice_mut(i));
+        let axis = |d: usize| self.sites.iter().map(|s| s[d]).collect::<Vec<f64>>();
+        let plane = self.sites.iter().all(|s| s.len() == 2);
+        let (x, y) = if plane { (axis(0), axis(1)) } else { Default::default() };
+        let mut known = Mat::<f64>::zeros(self.sites.len(), places.len());
+        for (i, place) in places.iter().enumerate() {
+            let known = known.col_as_slice_mut(i);
+            match plane {
+                true => self.gp.kernel.column([place[0], place[1]], &x, &y, known),
+                false => known
+                    .iter_mut()
+                    .zip(&self.sites)
+                    .for_each(|(out, site)| *out = self.gp.kernel.covariance(site, place)),
+            }
         }
-        let mut moved = Mat::<f64>::zeros(draws, x.len());
+        let mut moved = Mat::<f64>::zeros(draws, places.len());
         let (weight, known) = (self.weight.as_ref(), known.as_ref());
         matmul(moved.as_mut(), Accum::Replace, weight, known, 1.0, Par::Seq);
-        let mut out = Mat::<f32>::zeros(draws, x.len());
-        self.prior.add(x, y, out.as_mut());
-        let mut all = Vec::with_capacity(draws * x.len());
-        for i in 0..x.len() {
+        let mut out = Mat::<f32>::zeros(draws, places.len());
+        self.prior.add(places, out.as_mut());
+        let mut all = Vec::with_capacity(draws * places.len());
+        for i in 0..places.len() {
             let (out, moved) = (out.col_as_slice(i), moved.col_as_slice(i));
             all.extend((0..draws).map(|d| out[d] + (moved[d] + self.level[d]) as f32));
         }
@@ -179,12 +194,9 @@ impl Field for Dense<'_> {
     }
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
-        let [x, y] = plane(targets)?;
-        let parts: Vec<Vec<f32>> = x
-            .par_chunks(CHUNK)
-            .zip(y.par_chunks(CHUNK))
-            .map(|(x, y)| self.deviations(x, y))
-            .collect();
+        let places = places(targets, self.sites.first().map_or(2, Vec::len))?;
+        let parts: Vec<Vec<f32>> =
+            places.par_chunks(CHUNK).map(|places| self.deviations(places)).collect();
         let marginals = self.posterior.at(targets)?.marginals(0, Of::Surface)?;
         // The surface is the same Gaussian in every component.
         let first = |values: &[f64]| values.iter().step_by(marginals.components).copied().collect();
@@ -202,6 +214,7 @@ impl Field for Dense<'_> {
 pub(super) struct Local<'a> {
     gp: &'a NearestGp,
     row: &'a nearest::Fitted,
+    dim: usize,
     prior: Spectral,
     /// How far off the mean's levels are found in each draw.
     off: Vec<Levels>,
@@ -238,9 +251,9 @@ impl<'a> Local<'a> {
                 .fact("memory", format!("{:.1} GiB", (4 * n * draws) as f64 / f64::from(1 << 30)))
                 .try_this(format!("ask for {} draws at the most", (MOST_HELD / n.max(1)).max(1))));
         }
-        let [x, y] = flat(&sites)?;
-        let prior = Spectral::new(&*gp.kernel, draws, seed, reach(&x, &y, extent))?;
-        let mut told = prior_at(&prior, draws, &x, &y);
+        let dim = spread(&sites)?;
+        let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent))?;
+        let mut told = prior_at(&prior, draws, &sites);
         match row.latent() {
             None => {
                 for i in 0..n {
@@ -278,7 +291,7 @@ impl<'a> Local<'a> {
         let mut rng = Stream::new(seed, "level of a field", 0);
         let shift = row.shift();
         let off = (0..draws).map(|_| shift.drawn(std::array::from_fn(|_| rng.normal()))).collect();
-        Ok(Local { gp, row, prior, off, told })
+        Ok(Local { gp, row, dim, prior, off, told })
     }
 }
 
@@ -288,17 +301,15 @@ impl Field for Local<'_> {
     }
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
-        let [x, y] = plane(targets)?;
+        let places = places(targets, self.dim)?;
         let draws = self.draws();
-        let parts: Vec<Drawn> = x
+        let parts: Vec<Drawn> = places
             .par_chunks(CHUNK)
-            .zip(y.par_chunks(CHUNK))
-            .map(|(x, y)| {
-                let mut out = Mat::<f32>::zeros(draws, x.len());
-                self.prior.add(x, y, out.as_mut());
-                let places: Vec<[f64; 2]> = x.iter().zip(y).map(|(x, y)| [*x, *y]).collect();
+            .map(|places| {
+                let mut out = Mat::<f32>::zeros(draws, places.len());
+                self.prior.add(places, out.as_mut());
                 let mut part = Drawn { mean: Vec::new(), sd: Vec::new(), deviations: Vec::new() };
-                part.deviations.reserve(draws * x.len());
+                part.deviations.reserve(draws * places.len());
                 let places: Vec<&[f64]> = places.iter().map(|place| &place[..]).collect();
                 for (i, weighed) in self.gp.weigh(self.row, &places).iter().enumerate() {
                     let out = out.col_as_slice_mut(i);

@@ -299,7 +299,10 @@ impl Kriging<'_> {
             let sites = here.iter().map(|i| ordered.site(*i as usize));
             // A line is a plane's first axis.
             let flat = place.len() <= 2;
-            if flat {
+            let mut all: Vec<&[f64]> = Vec::new();
+            if !flat {
+                all.extend(sites.chain([*place]));
+            } else {
                 x.clear();
                 y.clear();
                 for site in sites.chain([*place]) {
@@ -313,10 +316,7 @@ impl Kriging<'_> {
                 if flat {
                     self.kernel.column([x[j], y[j]], &x[j..], &y[j..], column);
                 } else {
-                    let of = |i: usize| here.get(i).map_or(*place, |i| ordered.site(*i as usize));
-                    for (i, out) in column.iter_mut().enumerate() {
-                        *out = self.kernel.covariance(of(i + j), of(j));
-                    }
+                    self.kernel.column_of(all[j], &all[j..], column);
                 }
                 if let Some(i) = here.get(j) {
                     let i = *i as usize;

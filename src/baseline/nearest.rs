@@ -712,6 +712,10 @@ impl Process for NearestGp {
         Ok(Box::new(Conditioned { gp: self, rows: self.absorb_all(context)? }))
     }
 
+    fn any_dimension(&self) -> bool {
+        true
+    }
+
     fn memory(&self, sites: usize) -> Memory {
         // Coordinates, outcomes, trials, value and noise; the tree; and for a while two lists of
         // neighbours, each held twice while it is made, and what the order is made with.

@@ -236,6 +236,10 @@ impl Process for Regressed {
         Ok(Box::new(Conditioned { betas: &self.betas, parts }))
     }
 
+    fn any_dimension(&self) -> bool {
+        self.inner.any_dimension()
+    }
+
     fn memory(&self, sites: usize) -> Memory {
         let one = self.inner.memory(sites);
         let held = self.betas.len() * one.held;

@@ -18,7 +18,7 @@ use super::{
     reading::ReadingArgs,
     report::{self, Findings},
     say,
-    survey::{SurveyArgs, agree, default_model},
+    survey::{SurveyArgs, agree, at_home, default_model},
     trust::{self, StrictArgs},
     windows::{self, WindowArgs},
 };
@@ -408,6 +408,17 @@ pub(super) fn grid_of(
     survey: &Survey,
     frame: &Frame,
 ) -> Result<Grid> {
+    frame.geometry.cut(whole_grid(like, clip, crs_out, resolution, survey, frame)?)
+}
+
+fn whole_grid(
+    like: Option<&Path>,
+    clip: Option<&Path>,
+    crs_out: Option<&str>,
+    resolution: Option<Resolution>,
+    survey: &Survey,
+    frame: &Frame,
+) -> Result<Grid> {
     if let Some(like) = like {
         let grid = if survey.crs.is_local() {
             Grid::read_local(like, &survey.crs)?
@@ -425,6 +436,8 @@ pub(super) fn grid_of(
         (None, Some(Resolution::Degrees(_))) if !survey.crs.is_local() => {
             Crs::from_user("EPSG:4326")?
         }
+        // Of a plane about sites more than 60° from their middle, little would be seen at the edges.
+        _ if survey.crs.is_geographic() && frame.is_worldwide() => survey.crs.clone(),
         _ if survey.crs.is_geographic() => frame.plane.clone(),
         _ => survey.crs.clone(),
     };
@@ -436,7 +449,9 @@ pub(super) fn grid_of(
     survey.crs.transform(&crs, &mut x, &mut y)?;
     let extent =
         Extent::of(&x, &y).ok_or_else(|| Error::input("the sites have no finite coordinates"))?;
-    Grid::cover(extent.grow(MARGIN), &crs, resolution)
+    let extent = extent.grow(MARGIN);
+    let extent = if crs.is_geographic() { extent.on_globe() } else { extent };
+    Grid::cover(extent, &crs, resolution)
 }
 
 /// How many sites lie on the grid.
@@ -558,6 +573,7 @@ pub(super) fn open_model(
             .try_this("`isopleth list models` shows the models for maps"));
     }
     let process = checkpoint.process_reading(device, reading)?;
+    at_home(name, &*process, survey)?;
     let cut = windows.of(&checkpoint, context.len())?;
     let process = cut_into(process, wanted, cut)?;
     let (process, coefficients): (Box<dyn Process + Send + Sync>, _) =
@@ -732,10 +748,10 @@ fn warnings(
     // On an equal-area plane the scale at angle c from the centre is off by up to 1/cos(c/2) − 1.
     let angle = 0.5 * frame.extent_km() / 6371.0;
     let off = 1.0 / (0.5 * angle.min(3.0)).cos() - 1.0;
-    if off > 0.01 && !survey.crs.is_local() {
+    if off > 0.01 && frame.geometry.is_plane() && !survey.crs.is_local() {
         warnings.push(format!(
-            "the survey spans {:.0} km, wider than the model was made for: on one plane its \
-             distances are off by up to {:.0} %; map regions on their own",
+            "the survey spans {:.0} km, wider than a plane can hold: on it distances are off by up \
+             to {:.0} %; leave --distance plane or --displacement out, or map regions on their own",
             frame.extent_km(),
             (100.0 * off).ceil(),
         ));
@@ -803,8 +819,13 @@ pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
 pub(super) fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {
     tell_survey(survey)?;
     let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
-    survey.crs.transform(&frame.plane, &mut x, &mut y)?;
-    if let Some(extent) = Extent::of(&x, &y) {
+    if !frame.geometry.is_plane() {
+        let (wide, about) = (round(frame.extent_km()), frame.geometry.about());
+        line("region", format!("{wide} km, sites in {}, distances {about}", survey.crs.name()))?;
+    } else {
+        survey.crs.transform(&frame.plane, &mut x, &mut y)?;
+    }
+    if let Some(extent) = Extent::of(&x, &y).filter(|_| frame.geometry.is_plane()) {
         let km = |length: f64| round(length * frame.plane.metres_per_unit() / 1000.0);
         let (wide, high) = (km(extent.width()), km(extent.height()));
         line("region", format!("{wide} × {high} km, sites in {}", survey.crs.name()))?;

@@ -193,6 +193,7 @@ pub fn run(args: &Args) -> Result<()> {
         let (x, y) = (&targets.x[from..from + len], &targets.y[from..from + len]);
         from += len;
         let placed: Vec<usize> = (0..len).filter(|i| !x[*i].is_nan()).collect();
+        let placed = found.reach(&frame, &targets, [x, y], placed)?;
         let (rows, values) = found.look(&frame, &targets, [x, y], &placed, &own)?;
         let mut columns = Vec::new();
         if coordinates(&targets).is_some() {
@@ -275,11 +276,28 @@ pub fn run(args: &Args) -> Result<()> {
 /// What the targets turn out to have of the covariates.
 #[derive(Default)]
 struct Covered {
+    cut: usize,
     without: usize,
     beyond: usize,
 }
 
 impl Covered {
+    /// Which of the `placed` rows are in no barrier.
+    fn reach(
+        &mut self,
+        frame: &Frame,
+        targets: &Targets,
+        [x, y]: [&[f64]; 2],
+        placed: Vec<usize>,
+    ) -> Result<Vec<usize>> {
+        let at = |values: &[f64]| placed.iter().map(|i| values[*i]).collect::<Vec<f64>>();
+        let reached = frame.geometry.reached(&targets.crs, &at(x), &at(y))?;
+        let kept: Vec<usize> =
+            placed.iter().zip(reached).filter(|(_, reached)| *reached).map(|(i, _)| *i).collect();
+        self.cut += placed.len() - kept.len();
+        Ok(kept)
+    }
+
     /// Which of the `placed` rows have every covariate, and its values there, `[covariate][row]`.
     fn look(
         &mut self,
@@ -320,6 +338,13 @@ impl Covered {
 
     fn warnings(&self) -> Vec<String> {
         let mut said = Vec::new();
+        if self.cut > 0 {
+            said.push(format!(
+                "{} target{} in the barrier, or where no way leads from a site: nothing was predicted there",
+                self.cut,
+                plural(self.cut)
+            ));
+        }
         if self.without > 0 {
             said.push(format!(
                 "{} target{} without data for a covariate: nothing was predicted there",

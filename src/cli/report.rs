@@ -21,6 +21,7 @@ use crate::{
         survey::Survey,
         table::{Column, Columns},
     },
+    kernel::Metric,
     mapping::record::{ProductNote, Record},
     picture::curves::{self, Band, Chart, Curve},
     predictive::{Of, normal_quantile},
@@ -208,15 +209,18 @@ fn held_out(w: &mut String, found: &Findings) -> Result<()> {
 fn variogram(report: &Report, found: &Findings, file: &Path) -> Result<String> {
     let (order, steps) = report.first();
     let Survey { crs, x, y, .. } = found.survey;
-    let places = found.record.frame.sites(crs, x, y, &Device::Cpu)?.host()?.swap_remove(0);
-    let places: Vec<[f64; 2]> =
-        order.iter().map(|i| [0, 1].map(|d| found.record.frame.km(places[*i][d]))).collect();
+    let frame = &found.record.frame;
+    let places = frame.places_km(&frame.sites(crs, x, y, &Device::Cpu)?)?;
+    let places: Vec<&[f64]> = order.iter().map(|i| &places[*i][..]).collect();
     let mut rng = Stream::new(1, "variogram", 0);
     let score: Vec<f64> = pit::randomised(steps, &mut rng)
         .into_iter()
         .map(|u| normal_quantile(u.clamp(1e-6, 1.0 - 1e-6)))
         .collect();
-    let Some(classes) = Classes::of(&places) else { return Ok(String::new()) };
+    let far = |a: &[f64], b: &[f64]| {
+        frame.geometry.ground(1000.0 * Metric::Euclidean.distance(a, b)) / 1000.0
+    };
+    let Some(classes) = Classes::of(&places, far) else { return Ok(String::new()) };
     let seen = classes.semivariance(&score);
     let shuffled: Vec<Vec<f64>> = (0..SHUFFLES)
         .map(|_| {
@@ -270,15 +274,14 @@ struct Classes {
 
 impl Classes {
     /// Nothing where there are too few pairs.
-    fn of(places: &[[f64; 2]]) -> Option<Self> {
+    fn of(places: &[&[f64]], far: impl Fn(&[f64], &[f64]) -> f64) -> Option<Self> {
         // Pairs grow with the square: a few hundred sites show as much.
         let step = places.len().div_ceil(600).max(1);
         let kept: Vec<usize> = (0..places.len()).step_by(step).collect();
         let mut all = Vec::new();
         for (k, i) in kept.iter().enumerate() {
             for j in &kept[..k] {
-                let [a, b] = [places[*i], places[*j]];
-                all.push(((a[0] - b[0]).hypot(a[1] - b[1]), [*i, *j]));
+                all.push((far(places[*i], places[*j]), [*i, *j]));
             }
         }
         all.sort_by(|a, b| a.0.total_cmp(&b.0));

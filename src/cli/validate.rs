@@ -14,7 +14,7 @@ use super::{
     note,
     output::Output,
     say,
-    survey::{SurveyArgs, agree, default_model},
+    survey::{SurveyArgs, agree, at_home, default_model},
     trust::{self, StrictArgs},
     windows::{self, WindowArgs},
 };
@@ -226,9 +226,11 @@ fn forecaster(
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
     let design = checkpoint.recipe()?.tasks()?.design().clone();
-    let cut = windows.cut(&design, survey.len())?;
+    let process = checkpoint.process(&Device::Cpu)?;
+    at_home(model, &*process, survey)?;
+    let cut = windows.of(&checkpoint, survey.len())?;
     cut.iter().for_each(|cut| note(format!("{model}: {}", windows::about(cut, survey.len()))));
-    let process = cut_into(checkpoint.process(&Device::Cpu)?, wanted, cut)?;
+    let process = cut_into(process, wanted, cut)?;
     let process: Arc<dyn Process + Send + Sync> = process.into();
     Ok(Box::new(move |context, targets, moved| match (moved, &context.sites.x) {
         (None, None) => process.condition(context)?.at(targets),

@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use super::map::plural;
 use crate::{
+    checkpoint::Checkpoint,
     error::{Error, Result},
     mapping::windows::{self, Cut},
     task::design::Design,
@@ -59,6 +60,18 @@ impl WindowArgs {
                 (sites > most).then(|| Cut::learned(design))
             }
         })
+    }
+
+    /// As [`WindowArgs::cut`], of a trained model, which may hold at any size by itself.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for windows too small to know anything, or of a model that has its own.
+    pub(super) fn of(&self, checkpoint: &Checkpoint, sites: usize) -> Result<Option<Cut>> {
+        if checkpoint.any_size() {
+            self.refused(&checkpoint.card.name)?;
+            return Ok(None);
+        }
+        self.cut(checkpoint.recipe()?.tasks()?.design(), sites)
     }
 
     /// Refuses windows for a process that needs none.

@@ -35,6 +35,11 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
         }
     }
 
+    /// The same among places of any number of coordinates.
+    fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
+        out.iter_mut().zip(places).for_each(|(out, place)| *out = self.covariance(place, at));
+    }
+
     /// Variance of the surface anywhere: the covariance at zero lag, outcome². It is the partial
     /// sill of geostatistics, since no kernel here holds a nugget. The largest, where it varies.
     fn sill(&self) -> f64;
@@ -60,6 +65,11 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
     fn matern(&self) -> Option<Matern> {
         None
     }
+
+    /// The same of the spectral distribution in three dimensions, in this direction (a unit vector).
+    fn frequency_in_space(&self, _share: f64, _direction: [f64; 3]) -> Option<[f64; 3]> {
+        None
+    }
 }
 
 /// A kernel that several owners hold.
@@ -69,6 +79,9 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     }
     fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
         (**self).column(at, x, y, out);
+    }
+    fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
+        (**self).column_of(at, places, out);
     }
     fn sill(&self) -> f64 {
         (**self).sill()
@@ -81,6 +94,9 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     }
     fn matern(&self) -> Option<Matern> {
         (**self).matern()
+    }
+    fn frequency_in_space(&self, share: f64, direction: [f64; 3]) -> Option<[f64; 3]> {
+        (**self).frequency_in_space(share, direction)
     }
 }
 

@@ -353,7 +353,14 @@ pub fn trained_sites(tasks: &Tasks) -> Option<[usize; 2]> {
 /// # Errors
 /// As [`Judge::judge`].
 pub fn examine(judge: Option<&Judge>, survey: &Survey, frame: &Frame) -> Result<Verdict> {
-    let observations = frame.observations(survey, &Device::Cpu)?;
+    // Figures of training are of a plane: on a wide one they are off as its distances are.
+    let observations = match frame.geometry.is_plane() {
+        true => frame.observations(survey, &Device::Cpu)?,
+        false => {
+            let flat = Survey { geometry: Default::default(), ..survey.clone() };
+            Frame::fit(&flat)?.observations(&flat, &Device::Cpu)?
+        }
+    };
     let mut verdict = match judge {
         Some(judge) => judge.judge(&Context::of(&observations, 0)?)?,
         None => Verdict {

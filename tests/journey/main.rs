@@ -12,6 +12,8 @@ mod covariates;
 mod displacement;
 #[cfg(feature = "gdal")]
 mod family;
+#[cfg(feature = "gdal")]
+mod geometry;
 #[cfg(target_os = "linux")]
 mod gpu;
 mod inspect;
