@@ -152,7 +152,7 @@ fn compare(name: &str, surveys: &[[Survey; 2]], how: &str) -> Result<()> {
     let network = Checkpoint::resolve("prevalence")?.process(&Device::Cpu)?;
     let models: [(&str, Box<Forecaster>); 3] = [
         ("gp", exact_gp(counts)),
-        ("vecchia", nearest_gp(counts)),
+        ("vecchia", nearest_gp(counts, false)),
         ("prevalence", Box::new(|context, targets, _| network.condition(context)?.at(targets))),
     ];
     let asked = std::env::args().nth(3);

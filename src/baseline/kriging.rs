@@ -406,11 +406,12 @@ impl Shift {
         }
         // Columns of the inverse factor, times V^½.
         let mut inverse = [Levels::default(); LEVELS];
-        for j in 0..LEVELS {
-            for i in j..LEVELS {
+        for i in 0..LEVELS {
+            let (before, rest) = inverse.split_at_mut(i);
+            for (j, out) in rest[0][..=i].iter_mut().enumerate() {
                 let one = if i == j { 1.0 } else { 0.0 };
-                let known: f64 = (j..i).map(|k| factor[i][k] * inverse[k][j]).sum();
-                inverse[i][j] = (one - known) / factor[i][i];
+                let known: f64 = (j..i).map(|k| factor[i][k] * before[k][j]).sum();
+                *out = (one - known) / factor[i][i];
             }
         }
         let root = inverse.map(|row| std::array::from_fn(|i| row[i] * root[i]));

@@ -380,9 +380,9 @@ impl Ranking {
         };
         for i in which.iter() {
             let (centre, reach) = self.windows[*i as usize];
-            for d in 0..2 {
-                node.low[d] = node.low[d].min(centre[d]);
-                node.high[d] = node.high[d].max(centre[d]);
+            for (d, centre) in centre.iter().enumerate() {
+                node.low[d] = node.low[d].min(*centre);
+                node.high[d] = node.high[d].max(*centre);
             }
             node.reach = [node.reach[0].min(reach), node.reach[1].max(reach)];
         }
@@ -592,7 +592,7 @@ impl<'a> Conditioned<'a> {
         let rows: Vec<(u32, u32)> =
             window.places.iter().flat_map(|i| seen.rows(*i).map(move |row| (*i, row))).collect();
         let xy: Vec<[f64; 2]> =
-            rows.iter().map(|(i, _)| window.into_frame(seen.place(*i as usize))).collect();
+            rows.iter().map(|(i, _)| window.framed(seen.place(*i as usize))).collect();
         let of = |x: &[f32]| rows.iter().map(|(_, row)| x[*row as usize]).collect::<Vec<f32>>();
         let (mut y, mut trials) = (of(&seen.y), seen.trials.as_deref().map(of));
         let (mut shift, mut scale) = (0.0, 1.0);
@@ -624,7 +624,7 @@ impl<'a> Conditioned<'a> {
         let window = &self.windows[at as usize];
         let mut said: Option<Said> = None;
         for part in places.chunks(TARGETS) {
-            let xy: Vec<[f64; 2]> = part.iter().map(|p| window.into_frame(*p)).collect();
+            let xy: Vec<[f64; 2]> = part.iter().map(|p| window.framed(*p)).collect();
             let sites = Sites::plane(&xy, &self.device)?.map(|s| Ok(s.to_dtype(self.dtype)?))?;
             let p = ready.posterior.at(&sites)?;
             let host = |x: &Tensor| -> Result<Vec<f32>> {
@@ -660,7 +660,7 @@ impl<'a> Conditioned<'a> {
 }
 
 impl Window {
-    fn into_frame(&self, place: [f64; 2]) -> [f64; 2] {
+    fn framed(&self, place: [f64; 2]) -> [f64; 2] {
         [0, 1].map(|d| (place[d] - self.middle[d]) / self.unit)
     }
 }

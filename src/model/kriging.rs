@@ -418,9 +418,9 @@ impl Kriging {
         let mut out = Information::NONE;
         for i in 0..READ {
             out.pull[i] = within.pull[i] / self.sd[i];
-            for j in 0..READ {
+            for (j, shift) in shift.iter().enumerate() {
                 out.precision[i][j] = within.precision[i][j] / (self.sd[i] * self.sd[j]);
-                out.pull[i] += out.precision[i][j] * shift[j];
+                out.pull[i] += out.precision[i][j] * shift;
             }
         }
         out

@@ -178,7 +178,7 @@ fn transform(values: &[Complex64], [cols, rows]: [usize; 2]) -> Vec<Complex64> {
 fn fast(n: usize) -> usize {
     let smooth = |mut n: usize| {
         for p in [2, 3, 5] {
-            while n % p == 0 {
+            while n.is_multiple_of(p) {
                 n /= p;
             }
         }

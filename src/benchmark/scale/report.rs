@@ -210,7 +210,8 @@ pub fn write(out: &Path, runs: &[Run]) -> Result<()> {
         ("inside_95", scored(|s| s.inside[2])),
     ];
     const _: () = assert!(LEVELS.len() == 3);
-    let costs: [(&str, &str, fn(&Run) -> &Cost); 3] = [
+    type Of = fn(&Run) -> &Cost;
+    let costs: [(&str, &str, Of); 3] = [
         ("fit_cpu_s", "fit_wall_s", |r| &r.fit),
         ("condition_cpu_s", "condition_wall_s", |r| &r.condition),
         ("predict_cpu_s", "predict_wall_s", |r| &r.predict),
