@@ -178,7 +178,7 @@ pub fn run(args: &Args) -> Result<()> {
     let processes = model.with(&others);
     // What judging takes comes after, and is given back for the map to use.
     let resident = plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0);
-    let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let called = args.model.as_deref().unwrap_or(default_model(&survey));
     let verdict = model.suits(trust::examine(called, &survey, &frame)?);
     args.strict.settle(called, &survey, &verdict)?;
     tell_input(&survey, &grid, &frame, &model)?;
@@ -557,7 +557,7 @@ pub(super) fn open_model(
     (reading, windows): (Reading, &WindowArgs),
 ) -> Result<Model> {
     let likelihood = survey.outcome.likelihood();
-    let name = name.unwrap_or(default_model(&survey.outcome));
+    let name = name.unwrap_or(default_model(survey));
     let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
     let moved = survey.displacement.as_ref().map(|moved| frame.displacement(moved));
     if let Some(classical) = classical(name, context, wanted, reading, moved.as_ref())? {

@@ -158,7 +158,7 @@ pub fn run(args: &Args) -> Result<()> {
         open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, how)?;
     model.note_effects(&frame);
     let processes = model.with(&others);
-    let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let called = args.model.as_deref().unwrap_or(default_model(&survey));
     let verdict = model.suits(trust::examine(called, &survey, &frame)?);
     args.strict.settle(called, &survey, &verdict)?;
     tell_survey(&survey)?;

@@ -111,11 +111,16 @@ impl ColumnArgs {
     }
 }
 
-/// The model that is used when none is named: a shipped one where there is one for the outcome, else
-/// a Gaussian process fitted to the survey.
-pub fn default_model(outcome: &Outcome) -> &'static str {
-    match outcome {
+/// Sites beyond which values are kriged under covariances that a network reads, for then it scores better
+/// than windows of the other model (docs/large-surveys.md): twice its largest training survey.
+const LARGE: usize = 4_000;
+
+/// The model that is used when none is named: a shipped one where there is one for the outcome, by
+/// the number of sites; else a Gaussian process fitted to the survey.
+pub fn default_model(survey: &Survey) -> &'static str {
+    match &survey.outcome {
         Outcome::Counts { .. } => "prevalence",
+        Outcome::Values(_) if survey.len() > LARGE => "kriging-values",
         Outcome::Values(_) => "continuous",
         Outcome::Cases { .. } | Outcome::Positive(_) => "gp",
     }

@@ -47,7 +47,7 @@ pub struct StrictArgs {
 pub fn run(args: &Args) -> Result<()> {
     let survey = args.survey.read()?;
     survey.notes.iter().for_each(note);
-    let model = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let model = args.model.as_deref().unwrap_or(default_model(&survey));
     let verdict = examine(model, &survey, &Frame::fit(&survey)?)?;
     if args.json {
         let mut object = json!(verdict);

@@ -194,7 +194,7 @@ fn models(asked: &[String], survey: &Survey) -> Result<Vec<String>> {
         }
     }
     if models.is_empty() {
-        models.push(default_model(&survey.outcome).into());
+        models.push(default_model(&survey).into());
     }
     Ok(models)
 }

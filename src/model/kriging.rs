@@ -691,6 +691,11 @@ impl Process for Kriging {
         Ok(Box::new(Conditioned(members.collect::<Result<_>>()?)))
     }
 
+    /// Distances are all it knows of a site; directions are those of a plane.
+    fn any_dimension(&self) -> bool {
+        true
+    }
+
     fn memory(&self, sites: usize) -> Memory {
         // As the nearest-neighbour process, and the features of windows at all levels.
         let held = sites * 200;
