@@ -16,6 +16,8 @@ mod geometry;
 mod integrated_gp;
 #[path = "contract/kernels.rs"]
 mod kernels;
+#[path = "contract/kriging.rs"]
+mod kriging;
 #[path = "contract/likelihoods.rs"]
 mod likelihoods;
 #[path = "contract/nearest_gp.rs"]
