@@ -23,6 +23,9 @@
 //! its own included, gives `f` again: Newton's step of Rasmussen & Williams (2006), algorithm 3.1, one neighbourhood at a time. The
 //! marginal likelihood is theirs, with Vecchia's density for that of the pseudo-values.
 //!
+//! **Time.** Where the kernel changes with time, sites have a third coordinate: their time, stretched so
+//! that one length scale in time is as long as one in space (Datta et al. 2016, doi:10.1214/16-AOAS931).
+//!
 //! With as many neighbours as sites, all of it equals [`ExactGp`](super::ExactGp).
 
 use candle_core::Tensor;
@@ -30,7 +33,7 @@ use rayon::prelude::*;
 
 use super::{
     elimination::{LANES, Lane, eliminate, row_of, weigh},
-    exact_gp::{MadeOf, Row, check_levels, rows},
+    exact_gp::{MadeOf, Row, changing, check_levels, places, rows},
     field,
     neighbours::{Found, Tree, spread},
     nelder_mead::minimise,
@@ -51,6 +54,8 @@ pub const PREVIOUS: usize = 30;
 pub const NEAR: usize = 40;
 /// The most that fitting chooses.
 const MOST_NEAR: usize = 160;
+/// Smoothnesses that fitting chooses from.
+const ALL: &[Smoothness] = &[Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves];
 /// Densities that the first search looks at, at most; and sites, where they are counts, whose mode
 /// is another at every step.
 const SOME: usize = 5_000;
@@ -63,7 +68,7 @@ const CHUNK: usize = 64 * LANES;
 /// The link-scale value of an observation is `mean + surface + nugget`, as for
 /// [`ExactGp`](super::ExactGp); for counts the nugget is the village effect.
 pub struct NearestGp {
-    /// Covariance of the surface, link scale², sites in model units.
+    /// Covariance of the surface, link scale², sites in model units and times stretched.
     pub kernel: Box<dyn Kernel>,
     /// Variance of what two observations at one site do not share, link scale².
     pub nugget: f64,
@@ -71,6 +76,8 @@ pub struct NearestGp {
     pub mean: f64,
     /// Variance of our belief in `mean`: 0 is simple kriging, large is ordinary kriging.
     pub mean_variance: f64,
+    /// What times are multiplied by, so that they count as distances.
+    pub stretch: f64,
     /// Neighbours that each site's density is conditioned on, at most.
     pub previous: usize,
     /// Neighbours that each target is kriged from, at most.
@@ -226,6 +233,11 @@ impl Ordered {
         Lists { most, flat, len }
     }
 
+    /// Every site.
+    fn row(&self) -> Row {
+        self.thinned(self.len())
+    }
+
     /// At most `most` sites, evenly spread over the order.
     fn thinned(&self, most: usize) -> Row {
         let kept = spaced(self.len(), most);
@@ -247,10 +259,17 @@ impl Ordered {
             let most = c.get(c.len().saturating_sub(1 + cut)).zip(c.get(cut));
             (most.map_or(0.0, |(b, a)| b - a), whole)
         };
-        let sides: Vec<(f64, f64)> = (0..self.dim).map(side).collect();
+        // A third coordinate is a time or a mark.
+        let sides: Vec<(f64, f64)> = (0..self.dim.min(2)).map(side).collect();
         let most = sides.iter().map(|s| s.0).fold(0.0, f64::max);
         if most > 0.0 { most } else { sides.iter().map(|s| s.1).fold(0.0, f64::max) }
     }
+}
+
+/// A row with times multiplied by a factor.
+fn stretched(mut row: Row, stretch: f64) -> Row {
+    row.sites.iter_mut().for_each(|site| site[2] *= stretch);
+    row
 }
 
 /// What tells two sites at one place apart, so that their listing never does.
@@ -359,6 +378,7 @@ impl NearestGp {
             nugget,
             mean,
             mean_variance: 0.0,
+            stretch: 1.0,
             previous: PREVIOUS,
             near: NEAR,
             log_marginal: None,
@@ -371,6 +391,29 @@ impl NearestGp {
         NearestGp { mean_variance: variance, ..self }
     }
 
+    /// The same process with times stretched by this factor: its kernel takes them so.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for what is no factor.
+    pub fn stretched(self, stretch: f64) -> Result<Self> {
+        match stretch > 0.0 && stretch.is_finite() {
+            true => Ok(NearestGp { stretch, ..self }),
+            false => {
+                Err(Error::input("times are stretched by a factor above 0")
+                    .fact("stretch", stretch))
+            }
+        }
+    }
+
+    fn rows(&self, context: &Observations) -> Result<Vec<Row>> {
+        let timed = self.kernel.change().is_some();
+        let rows = rows(context, self.likelihood, 0, timed)?;
+        Ok(rows
+            .into_iter()
+            .map(|row| if timed { stretched(row, self.stretch) } else { row })
+            .collect())
+    }
+
     /// The same process with other numbers of neighbours: `previous` for the density, `near` for
     /// predictions.
     pub fn neighbours(self, previous: usize, near: usize) -> Self {
@@ -380,6 +423,10 @@ impl NearestGp {
     /// The Matérn process that makes the context most likely: length scale, sill, nugget, and
     /// smoothness among 1/2, 3/2 and 5/2, with the mean integrated out under a broad prior; and as
     /// many neighbours as predictions need.
+    ///
+    /// Where sites have times, the surface changes with them as that of
+    /// [`ExactGp::fit`](super::ExactGp::fit) does, roughly in time. How far times are stretched is found by
+    /// a search of its own, on a thousand sites.
     ///
     /// The penalties are those of [`ExactGp::fit`](super::ExactGp::fit). A first search looks at an
     /// evenly spread part: 5,000 of the densities, each given its neighbours among all sites, or
@@ -403,11 +450,12 @@ impl NearestGp {
         likelihood: &'static dyn Likelihood,
         of: MadeOf,
     ) -> Result<Self> {
-        let rows = rows(context, likelihood, 0)?;
+        let timed = context.sites.t.is_some();
+        let rows = rows(context, likelihood, 0, timed)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
         };
-        let ordered = Ordered::new(row);
+        let mut ordered = Ordered::new(row);
         let extent = ordered.extent();
         if row.sites.len() < 3 || !(extent > 0.0 && extent.is_finite()) {
             return Err(Error::input("a Gaussian process needs three sites in different places")
@@ -415,25 +463,40 @@ impl NearestGp {
                 .try_this("check the coordinates, or add sites"));
         }
         let (centre, variance) = row.centre(likelihood);
-        let search = Search {
+        let mut search = Search {
             of,
+            stretch: timed.then_some(1.0),
             likelihood,
             centre,
             mean_variance: if likelihood.counts() { 25.0 } else { 100.0 * variance },
-            belief: [(0.25 * extent, 1.25), (variance, 1.5), (0.2 * variance, 2.0)],
+            belief: vec![(0.25 * extent, 1.25), (variance, 1.5), (0.2 * variance, 2.0)],
         };
-        let starts = [0.05, 0.3].map(|part| {
+        let mut starts = [0.05, 0.3].map(|part| {
             [(part * extent).ln(), (0.7 * variance).ln(), (0.2 * variance).ln()].to_vec()
         });
+        if timed {
+            // The span of a survey's times is 2 model units; the other are the odds of what stays.
+            search.belief.extend([(1.0, 1.5), (1.0, 1.5)]);
+            starts.iter_mut().for_each(|start| start.extend([0.0, 0.0]));
+            let some = Ordered::new(&ordered.thinned(SOME_COUNTS));
+            let rough = search.smoothnesses(&some, SOME_COUNTS, &starts, &ALL[..1]);
+            let at = rough[0].at.clone();
+            let stretch = (at[0] - at[3]).exp().clamp(0.01, 100.0);
+            search.stretch = Some(stretch);
+            search.belief[3].0 = stretch;
+            ordered = Ordered::new(&stretched(ordered.row(), stretch));
+            starts = starts.map(|_| [&at[..3], &[at[3] + stretch.ln(), at[4]]].concat());
+        }
+        let starts = if timed { &starts[..1] } else { &starts[..] };
         let few = if likelihood.counts() { SOME_COUNTS } else { SOME };
         let found = if ordered.len() <= few {
-            search.smoothnesses(&ordered, few, &starts)
+            search.smoothnesses(&ordered, few, starts, ALL)
         } else if likelihood.counts() {
             let some = Ordered::new(&ordered.thinned(few));
-            let first = search.smoothnesses(&some, few, &starts);
+            let first = search.smoothnesses(&some, few, starts, ALL);
             search.polish(&ordered, first, 1.0, 0.3)
         } else {
-            let first = search.smoothnesses(&ordered, few, &starts);
+            let first = search.smoothnesses(&ordered, few, starts, ALL);
             search.polish(&ordered, first, ordered.len() as f64 / few as f64, 0.1)
         };
         let best = found.into_iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
@@ -486,7 +549,7 @@ impl NearestGp {
     }
 
     fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
-        let rows = rows(context, self.likelihood, 0)?;
+        let rows = self.rows(context)?;
         rows.iter()
             .map(|row| {
                 let ordered = Ordered::new(row);
@@ -849,11 +912,14 @@ struct Search<'f> {
     likelihood: &'static dyn Likelihood,
     centre: f64,
     mean_variance: f64,
-    /// Centre and sd of the log-normal penalties on length scale, sill and nugget.
-    belief: [(f64, f64); 3],
+    /// Centre and sd of the log-normal penalties on length scale, sill and nugget, and then on the time
+    /// scale and the odds of what stays.
+    belief: Vec<(f64, f64)>,
+    /// What times are multiplied by, where sites have some; then the last two parameters are of time.
+    stretch: Option<f64>,
 }
 
-/// Where a search ended: logarithms of length scale, sill and nugget.
+/// Where a search ended: logarithms of length scale, sill and nugget, time scale and odds.
 #[derive(Clone)]
 struct Ended {
     smoothness: Smoothness,
@@ -865,8 +931,12 @@ impl Search<'_> {
     fn process(&self, smoothness: Smoothness, p: &[f64]) -> Result<NearestGp> {
         let (length_scale, sill) = (p[0].exp(), p[1].exp());
         let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
-        let gp = NearestGp::new((self.of)(kernel)?, p[2].exp(), self.centre, self.likelihood)?;
-        Ok(gp.uncertain_mean(self.mean_variance))
+        let mut kernel = (self.of)(kernel)?;
+        if self.stretch.is_some() {
+            kernel = changing(kernel, Smoothness::Half, &p[3..]);
+        }
+        let gp = NearestGp::new(kernel, p[2].exp(), self.centre, self.likelihood)?;
+        gp.uncertain_mean(self.mean_variance).stretched(self.stretch.unwrap_or(1.0))
     }
 
     fn penalty(&self, p: &[f64]) -> f64 {
@@ -905,18 +975,26 @@ impl Search<'_> {
         (ordered.lists(PREVIOUS, true), around)
     }
 
-    /// The best of every smoothness by at most `most` densities, from `starts` and from one another.
-    fn smoothnesses(&self, ordered: &Ordered, most: usize, starts: &[Vec<f64>]) -> Vec<Ended> {
+    /// The best of each smoothness by at most `most` densities, from `starts` and from one another.
+    fn smoothnesses(
+        &self,
+        ordered: &Ordered,
+        most: usize,
+        starts: &[Vec<f64>],
+        which: &[Smoothness],
+    ) -> Vec<Ended> {
         let lists = self.lists(ordered);
         let terms = spaced(ordered.len(), most);
         let part = ordered.len() as f64 / terms.len() as f64;
         let mut found: Vec<Ended> = Vec::new();
-        for smoothness in [Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves] {
+        let limit = if self.stretch.is_some() { 300 } else { 200 };
+        for &smoothness in which {
             let mut cost = self.cost(ordered, &lists, &terms, smoothness);
             // Rougher kernels have explored: begin at the best answer so far.
             let best = found.iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
             let starts = best.map_or(starts.to_vec(), |best| vec![best.at.clone()]);
-            let ends = starts.iter().map(|start| minimise(&mut cost, start, 0.6, 1e-3 * part, 200));
+            let ends =
+                starts.iter().map(|start| minimise(&mut cost, start, 0.6, 1e-3 * part, limit));
             let end = ends.min_by(|a, b| a.1.total_cmp(&b.1));
             found.extend(end.map(|(at, cost)| Ended { smoothness, at, cost }));
         }
@@ -952,6 +1030,7 @@ impl std::fmt::Debug for NearestGp {
             .field("nugget", &self.nugget)
             .field("mean", &self.mean)
             .field("mean_variance", &self.mean_variance)
+            .field("stretch", &self.stretch)
             .field("previous", &self.previous)
             .field("near", &self.near)
             .field("likelihood", &self.likelihood.name())
@@ -985,7 +1064,12 @@ impl Posterior for Conditioned<'_> {
         let shape = (targets.batch(), targets.len(), 1);
         let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
         let least = gp.least();
-        for (row, sites) in self.rows.iter().zip(targets.host()?) {
+        let timed = gp.kernel.change().is_some();
+        let mut places = places(targets, 0, timed)?;
+        if timed {
+            places.iter_mut().flatten().for_each(|place| place[2] *= gp.stretch);
+        }
+        for (row, sites) in self.rows.iter().zip(places) {
             let wide = sites.first().map_or(row.ordered.dim, Vec::len);
             if row.ordered.len() > 0 && wide != row.ordered.dim {
                 return Err(Error::axis("dimensions of targets and sites", wide, row.ordered.dim));
@@ -1021,6 +1105,10 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
+        if self.gp.kernel.change().is_some() {
+            return Err(Error::input("joint draws over a map do not take times yet")
+                .try_this("leave --draws out, or --time"));
+        }
         Ok(Box::new(field::Local::new(self.gp, row, draws, seed, extent)?))
     }
 }

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use crate::{
     error::{Error, Result},
-    geo::survey::{Outcome, Survey, SurveyOptions},
+    geo::{
+        survey::{Outcome, Survey, SurveyOptions},
+        table::Columns,
+    },
     likelihood::{Kind, Likelihood},
 };
 
@@ -66,6 +69,9 @@ pub struct ColumnArgs {
     /// Column of urban or rural, for --displacement dhs; guessed when left out
     #[arg(long, value_name = "COLUMN")]
     pub urban_rural: Option<String>,
+    /// Column of times: years, months (2015-03), dates or moments. The model then tells times apart
+    #[arg(long, value_name = "COLUMN")]
+    pub time: Option<String>,
 }
 
 impl ColumnArgs {
@@ -86,14 +92,16 @@ impl ColumnArgs {
             layer: self.layer.clone(),
             displacement: self.displacement.clone(),
             urban_rural: self.urban_rural.clone(),
+            time: self.time.clone(),
         }
     }
 }
 
-/// The model that is used when none is named: a shipped one where there is one for the outcome, else
-/// a Gaussian process fitted to the survey.
-pub fn default_model(outcome: &Outcome) -> &'static str {
-    match outcome {
+/// The model that is used when none is named: a shipped one where there is one for the outcome and for
+/// surveys with times, else a Gaussian process fitted to the survey.
+pub fn default_model(survey: &Survey) -> &'static str {
+    match survey.outcome {
+        _ if survey.times.is_some() => "gp",
         Outcome::Counts { .. } => "prevalence",
         Outcome::Values(_) => "continuous",
         Outcome::Cases { .. } | Outcome::Positive(_) => "gp",
@@ -130,6 +138,31 @@ pub fn agree(model: &str, reads: &dyn Likelihood, survey: &Survey) -> Result<()>
         .try_this(format!(
             "{help}; or leave --model out, or use --model gp, which is fitted to the survey"
         )))
+}
+
+/// Refuses a model that reads time where the survey has none, or the other way round.
+///
+/// # Errors
+/// [`Error::MissingTime`], or [`Error::Input`] with what would do.
+pub fn agree_in_time(model: &str, reads_time: bool, survey: &Survey) -> Result<()> {
+    match (reads_time, &survey.times) {
+        (true, None) => Err(Error::MissingTime {
+            checkpoint: model.to_string(),
+            observations: survey.source.clone(),
+            columns: Columns::read(&survey.source).map_or("?".into(), |c| c.names().join(", ")),
+        }),
+        (false, Some(times)) => Err(Error::input(
+            "the model was trained without time, and the survey has times",
+        )
+        .fact("model", model)
+        .fact("--time", &times.column)
+        .fact("times of the survey", times.about())
+        .try_this(
+            "use --model gp, which is fitted to the survey and its times; or leave --time out, \
+                     and all times are read as one",
+        )),
+        _ => Ok(()),
+    }
 }
 
 impl SurveyArgs {

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::{
     note, say,
-    survey::{SurveyArgs, agree, default_model},
+    survey::{SurveyArgs, agree, agree_in_time, default_model},
 };
 use crate::{
     checkpoint::Checkpoint,
@@ -44,7 +44,7 @@ pub struct StrictArgs {
 pub fn run(args: &Args) -> Result<()> {
     let survey = args.survey.read()?;
     survey.notes.iter().for_each(note);
-    let model = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let model = args.model.as_deref().unwrap_or(default_model(&survey));
     let verdict = examine(model, &survey, &Frame::fit(&survey)?)?;
     if args.json {
         let mut object = json!(verdict);
@@ -63,6 +63,8 @@ pub(super) fn examine(model: &str, survey: &Survey, frame: &Frame) -> Result<Ver
         false => {
             let checkpoint = Checkpoint::resolve(model)?;
             agree(model, checkpoint.likelihood()?, survey)?;
+            let timed = checkpoint.recipe()?.tasks()?.design().has_times();
+            agree_in_time(model, timed, survey)?;
             Judge::of(&checkpoint)?
         }
     };

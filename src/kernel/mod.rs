@@ -9,12 +9,14 @@ pub mod displaced;
 pub mod matern;
 pub mod metric;
 pub mod periodic;
+pub mod space_time;
 
 pub use combine::{Product, Sum};
 pub use displaced::Displaced;
 pub use matern::{Matern, Smoothness};
 pub use metric::Metric;
 pub use periodic::Periodic;
+pub use space_time::{Change, SpaceTime};
 
 /// A covariance: symmetric, positive semi-definite, largest at zero lag. Registered ones are
 /// stationary too.
@@ -47,6 +49,11 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
     fn frequency(&self, _share: f64, _turn: f64) -> Option<[f64; 2]> {
         None
     }
+
+    /// How the surface changes with time, for kernels of sites with a time; nothing for all others.
+    fn change(&self) -> Option<Change> {
+        None
+    }
 }
 
 /// A kernel that several owners hold.
@@ -62,6 +69,9 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     }
     fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
         (**self).frequency(share, turn)
+    }
+    fn change(&self) -> Option<Change> {
+        (**self).change()
     }
 }
 
@@ -119,6 +129,7 @@ pub const KERNELS: &[Entry] = &[
     matern::FIVE_HALVES,
     matern::SQUARED_EXPONENTIAL,
     periodic::ENTRY,
+    space_time::ENTRY,
     combine::SUM,
     combine::PRODUCT,
 ];
