@@ -121,6 +121,7 @@ fn frame() -> Result<Frame> {
         metres_per_unit: 1000.0,
         y_mean: 0.0,
         y_sd: 1.0,
+        clock: None,
         covariates: None,
     })
 }

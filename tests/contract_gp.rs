@@ -25,5 +25,7 @@ mod scores;
 #[cfg(feature = "gdal")]
 #[path = "golden/surveys.rs"]
 mod surveys;
+#[path = "contract/space_time.rs"]
+mod space_time;
 #[path = "contract/validate.rs"]
 mod validate;

@@ -249,7 +249,8 @@ impl ExactGp {
             0.5 * terms.sum::<f64>()
         };
         let mut best: Option<(f64, Vec<f64>, Smooth)> = None;
-        let (limit, close) = if timed { (300, 1e-3) } else { (200, 1e-4) };
+        // Two parameters more, and no need to know the peak to the last digit.
+        let close = if timed { 1e-2 } else { 1e-4 };
         // At last, a smoother change with time for the best.
         let spaces = [Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves];
         for space in spaces.map(Some).into_iter().chain([None]) {
@@ -284,7 +285,7 @@ impl ExactGp {
                     .to_vec(),
             };
             for start in starts {
-                let (p, value) = minimise(&mut cost, &start, 0.6, close, limit);
+                let (p, value) = minimise(&mut cost, &start, 0.6, close, 200);
                 if best.as_ref().is_none_or(|(least, ..)| value < *least) {
                     best = Some((value, p, smoothness));
                 }

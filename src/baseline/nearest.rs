@@ -987,14 +987,14 @@ impl Search<'_> {
         let terms = spaced(ordered.len(), most);
         let part = ordered.len() as f64 / terms.len() as f64;
         let mut found: Vec<Ended> = Vec::new();
-        let limit = if self.stretch.is_some() { 300 } else { 200 };
+        let close = if self.stretch.is_some() { 1e-2 } else { 1e-3 };
         for &smoothness in which {
             let mut cost = self.cost(ordered, &lists, &terms, smoothness);
             // Rougher kernels have explored: begin at the best answer so far.
             let best = found.iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
             let starts = best.map_or(starts.to_vec(), |best| vec![best.at.clone()]);
             let ends =
-                starts.iter().map(|start| minimise(&mut cost, start, 0.6, 1e-3 * part, limit));
+                starts.iter().map(|start| minimise(&mut cost, start, 0.6, close * part, 200));
             let end = ends.min_by(|a, b| a.1.total_cmp(&b.1));
             found.extend(end.map(|(at, cost)| Ended { smoothness, at, cost }));
         }

@@ -27,6 +27,8 @@ mod refusals;
 mod report;
 mod sample;
 #[cfg(feature = "gdal")]
+mod times;
+#[cfg(feature = "gdal")]
 mod trust;
 #[cfg(feature = "gdal")]
 mod validate;
