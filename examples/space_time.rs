@@ -99,7 +99,8 @@ fn main() -> Result<()> {
             country.met(&ExactGp::fit(&seen, binomial)?, from, read)
         };
         let near = NearestGp::fit(&country.seen(0, ROUNDS * VILLAGES, true)?, binomial)?;
-        let mut met = vec![fit(0, true)?, country.met(&near, 0, true)?, fit(0, false)?, fit(last, false)?];
+        let mut met =
+            vec![fit(0, true)?, country.met(&near, 0, true)?, fit(0, false)?, fit(last, false)?];
         if let Some(network) = &network {
             met.push(country.met(&**network, 0, true)?);
         }
@@ -113,7 +114,10 @@ fn main() -> Result<()> {
         (mean, sd / ((v.len() - 1).max(1) as f64).sqrt())
     };
     println!("{surveys} surveys, {HELD} villages of the last round held out in each");
-    println!("{:<22}{:>12}{:>22}{:>7}{:>7}{:>7}", "", "log score", "less `with time`", "50 %", "80 %", "95 %");
+    println!(
+        "{:<22}{:>12}{:>22}{:>7}{:>7}{:>7}",
+        "", "log score", "less `with time`", "50 %", "80 %", "95 %"
+    );
     let first = means(&all[0]);
     for (name, of) in names.iter().zip(&all) {
         let own = means(of);

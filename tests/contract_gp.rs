@@ -22,10 +22,10 @@ mod nearest_gp;
 mod next;
 #[path = "contract/scores.rs"]
 mod scores;
+#[path = "contract/space_time.rs"]
+mod space_time;
 #[cfg(feature = "gdal")]
 #[path = "golden/surveys.rs"]
 mod surveys;
-#[path = "contract/space_time.rs"]
-mod space_time;
 #[path = "contract/validate.rs"]
 mod validate;

@@ -288,36 +288,36 @@ fn the_yardstick_is_calibrated_on_tasks() -> Result<()> {
     const TASKS: usize = 300;
     const TARGETS: usize = 16;
     for times in ["", ", times = {}"] {
-    let tasks = tasks(&format!(
-        "task = {{ likelihood = 'gaussian', share = 1 }}\ndesign = {{ targets = {TARGETS}{times} }}"
-    ));
-    let mut inside = [[0.0; 2]; 2];
-    let mut squares = [0.0; 2];
-    for index in 0..TASKS {
-        let batch = tasks.batch(9, index as u64, 1, 5 + index % 40)?;
-        let at = told(&batch, 0, "gaussian")?;
-        let predictive = at.condition(&batch.task.context)?.at(&batch.task.target.sites)?;
-        for (o, of) in [Of::Surface, Of::Observation].into_iter().enumerate() {
-            let truth = values(if o == 0 { &batch.task.surface } else { &batch.task.noisy });
-            let m = predictive.marginals(0, of)?;
-            for (i, y) in truth.iter().enumerate() {
-                let z = ((y - m.mean[i]) / m.sd[i]).abs();
-                squares[o] += z * z;
-                inside[o][0] += f64::from(z < 0.674_490);
-                inside[o][1] += f64::from(z < 1.959_964);
+        let tasks = tasks(&format!(
+            "task = {{ likelihood = 'gaussian', share = 1 }}\ndesign = {{ targets = {TARGETS}{times} }}"
+        ));
+        let mut inside = [[0.0; 2]; 2];
+        let mut squares = [0.0; 2];
+        for index in 0..TASKS {
+            let batch = tasks.batch(9, index as u64, 1, 5 + index % 40)?;
+            let at = told(&batch, 0, "gaussian")?;
+            let predictive = at.condition(&batch.task.context)?.at(&batch.task.target.sites)?;
+            for (o, of) in [Of::Surface, Of::Observation].into_iter().enumerate() {
+                let truth = values(if o == 0 { &batch.task.surface } else { &batch.task.noisy });
+                let m = predictive.marginals(0, of)?;
+                for (i, y) in truth.iter().enumerate() {
+                    let z = ((y - m.mean[i]) / m.sd[i]).abs();
+                    squares[o] += z * z;
+                    inside[o][0] += f64::from(z < 0.674_490);
+                    inside[o][1] += f64::from(z < 1.959_964);
+                }
             }
         }
-    }
-    let n = (TASKS * TARGETS) as f64;
-    // Targets of one task err together, so 4,800 of them are worth some 1,000.
-    for (what, [half, most], square) in
-        [("surface", inside[0], squares[0]), ("observation", inside[1], squares[1])]
-    {
-        let (half, most, square) = (half / n, most / n, square / n);
-        assert!((most - 0.95).abs() < 0.02, "{what}: the 95 % interval holds {most}");
-        assert!((half - 0.5).abs() < 0.05, "{what}: the 50 % interval holds {half}");
-        assert!((square - 1.0).abs() < 0.1, "{what}: mean squared z is {square}");
-    }
+        let n = (TASKS * TARGETS) as f64;
+        // Targets of one task err together, so 4,800 of them are worth some 1,000.
+        for (what, [half, most], square) in
+            [("surface", inside[0], squares[0]), ("observation", inside[1], squares[1])]
+        {
+            let (half, most, square) = (half / n, most / n, square / n);
+            assert!((most - 0.95).abs() < 0.02, "{what}: the 95 % interval holds {most}");
+            assert!((half - 0.5).abs() < 0.05, "{what}: the 50 % interval holds {half}");
+            assert!((square - 1.0).abs() < 0.1, "{what}: mean squared z is {square}");
+        }
     }
     Ok(())
 }
@@ -526,7 +526,8 @@ fn a_displaced_design_moves_the_context_alone() {
 /// Surfaces that change have the rule's correlation over places and times, and the rule's sill.
 #[test]
 fn moments_in_time_match_the_rule() -> Result<()> {
-    let text = "kind = 'gp'\nstatic_share = { uniform = [0, 1] }\ntime_scale = { log-uniform = [0.2, 3] }";
+    let text =
+        "kind = 'gp'\nstatic_share = { uniform = [0, 1] }\ntime_scale = { log-uniform = [0.2, 3] }";
     let prior = prior::build(&table(text))?;
     let times = [-1.0, -0.5, 0.0, 1.0, 3.0];
     let mut lags: Vec<Balance> = PLACES.iter().map(|_| Balance::default()).collect();

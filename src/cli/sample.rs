@@ -207,11 +207,23 @@ fn panels(args: &Args, tasks: &Tasks, index: usize) -> Result<Vec<Panel>> {
         let own = |i: &usize| !timed || nearest(draw.t[*i]) == Some(k);
         let surface = &draw.latent[draw.context + k * nodes..][..nodes];
         let [first, second] = caption(&draw, link, tasks.dim());
+        // What rules a draw stands above its maps, one thing above each.
+        let change = draw.rule.kernel.as_ref().and_then(|kernel| kernel.change());
+        let caption = match (timed, k, change) {
+            (false, ..) => [first, second],
+            (true, 0, _) => [format!("t = {}: {first}", TIMES[k]), second],
+            (true, 1, Some(c)) => {
+                let scale = format!("length scale in time {}", round(c.time_scale));
+                [format!("t = {}", TIMES[k]), scale]
+            }
+            (true, 2, Some(c)) => {
+                let share = format!("{:.0} % of the variance stays", 100.0 * c.static_share);
+                [format!("t = {}", TIMES[k]), share]
+            }
+            (true, ..) => [format!("t = {}", TIMES[k]), String::new()],
+        };
         Panel {
-            caption: match timed {
-                true => [format!("t = {}: {first}", TIMES[k]), second],
-                false => [first, second],
-            },
+            caption,
             view: view.clone(),
             values: surface.iter().map(|v| link.outcome(*v)).collect(),
             low,
@@ -282,14 +294,9 @@ fn caption(draw: &Draw, link: Link, dim: usize) -> [String; 2] {
     let nugget = round(rule.nugget.sqrt());
     let second = match &rule.kernel {
         Some(kernel) => format!(
-            "range {}, sd {}, nugget sd {nugget}{}",
+            "range {}, sd {}, nugget sd {nugget}",
             ranges(&**kernel, dim),
             round(kernel.sill().sqrt()),
-            kernel.change().map_or(String::new(), |c| format!(
-                ", in time ℓ {}, {:.0} % stays",
-                round(c.time_scale),
-                100.0 * c.static_share
-            )),
         ),
         None => format!("nugget sd {nugget}"),
     };

@@ -35,7 +35,8 @@ pub fn save(title: &str, subtitle: &str, all: &[Picture], path: &Path) -> Result
     let Some(first) = shown.first().filter(|_| shown.iter().all(|p| !p.values.is_empty())) else {
         return Err(Error::axis("pictures of a series with values", shown.len(), "at least one"));
     };
-    let (across, down) = (kept.min(ACROSS), kept.div_ceil(ACROSS));
+    let down = kept.div_ceil(ACROSS);
+    let across = kept.div_ceil(down);
     let width = ((WIDE - GAP * (across - 1)) / across).min(LARGEST);
     let height = ((width as f64 * first.aspect.clamp(0.1, 10.0)) as usize).max(60);
     let (cell, line) = (width + GAP, height + CAPTION + GAP);
@@ -65,7 +66,7 @@ pub fn save(title: &str, subtitle: &str, all: &[Picture], path: &Path) -> Result
                 canvas.put(x + col, y + row, if v.is_nan() { NO_DATA } else { colour(v) }, 1.0);
             }
         }
-        let radius = if picture.marks.len() > 150 { 2.4 } else { 3.4 };
+        let radius = if picture.marks.len() > 150 { 2.8 } else { 4.2 };
         for m in &picture.marks {
             let at = (x as f64 + m.x * width as f64, y as f64 + m.y * height as f64);
             mark(&mut canvas, at, radius, m.value.map(colour));

@@ -97,7 +97,10 @@ fn in_space_and_time_it_is_a_kernel() {
                 }
                 let values = k.self_adjoint_eigenvalues(faer::Side::Lower).unwrap();
                 let least = values.into_iter().fold(f64::INFINITY, f64::min);
-                assert!(least > -1e-12 * kernel.sill() * 40.0, "{space:?} {time:?} {share}: {least}");
+                assert!(
+                    least > -1e-12 * kernel.sill() * 40.0,
+                    "{space:?} {time:?} {share}: {least}"
+                );
             }
         }
     }

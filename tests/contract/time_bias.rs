@@ -132,7 +132,10 @@ fn marked_rounds_are_the_bias_written_out() {
                 let (q, k, bias) = case.marked();
                 let keys = Keys::pack(&k, &case.v, &case.sk, &case.mask).unwrap();
                 let found = full(&q, &case.sq, &keys, Some(&bias)).unwrap();
-                let name = format!("{:?} {size:?} {score}", terms.iter().map(|t| t.name()).collect::<Vec<_>>());
+                let name = format!(
+                    "{:?} {size:?} {score}",
+                    terms.iter().map(|t| t.name()).collect::<Vec<_>>()
+                );
                 assert!(gap(&found, &expected) < 1e-11, "{name}: {:e}", gap(&found, &expected));
                 // Chunk by chunk, for times of any number.
                 let keys = Keys::pack(&case.k, &case.v, &case.sk, &case.mask).unwrap();
@@ -147,14 +150,19 @@ fn marked_rounds_are_the_bias_written_out() {
                 let few = case.cast();
                 let (q, k, bias) = few.marked();
                 let keys = Keys::pack(&k, &few.v, &few.sk, &few.mask).unwrap();
-                let learnt = scan(&q, &few.sq, &keys, Some(&bias), 512, Default::default()).unwrap();
+                let learnt =
+                    scan(&q, &few.sq, &keys, Some(&bias), 512, Default::default()).unwrap();
                 let way = Reading::default();
                 let reader = Reader::new(&k, &few.v, &few.sk, &few.mask, Some(&bias), way).unwrap();
                 let read = reader.read(&q, &few.sq).unwrap();
                 // Rounding of f32 moves a score by about its size times 2⁻²⁴, and a weight as much.
                 let close = if score > 1.0 { 3e-4 } else { 1e-5 };
                 for (how, found) in [("learnt", learnt), ("read", read)] {
-                    assert!(gap(&found, &expected) < close, "{name} {how}: {:e}", gap(&found, &expected));
+                    assert!(
+                        gap(&found, &expected) < close,
+                        "{name} {how}: {:e}",
+                        gap(&found, &expected)
+                    );
                 }
             }
         }
@@ -167,7 +175,8 @@ fn gradients_pass_through_marked_rounds() {
     for terms in families() {
         let mut case = Case::new(&mut rng, &terms, [6, 11], 0.7);
         let weight = normal(&mut rng, &[2, 6, 3, 3], 1.0);
-        let vars = [&case.q, &case.k, &case.v, &case.bias, &case.time].map(|x| Var::from_tensor(x).unwrap());
+        let vars = [&case.q, &case.k, &case.v, &case.bias, &case.time]
+            .map(|x| Var::from_tensor(x).unwrap());
         let [q, k, v, bias, time] = vars.each_ref().map(|var| var.as_tensor().clone());
         (case.q, case.k, case.v, case.bias, case.time) = (q, k, v, bias, time);
         let slope = |out: &Tensor| (out * &weight).unwrap().sum_all().unwrap().backward().unwrap();
@@ -224,9 +233,11 @@ fn weights() -> BTreeMap<String, Tensor> {
 
 fn visits(n: usize, rounds: usize, shift: f64) -> (Observations, Sites) {
     let mut rng = Stream::new(9, "visits", 0);
-    let places = |rng: &mut Stream, n: usize| normal(rng, &[1, n, 2], 0.6).to_dtype(DType::F32).unwrap();
+    let places =
+        |rng: &mut Stream, n: usize| normal(rng, &[1, n, 2], 0.6).to_dtype(DType::F32).unwrap();
     let times = |n: usize, of: usize| {
-        let t: Vec<f32> = (0..n).map(|i| ((i % of) as f64 * 2.0 / of as f64 - 1.0 + shift) as f32).collect();
+        let t: Vec<f32> =
+            (0..n).map(|i| ((i % of) as f64 * 2.0 / of as f64 - 1.0 + shift) as f32).collect();
         Some(Tensor::from_vec(t, (1, n, 1), &CPU).unwrap())
     };
     let context = Sites { s: places(&mut rng, n), t: times(n, rounds), x: None };
@@ -285,7 +296,7 @@ fn a_model_reads_time_alike_however_it_computes() -> Result<()> {
         assert!(apart(&tile, &whole[7..10]) < 1e-5, "tiles");
         let later = Sites { t: Some((targets.t.as_ref().unwrap() + 0.5)?), ..targets.clone() };
         let moved = apart(&posterior.at(&later)?.marginals(0, Of::Surface)?.mean, &whole);
-        assert_eq!(moved > 1e-4, rounds > 1, "{rounds} times: half a unit later moves it by {moved:e}");
+        assert!(moved > 1e-4, "{rounds} times: half a unit later moves it by {moved:e}");
         // Only differences of time count.
         let (shifted, targets) = visits(140, rounds, 4.0);
         let found = ask(&model, &shifted, &targets)?;
