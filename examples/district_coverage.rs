@@ -122,6 +122,7 @@ fn frame() -> Result<Frame> {
         metres_per_unit: 1000.0,
         y_mean: 0.0,
         y_sd: 1.0,
+        clock: None,
         covariates: None,
     })
 }
@@ -169,7 +170,8 @@ fn by_gp(index: u64, draws: usize, known: bool) -> Result<Held> {
 /// A country of the prior that a model was trained on.
 fn by_model(checkpoint: &Checkpoint, index: u64, draws: usize) -> Result<Held> {
     let mut rng = Stream::new(1, "country of a prior", index);
-    let layout = Layout { xy: places(&mut rng), context: VILLAGES, first_target: VILLAGES };
+    let layout =
+        Layout { xy: places(&mut rng), t: Vec::new(), context: VILLAGES, first_target: VILLAGES };
     let tasks = checkpoint.recipe()?.tasks()?;
     let task = tasks.pack(tasks.draws_at(&layout, 1, &mut rng)?)?.task;
     let process = checkpoint.process(&Device::Cpu)?;

@@ -26,6 +26,8 @@ mod nearest_gp;
 mod next;
 #[path = "contract/scores.rs"]
 mod scores;
+#[path = "contract/space_time.rs"]
+mod space_time;
 #[cfg(feature = "gdal")]
 #[path = "golden/surveys.rs"]
 mod surveys;

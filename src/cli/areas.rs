@@ -183,6 +183,10 @@ pub fn run(args: &Args) -> Result<()> {
     geotiff::cache(plan::cache(budget));
 
     told.covariates.refused("means of districts")?;
+    if told.survey.columns.time.is_some() {
+        return Err(Error::input("means of districts are of surveys without times yet")
+            .try_this("leave --time out of the map's flags: all times are then read as one"));
+    }
     let survey = told.survey.read()?;
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;

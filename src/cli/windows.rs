@@ -49,8 +49,19 @@ impl WindowArgs {
     /// How `sites` are cut for a model that learned from `design`; nothing where they are read at once.
     ///
     /// # Errors
-    /// [`Error::Input`] for windows too small to know anything.
+    /// [`Error::Input`] for windows too small to know anything, or of a model that reads times.
     pub(super) fn cut(&self, design: &Design, sites: usize) -> Result<Option<Cut>> {
+        if design.has_times() {
+            // A window has a frame of places and none of times.
+            return match self.windows {
+                Some(Choice::Of(few)) => {
+                    Err(Error::input("windows do not hold sites with times yet")
+                        .fact("--windows", few)
+                        .try_this("leave --windows out, and all sites are read at once"))
+                }
+                _ => Ok(None),
+            };
+        }
         Ok(match self.windows {
             Some(Choice::Off) => None,
             Some(Choice::Of(few)) if few < windows::LEAST => return Err(windows::small(few)),

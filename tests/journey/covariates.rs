@@ -52,6 +52,7 @@ fn survey(crs: &str, x: Vec<f64>, y: Vec<f64>) -> Survey {
         rows: (1..=x.len()).collect(),
         outcome: Outcome::Values(x.clone()),
         covariates: None,
+        times: None,
         displacement: None,
         geometry: Default::default(),
         x,
