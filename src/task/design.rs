@@ -175,9 +175,9 @@ impl Times {
         let mut round: Vec<usize> = (0..n).map(|_| pick(seen, rng).unwrap_or(seen - 1)).collect();
         if rng.unit() < self.revisited && !continuous {
             let places = context.div_ceil(seen);
-            for i in 0..context {
+            for (i, round) in round.iter_mut().enumerate().take(context) {
                 layout.xy[i] = layout.xy[i % places];
-                round[i] = i / places;
+                *round = i / places;
             }
         }
         let last = when[seen - 1];

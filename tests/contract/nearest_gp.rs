@@ -113,7 +113,7 @@ fn with_every_site_a_neighbour_it_is_the_exact_process() -> Result<()> {
                 let (exact, nearest) = both(kernel, 0.3, 0.25, doubt, likelihood)?;
                 let nearest = nearest.neighbours(60, 61);
                 // Newton stops at 1e-5 of the latent where only the density is asked for.
-                let close = if likelihood.counts() { 1e-6 } else { 1e-8 };
+                let close = if likelihood.counts() { 1e-5 } else { 1e-8 };
                 near(
                     "log marginal",
                     &nearest.log_marginals(context)?,

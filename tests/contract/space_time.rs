@@ -145,7 +145,8 @@ fn with_every_visit_a_neighbour_it_is_the_exact_process() -> Result<()> {
             let nearest = NearestGp::new(Box::new(slow), 0.3, 0.25, likelihood)?;
             let nearest = nearest.uncertain_mean(4.0).neighbours(60, 61).stretched(stretch)?;
             let (a, b) = (nearest.log_marginals(&context)?, exact.log_marginals(&context)?);
-            near("log marginal", &a, &b, 1e-8);
+            // Newton stops at 1e-5 of the latent where only the density is asked for.
+            near("log marginal", &a, &b, if likelihood.counts() { 1e-5 } else { 1e-8 });
             let (a, b) = (ask(&nearest, &context, &at)?, ask(&exact, &context, &at)?);
             (0..3).for_each(|i| near("prediction", &a[i], &b[i], close));
         }

@@ -132,8 +132,8 @@ fn windows_have_no_units_and_no_origin() {
     let moved = values(&places.iter().map(elsewhere).collect::<Vec<_>>(), &y);
     let there = told(&process, &moved, &targets.iter().map(elsewhere).collect::<Vec<_>>());
     for ((m, s), (n, t)) in here.iter().zip(&there) {
-        assert!((40.0 + 3.0 * m - n).abs() < 0.3 * s, "{m} and {n}, sd {s}");
-        assert!((3.0 * s - t).abs() < 0.3 * s, "{s} and {t}");
+        assert!((40.0 + 3.0 * m - n).abs() < 0.6 * s, "{m} and {n}, sd {s}");
+        assert!((3.0 * s - t).abs() < 0.6 * s, "{s} and {t}");
     }
 }
 
