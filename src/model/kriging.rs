@@ -711,7 +711,7 @@ impl Process for Kriging {
         // As the nearest-neighbour process, and the features of windows at all levels.
         let held = sites * 200;
         let windows = 2 * sites.div_ceil(self.config.window / 2) * WIDTH * 8;
-        Memory { conditioning: 4 * held + windows + (32 << 20), held, target: 512 }
+        Memory { conditioning: 4 * held + windows + (3 << 20), held, target: 1024 }
     }
 
     /// The log density of the true covariance under what is read of each row's context.
