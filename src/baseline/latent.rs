@@ -290,16 +290,15 @@ impl System<'_> {
         out
     }
 
-    /// `S⁻¹ b` from the guess `x` on, until the error is below `energy` in `½ eᵀ S e`, which is nats, or
-    /// below `part` of where the guess 0 stands.
-    fn solve<C: Column>(&self, b: &[C], x: &mut [C], energy: f64, part: f64) -> Result<()> {
+    /// `S⁻¹ b` from the guess `x` on, until the error is below `energy` in `½ eᵀ S e`, which is nats.
+    fn solve<C: Column>(&self, b: &[C], x: &mut [C], energy: f64) -> Result<()> {
         let applied = self.apply(x);
         let mut r: Vec<C> =
             b.iter().zip(&applied).map(|(b, a)| C::map(|lane| b.get(lane) - a.get(lane))).collect();
         let mut whole = b.to_vec();
         self.near.precision(&mut whole);
         let whole = inner(b, &whole);
-        let enough = C::map(|lane| energy.max(part * whole.get(lane)).max(1e-28 * whole.get(lane)));
+        let enough = C::map(|lane| energy.max(1e-28 * whole.get(lane)));
         let mut z = r.clone();
         self.near.precision(&mut z);
         let mut p = z.clone();
@@ -600,7 +599,7 @@ impl Model<'_> {
                     prior.covariance(&mut b);
                     scale(&mut b, &root);
                     let mut x: Vec<f64> = guess.iter().zip(&root).map(|(u, r)| u * r).collect();
-                    system.solve(&b, &mut x, small, 0.0)?;
+                    system.solve(&b, &mut x, small)?;
                     for ((guess, x), root) in guess.iter_mut().zip(&x).zip(&root) {
                         *guess = x / root;
                     }
@@ -774,17 +773,15 @@ impl Latent {
             *s = Lane::map(|l| surface.0[l] + noise.0[l] / self.root[i]);
         }
         let system = System { prior: &self.prior, root: &self.root, near: &self.near };
-        let pull: Vec<Lane> =
+        let mut b: Vec<Lane> =
             s.iter().zip(&self.root).map(|(z, r)| Lane::map(|l| z.0[l] * r * r)).collect();
-        let mut b = pull.clone();
         self.prior.covariance(&mut b);
         scale(&mut b, &self.root);
         let mut x = vec![Lane::default(); s.len()];
-        // A thousandth of the variance of what is said: below the sampling error of any use of it.
-        system.solve(&b, &mut x, 0.0, 1e-4)?;
-        let mut out: Vec<Lane> =
-            (0..s.len()).map(|i| Lane::map(|l| pull[i].0[l] - self.root[i] * x[i].0[l])).collect();
-        self.prior.covariance(&mut out);
+        // In nats, for all places together: less than a hundredth of what readings leave open. Kriging
+        // from `x` as a dual would multiply what is missing by the covariance's largest eigenvalue.
+        system.solve(&b, &mut x, 1e-4 * s.len() as f64)?;
+        let out = x.iter().zip(&self.root).map(|(x, r)| Lane::map(|l| x.0[l] / r)).collect();
         Ok(out)
     }
 
@@ -826,6 +823,11 @@ impl Latent {
 }
 
 impl Samples {
+    /// What all readings leave open of site `i`.
+    pub fn left(&self, i: usize) -> f64 {
+        self.error[i].iter().map(|e| f64::from(*e).powi(2)).sum::<f64>() / SAMPLES as f64
+    }
+
     /// What all readings leave open of a place: `smooth` are its weights of the surface at its neighbours,
     /// beside which `own` is left open, and `read` those of their readings, which leave `near` open.
     pub fn variance(&self, smooth: &Weights, own: f64, read: &Weights, near: f64) -> f64 {

@@ -71,6 +71,9 @@ const SOME_TIMES: usize = 1_000;
 const ALL: &[Smoothness] = &[Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves];
 /// Places far apart around which half of these sites stand together, so that short distances are seen too.
 const CLUSTERS: usize = 12;
+/// Noise that places of counts are kriged from as if they had it, relative to what is left open of them: the
+/// sums of many neighbours' small differences are then no better known than each.
+const DOUBT: f64 = 0.01;
 /// Sd of a trend's rise over the sites' extent, in sds of what is seen: broad.
 const RISE: f64 = 10.0;
 
@@ -124,7 +127,7 @@ enum Form {
     /// Deviations from the prior mean, with their noise.
     Values { value: Vec<f64>, noise: Vec<f64>, shift: Shift },
     /// The surface at every place that was counted at, drawn readings of it, and arithmetic's noise.
-    Counts { latent: Box<Latent>, samples: Samples, jitter: Vec<f64> },
+    Counts { latent: Box<Latent>, samples: Samples, doubt: Vec<f64> },
 }
 
 struct Conditioned<G> {
@@ -475,11 +478,15 @@ impl NearestGp {
                 let value = ordered.y.iter().map(|y| y - self.mean).collect();
                 Form::Values { value, noise: vec![self.nugget; ordered.len()], shift }
             }
-            Settled::Counts(latent) => Form::Counts {
-                samples: latent.samples()?,
-                latent,
-                jitter: vec![JITTER * self.kernel.sill(); ordered.len()],
-            },
+            Settled::Counts(latent) => {
+                let samples = latent.samples()?;
+                let jitter = JITTER * self.kernel.sill();
+                let whole = self.near.min(self.previous) >= ordered.len();
+                let doubt = (0..ordered.len())
+                    .map(|i| if whole { jitter } else { jitter.max(DOUBT * samples.left(i)) })
+                    .collect();
+                Form::Counts { latent, samples, doubt }
+            }
         };
         Ok(Fitted { ordered, form, log_marginal })
     }
@@ -569,12 +576,12 @@ impl NearestGp {
                         });
                     }
                 }
-                Form::Counts { latent, samples, jitter } => {
+                Form::Counts { latent, samples, doubt } => {
                     let bare = Kriging { levels: 0, ..kriging };
                     let heard = Heard { value: &latent.surface, noise: &latent.noise };
                     let read = bare.ask(ordered, heard, &asked, &mut room);
                     let readings = room.weights(&asked);
-                    let heard = Heard { noise: jitter, ..heard };
+                    let heard = Heard { noise: doubt, ..heard };
                     let said = bare.ask(ordered, heard, &asked, &mut room);
                     for (lane, weights) in room.weights(&asked).into_iter().enumerate() {
                         let whole = levels(block[lane]);

@@ -9,6 +9,7 @@ use isopleth::{
     likelihood,
     likelihood::Likelihood,
     linalg::lower,
+    task::continent::Continent,
 };
 
 /// Places in any number of dimensions, in f64.
@@ -511,6 +512,35 @@ fn few_neighbours_of_small_counts_come_close_to_the_exact_process() -> Result<()
 }
 
 /// Slopes along the coordinates are the exact process's covariates.
+/// Hundreds of people in each of a few cities, under a smooth surface: what is open between them is known
+/// as the exact process knows it, though the equations are nearly singular.
+#[test]
+fn crowded_counts_leave_as_much_open_as_to_the_exact_process() -> Result<()> {
+    let continent = Continent::draw(&mut Stream::new(1, "coast", 0))?;
+    let mut rng = Stream::new(1, "people", 0);
+    let places: Vec<Vec<f64>> =
+        continent.survey(2000, &mut rng).iter().map(|p| p.to_vec()).collect();
+    let at: Vec<Vec<f64>> = (0..300).map(|_| continent.anywhere(&mut rng).to_vec()).collect();
+    let (kernel, nugget) = (matern(Smoothness::ThreeHalves, 0.15, Metric::Euclidean), 0.05);
+    let tested: Vec<f64> = (0..2000).map(|i| f64::from(1 + i % 5)).collect();
+    let latent: Vec<f64> = drawn(&kernel, nugget, &places)?.iter().map(|v| v - 1.0).collect();
+    let context = seen(&places, &counted(&latent, &tested), Some(&tested));
+    let exact = ExactGp::new(Box::new(kernel), nugget, -1.0, binomial())?;
+    let exact = ask(&exact, &context, &at)?;
+    for [previous, few] in [[30, 80], [60, 120]] {
+        let gp = NearestGp::new(Box::new(kernel), nugget, -1.0, binomial())?;
+        let found = ask(&gp.neighbours(previous, few), &context, &at)?;
+        near("means", &found[0], &exact[0], 0.15);
+        let ratios: Vec<f64> = found[1].iter().zip(&exact[1]).map(|(a, b)| (a / b).ln()).collect();
+        let worst = ratios.iter().map(|r| r.abs()).fold(0.0, f64::max);
+        let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+        println!("{few} neighbours: ln of sds {worst} apart at most, {mean} on the mean");
+        assert!(worst < 0.06, "{few} neighbours: ln of sds {worst} apart");
+        assert!(mean.abs() < 0.005, "{few} neighbours: ln of sds {mean} apart on the mean");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_trend_is_universal_kriging() -> Result<()> {
     let places = scattered(60, "sites");
