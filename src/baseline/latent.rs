@@ -462,6 +462,8 @@ pub(super) struct Latent {
     prior: Factor,
     near: Factor,
     root: Vec<f64>,
+    /// What solutions for drawn surfaces may lack, in nats.
+    lack: f64,
 }
 
 /// Where Newton's search may start: the latent deviation of every count, and then where it ended.
@@ -568,7 +570,8 @@ impl Model<'_> {
         let mut point = Point::none(n, m);
         // What no step may fall below: see [`ExactGp`](super::ExactGp).
         let mut objective = self.log_likelihood(ordered, &vec![0.0; m]);
-        let (mut settled, mut gain) = (false, 1.0f64);
+        // What the next step may gain, in nats: from nowhere, some part of one for each place.
+        let (mut settled, mut gain) = (false, if told { 1.0 } else { 0.1 * n as f64 });
         let energy = 1e-4 * close * close * n as f64;
         let mut near: Option<(Factor, Vec<f64>)> = None;
         for _ in 0..100 {
@@ -635,7 +638,18 @@ impl Model<'_> {
                 let Some((near, _)) = near else { unreachable!("made above") };
                 let surface =
                     self.aim(ordered, &prior, &reading, &root, x, columns, &known, &shift).surface;
-                return Ok(Latent { surface, noise, shift, open, log_marginal, prior, near, root });
+                let lack = 0.0;
+                return Ok(Latent {
+                    surface,
+                    noise,
+                    shift,
+                    open,
+                    log_marginal,
+                    prior,
+                    near,
+                    root,
+                    lack,
+                });
             }
             let aim = self.aim(ordered, &prior, &reading, &root, x, columns, &known, &shift);
             let mut step = 1.0;
@@ -772,21 +786,39 @@ impl Latent {
             let (surface, noise) = (*s, noise(i));
             *s = Lane::map(|l| surface.0[l] + noise.0[l] / self.root[i]);
         }
-        let system = System { prior: &self.prior, root: &self.root, near: &self.near };
-        let mut b: Vec<Lane> =
-            s.iter().zip(&self.root).map(|(z, r)| Lane::map(|l| z.0[l] * r * r)).collect();
+        let said = self.said(s, self.lack)?;
+        Ok(said.iter().zip(&self.root).map(|(x, r)| Lane::map(|l| x.0[l] / r)).collect())
+    }
+
+    /// What all readings `z` say of the surface, over the noise of each place's own, to within `energy`
+    /// nats. Kriging from the solution as a dual would multiply what it lacks by the covariance's largest
+    /// eigenvalue.
+    fn said<C: Column>(&self, z: &[C], energy: f64) -> Result<Vec<C>> {
+        let mut b: Vec<C> =
+            z.iter().zip(&self.root).map(|(z, r)| C::map(|l| z.get(l) * r * r)).collect();
         self.prior.covariance(&mut b);
         scale(&mut b, &self.root);
-        let mut x = vec![Lane::default(); s.len()];
-        // In nats, for all places together: less than a hundredth of what readings leave open. Kriging
-        // from `x` as a dual would multiply what is missing by the covariance's largest eigenvalue.
-        system.solve(&b, &mut x, 1e-4 * s.len() as f64)?;
-        let out = x.iter().zip(&self.root).map(|(x, r)| Lane::map(|l| x.0[l] / r)).collect();
-        Ok(out)
+        let mut x = vec![C::default(); z.len()];
+        System { prior: &self.prior, root: &self.root, near: &self.near }
+            .solve(&b, &mut x, energy)?;
+        Ok(x)
+    }
+
+    /// A hundredth of what readings leave open of all places, in units of their noise.
+    fn hundredth(&self) -> Result<f64> {
+        let mut rng = Stream::new(1, "what is left open", 0);
+        let mut s: Vec<f64> = self.prior.variance.iter().map(|v| v.sqrt() * rng.normal()).collect();
+        f64::solve(&self.prior, &mut s);
+        let read: Vec<f64> = s.iter().zip(&self.root).map(|(s, r)| s + rng.normal() / r).collect();
+        let said = self.said(&read, 1e-4 * s.len() as f64)?;
+        let off = said.iter().zip(&s).zip(&self.root).map(|((x, s), r)| (x - s * r).powi(2));
+        Ok(0.01 * off.sum::<f64>())
     }
 
     /// [`SAMPLES`] surfaces of the prior, read as the counts read theirs.
-    pub fn samples(&self) -> Result<Samples> {
+    pub fn samples(&mut self) -> Result<Samples> {
+        self.lack = self.hundredth()?;
+        let this = &*self;
         type Few = [f32; LANES];
         let n = self.root.len();
         let few = |lane: &Lane| -> Few { lane.0.map(|v| v as f32) };
@@ -797,15 +829,15 @@ impl Latent {
                 let mut s: Vec<Lane> = (0..n)
                     .map(|i| {
                         let mut rng = Stream::new(group as u64, "spread of a surface", i as u64);
-                        let sd = self.prior.variance[i].sqrt();
+                        let sd = this.prior.variance[i].sqrt();
                         let s = Lane::map(|_| sd * rng.normal());
                         noise.push(Lane::map(|_| rng.normal()));
                         s
                     })
                     .collect();
-                Lane::solve(&self.prior, &mut s);
+                Lane::solve(&this.prior, &mut s);
                 let mut error: Vec<Few> = s.iter().map(few).collect();
-                let smooth = self.reread(&mut s, |i| noise[i])?;
+                let smooth = this.reread(&mut s, |i| noise[i])?;
                 for (error, smooth) in error.iter_mut().zip(&smooth) {
                     error.iter_mut().zip(smooth.0).for_each(|(e, smooth)| *e -= smooth as f32);
                 }

@@ -65,6 +65,11 @@ const MOST_NEAR: usize = 160;
 /// is another at every step.
 const SOME: usize = 5_000;
 const SOME_COUNTS: usize = 4_000;
+/// Counts that have the last word on parameters, at most.
+pub(crate) const MANY_COUNTS: usize = 16_000;
+/// How far a latent may move in the last step where a likelihood is all that is asked: what is left is that
+/// squared, and in the density squared again.
+const CLOSE: f64 = 0.03;
 /// Observations on which it is found how far times are stretched, at most.
 const SOME_TIMES: usize = 1_000;
 /// Smoothnesses that fitting chooses from.
@@ -128,6 +133,27 @@ enum Form {
     Values { value: Vec<f64>, noise: Vec<f64>, shift: Shift },
     /// The surface at every place that was counted at, drawn readings of it, and arithmetic's noise.
     Counts { latent: Box<Latent>, samples: Samples, doubt: Vec<f64> },
+}
+
+/// One row, laid out once: see [`NearestGp::log_marginal_of`].
+pub(crate) struct Jury {
+    ordered: Ordered,
+    lists: Lists,
+    start: Start,
+}
+
+impl Jury {
+    /// # Errors
+    /// Those of reading a context of one row without times.
+    pub fn new(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
+        let mut rows = rows(context, likelihood, 0, false)?;
+        if rows.len() != 1 {
+            return Err(Error::axis("rows that are asked together", rows.len(), 1));
+        }
+        let ordered = Ordered::of(&rows.swap_remove(0), &ROUND, likelihood.counts());
+        let lists = ordered.lists(PREVIOUS);
+        Ok(Jury { ordered, lists, start: Start::default() })
+    }
 }
 
 struct Conditioned<G> {
@@ -372,6 +398,9 @@ impl NearestGp {
         } else if likelihood.counts() {
             let some = Ordered::of(&clustered(&ordered, few), &ROUND, true);
             let first = search.smoothnesses(&some, few, starts, ALL);
+            if ordered.len() > MANY_COUNTS {
+                ordered = Ordered::of(&clustered(&ordered, MANY_COUNTS), &ROUND, true);
+            }
             search.polish(&ordered, first, 1.0, 0.15)
         } else {
             let first = search.smoothnesses(&ordered, few, starts, ALL);
@@ -440,6 +469,17 @@ impl NearestGp {
         rows.iter().map(log).collect()
     }
 
+    /// The same of one row that is asked of process after process, each much like the one before: to a
+    /// thousandth of a nat or so.
+    pub(crate) fn log_marginal_of(&self, asked: &mut Jury) -> Result<f64> {
+        let Jury { ordered, lists, start } = asked;
+        let settled = self.settle(ordered, lists, None, start, CLOSE);
+        if settled.is_err() {
+            *start = Start::default();
+        }
+        Ok(settled?.log_marginal())
+    }
+
     fn ordered(&self, row: &Row) -> Ordered {
         Ordered::of(row, &*self.kernel, self.likelihood.counts())
     }
@@ -478,7 +518,7 @@ impl NearestGp {
                 let value = ordered.y.iter().map(|y| y - self.mean).collect();
                 Form::Values { value, noise: vec![self.nugget; ordered.len()], shift }
             }
-            Settled::Counts(latent) => {
+            Settled::Counts(mut latent) => {
                 let samples = latent.samples()?;
                 let jitter = JITTER * self.kernel.sill();
                 let whole = self.near.min(self.previous) >= ordered.len();
@@ -722,10 +762,9 @@ impl Search<'_> {
         let mut start = Start::default();
         move |p: &[f64]| {
             // A corner where the arithmetic fails is no candidate; the search walks away.
-            let settled = self.process(smoothness, p).and_then(|gp| {
-                // Newton's last step is squared in what is left, and that again in the density.
-                gp.settle(ordered, lists, Some(terms), &mut start, 0.03)
-            });
+            let settled = self
+                .process(smoothness, p)
+                .and_then(|gp| gp.settle(ordered, lists, Some(terms), &mut start, CLOSE));
             match settled.map(|settled| self.penalty(p) - settled.log_marginal()) {
                 Ok(cost) if cost.is_finite() => cost,
                 _ => {

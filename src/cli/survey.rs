@@ -125,6 +125,7 @@ const LARGE: usize = 4_000;
 pub fn default_model(survey: &Survey) -> &'static str {
     match &survey.outcome {
         _ if survey.times.is_some() => "gp",
+        Outcome::Counts { .. } if survey.len() > LARGE => "kriging-counts",
         Outcome::Counts { .. } => "prevalence",
         Outcome::Values(_) if survey.len() > LARGE => "kriging-values",
         Outcome::Values(_) => "continuous",

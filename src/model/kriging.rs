@@ -20,7 +20,7 @@
 //! covariance stays in doubt, are kriged under several draws from its posterior, each weighted by how
 //! likely it makes the survey.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{cell::RefCell, collections::BTreeSet, sync::Arc};
 
 use candle_core::{D, Tensor};
 use faer::{Mat, Side};
@@ -36,6 +36,7 @@ use crate::{
     baseline::{
         NearestGp,
         exact_gp::{Row, rows},
+        nearest::{Jury, MANY_COUNTS},
         neighbours::{Tree, spread},
         nelder_mead::minimise,
         variogram::{WIDTH, Window, place},
@@ -75,13 +76,13 @@ const SEVERAL: usize = 12;
 const STRAY: [f64; 2] = [0.25, 0.7];
 /// What a covariance that varies has to be more likely by, nats, to be believed.
 const WORTH: f64 = 15.0;
-/// Sites whose densities choose between covariances, at most; and where they are counts, whose mode is
-/// another at every step.
+/// Sites whose densities choose between covariances, at most. Of counts, each of which says little, more
+/// have the last word.
 const JUDGES: usize = 4_000;
-const FEW_JUDGES: usize = 1_200;
-/// Covariances that are tried around the one that windows agree on.
+/// Covariances that are tried around the one that windows agree on; and of counts, whose mode is another
+/// at every step, first and last.
 const TRIED: usize = 70;
-const FEW_TRIED: usize = 24;
+const COUNTS_TRIED: [usize; 2] = [40, 14];
 /// How far draws of the covariance are weighed by how likely they make the values, 1 = as in importance
 /// sampling, of which few draws are left. Measured on fresh tasks: 0.5 scores as 1 does, and covers better;
 /// for counts, whose likelihood is an approximation, any weight scored worse than none.
@@ -491,14 +492,26 @@ impl Kriging {
                 *o += reading.order[c].max(-6.0) - prior;
             }
         }
-        let judged = judges(alone, if self.likelihood.counts() { FEW_JUDGES } else { JUDGES })?;
-        let evidence =
-            |read: Read| -> Result<f64> { Ok(self.gp(read, row)?.log_marginals(&judged)?[0]) };
+        let counts = self.likelihood.counts();
+        let judged = judges(alone, JUDGES)?;
+        let jury = |most: usize| -> Result<_> {
+            Ok(RefCell::new(Jury::new(&judges(alone, most)?, self.likelihood)?))
+        };
+        let first_word = if counts { Some(jury(JUDGES)?) } else { None };
+        let last_word =
+            if counts && alone.len() > 2 * JUDGES { Some(jury(MANY_COUNTS)?) } else { None };
+        let by = |jury: Option<&RefCell<Jury>>, read: Read| -> Result<f64> {
+            let gp = self.gp(read, row)?;
+            match jury {
+                Some(jury) => gp.log_marginal_of(&mut jury.borrow_mut()),
+                None => Ok(gp.log_marginals(&judged)?[0]),
+            }
+        };
         let mut likely: Vec<usize> = (0..ORDERS.len()).collect();
         likely.sort_by(|a, b| order[*b].total_cmp(&order[*a]));
         let mut best: Option<(f64, Read)> = None;
         // Windows are not independent and the network is not exact: the second is tried too.
-        for c in likely.into_iter().take(if self.likelihood.counts() { 1 } else { 2 }) {
+        for c in likely.into_iter().take(2) {
             let mut said: Vec<Information> = readings
                 .iter()
                 .zip(&all)
@@ -507,7 +520,14 @@ impl Kriging {
             let mut total = Information::NONE;
             said.iter().for_each(|one| total.add(one, 1.0));
             let agreed = total.with(self.shift(whole), self.sd).mean()?;
-            let (read, value) = polished(c, &agreed, dim, self.likelihood.counts(), &evidence);
+            let free = if dim == 2 && !counts { READ } else { 3 };
+            let tried = if counts { COUNTS_TRIED[0] } else { TRIED };
+            let first = |read: &[f64; READ]| by(first_word.as_ref(), kernel(c, read, dim));
+            let (mut read, mut value) = polished(c, &agreed, free, 0.4, tried, &first);
+            if last_word.is_some() {
+                let second = |read: &[f64; READ]| by(last_word.as_ref(), kernel(c, read, dim));
+                (read, value) = polished(c, &read, free, 0.2, COUNTS_TRIED[1], &second);
+            }
             // What all windows have wrong alike, the whole has put right.
             let off: [f64; READ] = std::array::from_fn(|i| read[i] - agreed[i]);
             for one in &mut said {
@@ -527,7 +547,7 @@ impl Kriging {
                     kernel: Box::new(field.kernel(ORDERS[c], dim)),
                     nugget: kernel(c, &read, dim).nugget,
                 };
-                let value = evidence(varying())? - WORTH;
+                let value = by(last_word.as_ref().or(first_word.as_ref()), varying())? - WORTH;
                 if best.as_ref().is_none_or(|(before, _)| value > *before) {
                     best = Some((value, varying()));
                 }
@@ -547,9 +567,10 @@ impl Kriging {
 fn polished(
     c: usize,
     start: &[f64; READ],
-    dim: usize,
-    counts: bool,
-    evidence: &dyn Fn(Read) -> Result<f64>,
+    free: usize,
+    span: f64,
+    tried: usize,
+    evidence: &dyn Fn(&[f64; READ]) -> Result<f64>,
 ) -> ([f64; READ], f64) {
     let twice_order = [1.0, 3.0, 5.0][c];
     let moved = |x: &[f64]| -> [f64; READ] {
@@ -560,11 +581,9 @@ fn polished(
     };
     let cost = |x: &[f64]| {
         let away: f64 = x.iter().map(|x| x * x / 8.0).sum();
-        evidence(kernel(c, &moved(x), dim)).map_or(f64::INFINITY, |value| away - value)
+        evidence(&moved(x)).map_or(f64::INFINITY, |value| away - value)
     };
-    let free = if dim == 2 && !counts { READ } else { 3 };
-    let limit = if counts { FEW_TRIED } else { TRIED };
-    let (x, cost) = minimise(cost, &vec![0.0; free], 0.4, 0.05, limit);
+    let (x, cost) = minimise(cost, &vec![0.0; free], span, 0.05, tried);
     (moved(&x), -cost)
 }
 
