@@ -343,6 +343,11 @@ impl ExactGp {
         self.likelihood.counts()
     }
 
+    /// Covariates that every site has.
+    pub(super) fn features(&self) -> usize {
+        self.features
+    }
+
     /// Mean of the surface at targets `[target]` and its covariance, row-major `[target, target]`, link
     /// scale, given a context of one row.
     ///
@@ -524,7 +529,7 @@ pub(super) fn width(sites: &Sites) -> usize {
 }
 
 /// Coordinates and, behind them, covariates, on the host: `[batch][site][dimension + feature]`.
-fn places(sites: &Sites, features: usize) -> Result<Vec<Vec<Vec<f64>>>> {
+pub(super) fn places(sites: &Sites, features: usize) -> Result<Vec<Vec<Vec<f64>>>> {
     let mut places = sites.host()?;
     if features == 0 {
         return Ok(places);
@@ -824,10 +829,6 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
-        if self.gp.features > 0 {
-            return Err(Error::input("joint draws over a map do not take covariates yet")
-                .try_this("leave out the covariates, or --draws"));
-        }
         Ok(Box::new(field::Dense::new(self, self.gp, row, draws, seed, extent)?))
     }
 }

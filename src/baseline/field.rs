@@ -8,18 +8,24 @@
 //! kriging; Wilson et al. (2020), arXiv:2002.09309, for prior draws by waves and an exact correction:
 //! what waves lack is lacking in the prior alone. For counts, Σ is the noise of Laplace's
 //! pseudo-values.
+//!
+//! Covariates have a coefficient in each draw, of one law with its surface: it is drawn from its prior
+//! and moved by the sites as the surface is (universal kriging), or, where the process knows the
+//! surface given the coefficients alone, it is drawn from its posterior and the surface given it.
 
-use faer::{Accum, Mat, Par, linalg::matmul::matmul};
+use faer::{Accum, Mat, MatRef, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
 use super::{
     exact_gp::{self, ExactGp},
     nearest::{self, NearestGp},
+    regression::Coefficients,
     spectral::Spectral,
 };
 use crate::{
     error::{Error, Result},
     fused::simd,
+    linalg::lower,
     predictive::Of,
     process::{Drawn, Field, Posterior},
     rng::Stream,
@@ -55,6 +61,14 @@ fn levels(variance: f64, draws: usize, seed: u64) -> Vec<f64> {
     rng.normals(draws).iter().map(|z| variance.sqrt() * z).collect()
 }
 
+/// Independent coefficients of each draw, of mean 0 and variance 1: `[draw, feature]`.
+fn slopes(draws: usize, features: usize, seed: u64) -> Mat<f64> {
+    let drawn: Vec<Vec<f64>> = (0..features)
+        .map(|j| Stream::new(seed, "coefficients of a field", j as u64).normals(draws))
+        .collect();
+    Mat::from_fn(draws, features, |d, j| drawn[j][d])
+}
+
 /// The prior draws at places, a column for each: `[draw, place]`.
 fn prior_at(prior: &Spectral, draws: usize, x: &[f64], y: &[f64]) -> Mat<f32> {
     let parts: Vec<Mat<f32>> = x
@@ -86,10 +100,27 @@ fn plane(targets: &Sites) -> Result<[Vec<f64>; 2]> {
     Ok([0, 1].map(|d| places.iter().map(|place| place[d]).collect()))
 }
 
-/// Coordinates of sites on a plane; of sites on a line there are no fields.
-fn flat(sites: &[Vec<f64>]) -> Result<[Vec<f64>; 2]> {
-    if let Some(site) = sites.iter().find(|site| site.len() != 2) {
-        return Err(Error::axis("dimensions of sites to draw surfaces over", site.len(), 2));
+/// Covariates of one row of targets: `[feature, target]`.
+fn features(targets: &Sites, features: usize) -> Result<Mat<f64>> {
+    if features == 0 {
+        return Ok(Mat::zeros(0, targets.len()));
+    }
+    let rows = exact_gp::places(targets, features)?;
+    let places = rows.first().map_or(&[][..], Vec::as_slice);
+    Ok(behind(places, features))
+}
+
+/// The last `features` numbers of each site: `[feature, site]`.
+pub(super) fn behind(sites: &[Vec<f64>], features: usize) -> Mat<f64> {
+    Mat::from_fn(features, sites.len(), |j, i| sites[i][sites[i].len() - features + j])
+}
+
+/// Coordinates of sites on a plane, with `features` numbers behind them; of sites on a line there are
+/// no fields.
+fn flat(sites: &[Vec<f64>], features: usize) -> Result<[Vec<f64>; 2]> {
+    if let Some(site) = sites.iter().find(|site| site.len() != 2 + features) {
+        let found = site.len() - features;
+        return Err(Error::axis("dimensions of sites to draw surfaces over", found, 2));
     }
     Ok([0, 1].map(|d| sites.iter().map(|site| site[d]).collect()))
 }
@@ -103,6 +134,8 @@ pub(super) struct Dense<'a> {
     prior: Spectral,
     /// What a draw has everywhere: its mean, and what the sites take off it.
     level: Vec<f64>,
+    /// Its coefficients less their posterior mean: `[draw, feature]`.
+    slopes: Mat<f64>,
     /// What each site adds to each draw, times its covariance: `[draw, site]`.
     weight: Mat<f64>,
 }
@@ -118,9 +151,14 @@ impl<'a> Dense<'a> {
         extent: f64,
     ) -> Result<Self> {
         check(draws)?;
-        let [x, y] = flat(&row.sites)?;
+        let features = gp.features();
+        let [x, y] = flat(&row.sites, features)?;
         let n = x.len();
         let prior = Spectral::new(&*gp.kernel, draws, seed, reach(&x, &y, extent))?;
+        let z = behind(&row.sites, features);
+        let mut slopes = slopes(draws, features, seed);
+        let sd = gp.coefficient_variance.sqrt();
+        (0..features).for_each(|j| slopes.col_as_slice_mut(j).iter_mut().for_each(|v| *v *= sd));
         let mut level = levels(gp.mean_variance, draws, seed);
         let drawn = prior_at(&prior, draws, &x, &y);
         // Noise in the factor's own scale, in which that of a count that says nothing is one too.
@@ -135,8 +173,14 @@ impl<'a> Dense<'a> {
         let columns: Vec<Vec<f64>> = (0..draws)
             .into_par_iter()
             .map(|d| {
+                let effect = |i: usize| -> f64 {
+                    z.col_as_slice(i).iter().enumerate().map(|(j, z)| z * slopes[(d, j)]).sum()
+                };
                 let residual: Vec<f64> = (0..n)
-                    .map(|i| row.scale[i] * (level[d] + f64::from(drawn[(d, i)])) + noise[i][d])
+                    .map(|i| {
+                        let surface = level[d] + effect(i) + f64::from(drawn[(d, i)]);
+                        row.scale[i] * surface + noise[i][d]
+                    })
                     .collect();
                 let solved = row.factor.solve(&residual);
                 solved.iter().zip(&row.scale).map(|(v, scale)| -v * scale).collect()
@@ -146,11 +190,14 @@ impl<'a> Dense<'a> {
             *level += gp.mean_variance * column.iter().sum::<f64>();
         }
         let weight = Mat::from_fn(draws, n, |d, i| columns[d][i]);
-        Ok(Dense { posterior, gp, x, y, prior, level, weight })
+        let variance = gp.coefficient_variance;
+        let (by, z) = (weight.as_ref(), z.as_ref());
+        matmul(slopes.as_mut(), Accum::Add, by, z.transpose(), variance, Par::Seq);
+        Ok(Dense { posterior, gp, x, y, prior, level, slopes, weight })
     }
 
-    /// `[place, draw]`.
-    fn deviations(&self, x: &[f64], y: &[f64]) -> Vec<f32> {
+    /// `[place, draw]`, at places with covariates `z` `[feature, place]`.
+    fn deviations(&self, x: &[f64], y: &[f64], z: MatRef<f64>) -> Vec<f32> {
         let draws = self.level.len();
         let mut known = Mat::<f64>::zeros(self.x.len(), x.len());
         for (i, (x, y)) in x.iter().zip(y).enumerate() {
@@ -159,6 +206,7 @@ impl<'a> Dense<'a> {
         let mut moved = Mat::<f64>::zeros(draws, x.len());
         let (weight, known) = (self.weight.as_ref(), known.as_ref());
         matmul(moved.as_mut(), Accum::Replace, weight, known, 1.0, Par::Seq);
+        matmul(moved.as_mut(), Accum::Add, self.slopes.as_ref(), z, 1.0, Par::Seq);
         let mut out = Mat::<f32>::zeros(draws, x.len());
         self.prior.add(x, y, out.as_mut());
         let mut all = Vec::with_capacity(draws * x.len());
@@ -177,10 +225,12 @@ impl Field for Dense<'_> {
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
         let [x, y] = plane(targets)?;
+        let z = features(targets, self.gp.features())?;
         let parts: Vec<Vec<f32>> = x
             .par_chunks(CHUNK)
             .zip(y.par_chunks(CHUNK))
-            .map(|(x, y)| self.deviations(x, y))
+            .enumerate()
+            .map(|(i, (x, y))| self.deviations(x, y, z.subcols(i * CHUNK, x.len())))
             .collect();
         let marginals = self.posterior.at(targets)?.marginals(0, Of::Surface)?;
         // The surface is the same Gaussian in every component.
@@ -205,6 +255,60 @@ pub(super) struct Local<'a> {
     found: Vec<f32>,
     /// What noisy observations of each draw would be: `[draw, site]`.
     told: Mat<f32>,
+    effects: Option<Effects>,
+}
+
+/// Coefficients of a process that knows the surface given them: their law, and its draws.
+struct Effects {
+    law: Coefficients,
+    /// The sites' covariates: `[feature, site]`.
+    x: Mat<f64>,
+    /// What the sites' covariates add to the estimate of the mean, for coefficients of one: `[feature]`.
+    found: Vec<f64>,
+    /// The coefficients of each draw less their mean: `[feature][draw]`.
+    slopes: Vec<Vec<f32>>,
+}
+
+impl Effects {
+    fn new(law: &Coefficients, x: Mat<f64>, draws: usize, seed: u64) -> Result<Self> {
+        let p = law.mean.len();
+        if x.nrows() != p {
+            return Err(Error::axis("covariates of sites and coefficients", x.nrows(), p));
+        }
+        let factor = lower(law.covariance.clone(), p)?;
+        let unit = slopes(draws, p, seed);
+        let mut slopes = vec![Vec::with_capacity(draws); p];
+        for d in 0..draws {
+            let one: Vec<f64> = (0..p).map(|j| unit[(d, j)]).collect();
+            let drawn = factor.colour(&one);
+            slopes.iter_mut().zip(drawn).for_each(|(all, one)| all.push(one as f32));
+        }
+        Ok(Effects { law: law.clone(), x, found: vec![0.0; p], slopes })
+    }
+
+    /// Adds what each draw's coefficients make of covariates `z` to `out` `[draw]`.
+    fn add(&self, z: &[f64], out: &mut [f32]) {
+        for (z, slopes) in z.iter().zip(&self.slopes) {
+            add_row(out, *z as f32, slopes);
+        }
+    }
+
+    /// The mean that coefficients add at covariates `z`, and the variance where sites tell so much.
+    fn at(&self, z: &[f64], weighed: &nearest::Weighed) -> [f64; 2] {
+        let p = z.len();
+        let left: Vec<f64> = (0..p)
+            .map(|j| {
+                let told = weighed.weights.iter().map(|(i, w)| w * self.x[(j, *i as usize)]);
+                z[j] - told.sum::<f64>() - weighed.unknown * self.found[j]
+            })
+            .collect();
+        let row = |i: usize| {
+            let row = &self.law.covariance[i * p..][..p];
+            row.iter().zip(&left).map(|(c, l)| c * l).sum::<f64>()
+        };
+        let mean = self.law.mean.iter().zip(z).map(|(b, z)| b * z).sum();
+        [mean, (0..p).map(|i| left[i] * row(i)).sum()]
+    }
 }
 
 simd::vectorised! {
@@ -217,14 +321,16 @@ simd::vectorised! {
 }
 
 impl<'a> Local<'a> {
-    /// `draws` draws of the posterior of `gp` given `row`.
+    /// `draws` draws of the posterior of `gp` given `row`; or, where that is what coefficients of
+    /// `law` leave of a survey, whose sites have covariates `x` `[feature, site]`, of the two together.
     pub fn new(
         gp: &'a NearestGp,
         row: &'a nearest::Fitted,
-        draws: usize,
-        seed: u64,
+        law: Option<(&Coefficients, Mat<f64>)>,
+        [draws, seed]: [u64; 2],
         extent: f64,
     ) -> Result<Self> {
+        let draws = draws as usize;
         check(draws)?;
         let sites = row.sites();
         let n = sites.len();
@@ -235,8 +341,9 @@ impl<'a> Local<'a> {
                 .fact("memory", format!("{:.1} GiB", (4 * n * draws) as f64 / f64::from(1 << 30)))
                 .try_this(format!("ask for {} draws at the most", (MOST_HELD / n.max(1)).max(1))));
         }
-        let [x, y] = flat(&sites)?;
+        let [x, y] = flat(&sites, 0)?;
         let prior = Spectral::new(&*gp.kernel, draws, seed, reach(&x, &y, extent))?;
+        let mut effects = law.map(|(law, x)| Effects::new(law, x, draws, seed)).transpose()?;
         let level: Vec<f32> =
             levels(gp.mean_variance, draws, seed).iter().map(|v| *v as f32).collect();
         let mut told = prior_at(&prior, draws, &x, &y);
@@ -246,6 +353,9 @@ impl<'a> Local<'a> {
             for (told, level) in told.col_as_slice_mut(i).iter_mut().zip(&level) {
                 *told += level + (sd * rng.normal()) as f32;
             }
+            if let Some(effects) = &effects {
+                effects.add(effects.x.col_as_slice(i), told.col_as_slice_mut(i));
+            }
         }
         let mut found = vec![0f64; draws];
         if gp.mean_variance > 0.0 {
@@ -253,10 +363,13 @@ impl<'a> Local<'a> {
                 for (found, told) in found.iter_mut().zip(told.col_as_slice(i)) {
                     *found += b * f64::from(*told);
                 }
+                if let Some(Effects { x, found, .. }) = &mut effects {
+                    found.iter_mut().zip(x.col_as_slice(i)).for_each(|(found, x)| *found += b * x);
+                }
             }
         }
         let found = found.iter().map(|v| *v as f32).collect();
-        Ok(Local { gp, row, prior, level, found, told })
+        Ok(Local { gp, row, prior, level, found, told, effects })
     }
 }
 
@@ -267,11 +380,13 @@ impl Field for Local<'_> {
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
         let [x, y] = plane(targets)?;
+        let z = features(targets, self.effects.as_ref().map_or(0, |e| e.law.mean.len()))?;
         let draws = self.draws();
         let parts: Vec<Drawn> = x
             .par_chunks(CHUNK)
             .zip(y.par_chunks(CHUNK))
-            .map(|(x, y)| {
+            .enumerate()
+            .map(|(chunk, (x, y))| {
                 let mut out = Mat::<f32>::zeros(draws, x.len());
                 self.prior.add(x, y, out.as_mut());
                 let places: Vec<[f64; 2]> = x.iter().zip(y).map(|(x, y)| [*x, *y]).collect();
@@ -285,9 +400,15 @@ impl Field for Local<'_> {
                     }
                     add_row(out, 1.0, &self.level);
                     add_row(out, -weighed.unknown as f32, &self.found);
+                    let mut more = [0.0; 2];
+                    if let Some(effects) = &self.effects {
+                        let z = z.col_as_slice(chunk * CHUNK + i);
+                        effects.add(z, out);
+                        more = effects.at(z, weighed);
+                    }
                     part.deviations.extend_from_slice(out);
-                    part.mean.push(weighed.mean);
-                    part.sd.push(weighed.variance.sqrt());
+                    part.mean.push(weighed.mean + more[0]);
+                    part.sd.push((weighed.variance + more[1]).sqrt());
                 }
                 part
             })

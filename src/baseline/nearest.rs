@@ -82,6 +82,8 @@ pub struct NearestGp {
 
 /// The sites of one row in their order, with what was seen at each.
 struct Ordered {
+    /// Number of each among the sites given.
+    order: Vec<usize>,
     dim: usize,
     sites: Vec<f64>,
     y: Vec<f64>,
@@ -171,6 +173,11 @@ impl Fitted {
         (0..self.ordered.len()).map(|i| self.ordered.site(i).to_vec()).collect()
     }
 
+    /// Number of each of them among the sites given.
+    pub fn order(&self) -> &[usize] {
+        &self.ordered.order
+    }
+
     /// Noise variance of site `i` beside the nugget.
     pub fn noise(&self, i: usize) -> f64 {
         self.told.noise[i]
@@ -197,7 +204,7 @@ impl Ordered {
         let pick = |x: &[f64]| order.iter().filter_map(|i| x.get(*i).copied()).collect();
         let (y, trials) = (pick(&row.y), pick(&row.trials));
         let tree = Tree::new(&sites, dim);
-        Ordered { dim, sites, y, trials, tree }
+        Ordered { order, dim, sites, y, trials, tree }
     }
 
     fn len(&self) -> usize {
@@ -485,7 +492,7 @@ impl NearestGp {
         Ok(self.absorb_all(context)?.into_iter().map(|row| row.log_marginal).collect())
     }
 
-    fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
+    pub(super) fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
         let rows = rows(context, self.likelihood, 0)?;
         rows.iter()
             .map(|row| {
@@ -965,9 +972,9 @@ impl Process for NearestGp {
     }
 
     fn memory(&self, sites: usize) -> Memory {
-        // Coordinates, outcomes, trials, value and noise; the tree; and for a while two lists of
+        // Coordinates, order, outcomes, trials, value and noise; the tree; and for a while two lists of
         // neighbours, each held twice while it is made, and what the order is made with.
-        let held = sites * (16 + 4 * 8 + Tree::bytes(2));
+        let held = sites * (16 + 5 * 8 + Tree::bytes(2));
         let lists = sites * 2 * (4 * (self.previous + self.near) + 48);
         let block = 8 * LANES * row_of(self.near + 2) * rayon::current_num_threads();
         Memory { conditioning: held + lists + block + 256 * sites, held: held + block, target: 512 }
@@ -1021,6 +1028,6 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
-        Ok(Box::new(field::Local::new(self.gp, row, draws, seed, extent)?))
+        Ok(Box::new(field::Local::new(self.gp, row, None, [draws as u64, seed], extent)?))
     }
 }

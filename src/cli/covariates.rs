@@ -41,19 +41,6 @@ impl CovariateArgs {
         Covariates::attach(survey, &self.specs()?, layer)
     }
 
-    /// Refuses covariates where nothing is made of them yet, rather than passing over them.
-    ///
-    /// # Errors
-    /// [`Error::Input`] if one was named.
-    pub fn refused(&self, what: &str) -> Result<()> {
-        match self.rasters.iter().chain(&self.columns).next() {
-            None => Ok(()),
-            Some(covariate) => Err(Error::input(format!("{what} do not take covariates yet"))
-                .fact("--covariate", covariate)
-                .try_this("leave the covariates out")),
-        }
-    }
-
     /// Refuses columns where every pixel needs a value.
     ///
     /// # Errors

@@ -138,9 +138,6 @@ pub fn run(args: &Args) -> Result<()> {
     // What costs nothing to check comes first.
     let specs = specs(args)?;
     args.covariates.for_maps()?;
-    if args.draws.is_some() {
-        args.covariates.refused("joint draws")?;
-    }
     if args.draws.is_some() && args.of != "surface" {
         return Err(Error::input(
             "draws are of the surface: new sites have no joint law to draw from",

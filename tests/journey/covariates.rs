@@ -334,6 +334,64 @@ fn a_map_with_a_covariate_is_better_and_says_what_it_did() {
     assert_eq!(empty, sea + without);
 }
 
+/// Draws and districts with a covariate, of every kind of model: one field whatever the tile, no number
+/// where there is no covariate, and a district whose mean is that of the map.
+#[test]
+fn draws_and_districts_take_covariates() {
+    let country = Country::new();
+    let survey = country.path("survey.csv");
+    let height = format!("height={}", country.path("height.tif"));
+    let square = serde_json::json!([[[-3.0, 1.5], [-1.5, 1.5], [-1.5, 2.6], [-3.0, 2.6], [-3.0, 1.5]]]);
+    let geometry = serde_json::json!({ "type": "Polygon", "coordinates": square });
+    let feature =
+        serde_json::json!({ "type": "Feature", "properties": { "name": "a" }, "geometry": geometry });
+    let layer = serde_json::json!({ "type": "FeatureCollection", "features": [feature] });
+    let districts = country.path("districts.geojson");
+    fs::write(&districts, layer.to_string()).unwrap();
+    let pixels = |out: &str, name: &str, band: usize| {
+        let raster = Dataset::open(Path::new(out).join(name)).unwrap();
+        raster.rasterband(band).unwrap().read_band_as::<f64>().unwrap().data().to_vec()
+    };
+    for model in ["gp", "vecchia", "prevalence"] {
+        let how = ["--surveys", &survey, "--like", GRID, "--model", model, "--covariate", &height];
+        let quick = ["--no-pictures", "--products", "mean,sd", "--draws", "30"];
+        let outs = [country.path(&format!("{model}-1")), country.path(&format!("{model}-2"))];
+        for (out, tile) in outs.iter().zip(["32", "96"]) {
+            let tile = ["--tile", tile, "--out", out];
+            ok(&[&["map"], &how[..], &quick[..], &tile[..]].concat());
+        }
+        let (mean, sd) = (pixels(&outs[0], "mean.tif", 1), pixels(&outs[0], "sd.tif", 1));
+        let (mut off, mut wide, mut n) = (0.0, 0.0, 0.0);
+        let draws: Vec<Vec<f64>> = (1..=30).map(|b| pixels(&outs[0], "draws.tif", b)).collect();
+        for (band, draw) in draws.iter().enumerate() {
+            let other = pixels(&outs[1], "draws.tif", band + 1);
+            let same = draw.iter().zip(&other).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{model}: draw {} hangs on the tile", band + 1);
+            assert!(draw.iter().zip(&mean).all(|(a, b)| a.is_nan() == b.is_nan()));
+        }
+        for i in (0..mean.len()).filter(|i| !mean[*i].is_nan()) {
+            let of: Vec<f64> = draws.iter().map(|d| d[i]).collect();
+            let m = of.iter().sum::<f64>() / 30.0;
+            off += (m - mean[i]) / sd[i];
+            wide += of.iter().map(|v| (v - m).powi(2)).sum::<f64>() / 29.0 / sd[i].powi(2);
+            n += 1.0;
+        }
+        // All pixels of a draw move together: a standard error of a fifth of an sd.
+        assert!((off / n).abs() < 0.6, "{model}: draws are {} sds off", off / n);
+        assert!((0.6..1.5).contains(&(wide / n)), "{model}: variance {} of the map's", wide / n);
+        // The same district from the finished map, and from its flags.
+        let table = [country.path(&format!("{model}-a.csv")), country.path(&format!("{model}-b.csv"))];
+        let ask = ["areas", "--areas", &districts, "--draws", "80", "--out"];
+        let said = ok(&[&ask[..], &[&table[0], "--map", &outs[0]]].concat());
+        assert!(said.contains("lie outside") || said.contains("lack data"), "{said}");
+        ok(&[&ask[..], &[&table[1], "--"], &how[..]].concat());
+        let [one, other] = table.map(|t| isopleth::geo::table::Columns::read(Path::new(&t)).unwrap());
+        assert_eq!(one.numbers("mean").unwrap(), other.numbers("mean").unwrap());
+        let (said, low) = (one.numbers("mean").unwrap()[0], one.numbers("lower_95").unwrap()[0]);
+        assert!(low < said && said - low < 0.2 && said > 0.05, "{model}: {low} {said}");
+    }
+}
+
 fn score(args: &[&str]) -> Value {
     serde_json::from_str(&ok(&[&["validate", "--folds", "5", "--json"], args].concat())).unwrap()
 }
