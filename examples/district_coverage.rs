@@ -262,8 +262,7 @@ fn by_covariate(index: u64, draws: usize, mapped: Mapped) -> Result<Held> {
             let fitted = dependence(&context, likelihood)?;
             let conditioned = fitted.condition(&context)?;
             let field = conditioned.field(draws, index, 2.5)?;
-            let surfaces =
-                Surfaces::joined(&*posterior, Device::Cpu, &*field, Link::Logit, &frame);
+            let surfaces = Surfaces::joined(&*posterior, Device::Cpu, &*field, Link::Logit, &frame);
             judge(&surfaces, &*posterior, &pixels, truth)
         }
     }

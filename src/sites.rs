@@ -66,6 +66,16 @@ impl Sites {
         self.map(|x| Ok(x.narrow(0, start, len)?.contiguous()?))
     }
 
+    /// The same places with covariates as further coordinates, behind their own.
+    pub fn joined(&self) -> Result<Self> {
+        let Some(x) = &self.x else { return Ok(self.clone()) };
+        Ok(Sites {
+            s: Tensor::cat(&[&self.s, &x.to_dtype(self.s.dtype())?], 2)?,
+            t: self.t.clone(),
+            x: None,
+        })
+    }
+
     /// Coordinates on the host in f64: `[batch][site][dimension]`.
     pub fn host(&self) -> Result<Vec<Vec<Vec<f64>>>> {
         Ok(self.s.to_dtype(DType::F64)?.to_vec3::<f64>()?)

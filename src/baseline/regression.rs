@@ -376,7 +376,8 @@ impl Posterior for Conditioned<'_> {
         let count = self.parts.len();
         let mut all = Vec::new();
         let mut link = self.parts.first().map(|_| Link::Identity);
-        for (i, (beta, (posterior, level))) in self.whole.betas.iter().zip(&self.parts).enumerate() {
+        for (i, (beta, (posterior, level))) in self.whole.betas.iter().zip(&self.parts).enumerate()
+        {
             let each = n / count + usize::from(i < n % count);
             if each == 0 {
                 continue;

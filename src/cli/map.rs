@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     cards::DeviceArgs,
-    covariates::{CovariateArgs, effects},
+    covariates::{self, CovariateArgs, effects},
     draws::Joint,
     output::Output,
     reading::ReadingArgs,
@@ -524,11 +524,13 @@ pub(super) fn open_model(
             .fact("model", name)
             .try_this("`isopleth list models` shows the models for maps"));
     }
+    let reads = covariates::reads(name, checkpoint.covariates(), survey)?;
     let process = checkpoint.process_reading(device, reading)?;
     let (process, coefficients): (Box<dyn Process + Send + Sync>, _) =
         match (moved, &context.sites.x) {
             (Some(moved), _) => (Box::new(placed(process, tasks.design(), moved)), None),
             (None, None) => (process, None),
+            (None, Some(_)) if reads => (process, None),
             (None, Some(_)) => {
                 let (coefficients, _) = Coefficients::of(context, wanted)?;
                 let betas = coefficients.spread()?;

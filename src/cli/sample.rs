@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::{map::round, say};
+use super::{covariates::about_covariates, map::round, say};
 use crate::{
     error::{Error, Result},
     geo::table::{Column, Columns},
@@ -51,8 +51,8 @@ const PANELS: usize = 48;
 /// # Errors
 /// [`Error::Input`] for a bad recipe, an unknown kind of file, or one that exists without --force.
 pub fn run(args: &Args) -> Result<()> {
-    let tasks =
-        Recipe::read(&args.recipe)?.tasks().map_err(|e| e.fact("recipe", args.recipe.display()))?;
+    let recipe = Recipe::read(&args.recipe)?;
+    let tasks = recipe.tasks().map_err(|e| e.fact("recipe", args.recipe.display()))?;
     let picture = match args.out.extension().and_then(|e| e.to_str()) {
         Some("png") => true,
         Some("parquet" | "csv") => false,
@@ -80,6 +80,7 @@ pub fn run(args: &Args) -> Result<()> {
         true => draw_sheet(args, &tasks)?,
         false => write_table(args, &tasks)?,
     }
+    about_covariates(&recipe, &args.recipe).into_iter().try_for_each(say)?;
     say(format!("{}: {} draws, seed {}", args.out.display(), args.count, args.seed))
 }
 
@@ -108,7 +109,9 @@ fn write_table(args: &Args, tasks: &Tasks) -> Result<()> {
         Kind::Exposure => vec!["cases", "exposure"],
         Kind::Value | Kind::Positive => vec!["value"],
     });
-    let names: Vec<String> = names.into_iter().map(String::from).collect();
+    let mut names: Vec<String> = names.into_iter().map(String::from).collect();
+    let specs = tasks.effects().map_or(&[][..], |effects| effects.specs());
+    names.extend(specs.iter().map(|spec| spec.name.clone()));
     let chunks = (0..args.count).map(|index| {
         let (mut rng, sites) = begin(args, tasks, index);
         let draw = tasks.draws(sites, 1, &mut rng)?.remove(0);
@@ -128,6 +131,8 @@ fn write_table(args: &Args, tasks: &Tasks) -> Result<()> {
             Column::Numbers(draw.y),
         ];
         columns.extend(draw.trials.map(Column::Numbers));
+        let covariates = draw.covariates.into_iter().flat_map(|seen| seen.values);
+        columns.extend(covariates.map(Column::Numbers));
         Ok(columns)
     });
     Columns::write(&args.out, &names, chunks)
@@ -247,7 +252,7 @@ fn caption(draw: &Draw, link: Link, dim: usize) -> [String; 2] {
     };
     first += &format!(", mean {mean}");
     let nugget = round(rule.nugget.sqrt());
-    let second = match &rule.kernel {
+    let mut second = match &rule.kernel {
         Some(kernel) => format!(
             "range {}, sd {}, nugget sd {nugget}",
             ranges(&**kernel, dim),
@@ -255,6 +260,15 @@ fn caption(draw: &Draw, link: Link, dim: usize) -> [String; 2] {
         ),
         None => format!("nugget sd {nugget}"),
     };
+    if let Some(seen) = &draw.covariates {
+        let (slopes, bends) = seen.acting.about();
+        let each: Vec<String> = slopes.iter().map(|sd| round(*sd)).collect();
+        second += &match (each.is_empty(), bends) {
+            (true, _) => ", no effects".to_string(),
+            (false, 0) => format!(", effects' sd {}", each.join(" ")),
+            (false, _) => format!(", effects' sd {}, bent", each.join(" ")),
+        };
+    }
     [first, second]
 }
 

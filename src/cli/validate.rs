@@ -9,7 +9,7 @@ use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::{
-    covariates::CovariateArgs,
+    covariates::{self, CovariateArgs},
     map::{exact, nearest, placed},
     note,
     output::Output,
@@ -212,10 +212,12 @@ fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> 
     }
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
+    let reads = covariates::reads(model, checkpoint.covariates(), survey)?;
     let design = checkpoint.recipe()?.tasks()?.design().clone();
     let process: Arc<dyn Process + Send + Sync> = checkpoint.process(&Device::Cpu)?.into();
     Ok(Box::new(move |context, targets, moved| match (moved, &context.sites.x) {
         (None, None) => process.condition(context)?.at(targets),
+        (None, Some(_)) if reads => process.condition(context)?.at(targets),
         (None, Some(_)) => {
             let (coefficients, _) = Coefficients::of(context, wanted)?;
             let all = Regressed::new(process.clone(), coefficients.spread()?, wanted, true);

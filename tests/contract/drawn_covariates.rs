@@ -285,7 +285,8 @@ fn intervals_of_districts_with_a_covariate_hold_what_they_should() -> Result<()>
         covariates: None,
     };
     let binomial = likelihood::find("binomial")?;
-    let gp = ExactGp::new(Box::new(kernel(0.5)), NUGGET, -1.0, binomial)?.with_covariates(1, TAU)?;
+    let gp =
+        ExactGp::new(Box::new(kernel(0.5)), NUGGET, -1.0, binomial)?.with_covariates(1, TAU)?;
     let one = |index: u64| -> Result<[bool; 2]> {
         let (context, pixels, truth) = country(index)?;
         let held = |field: &dyn Field| -> Result<bool> {

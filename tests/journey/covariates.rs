@@ -341,10 +341,10 @@ fn draws_and_districts_take_covariates() {
     let country = Country::new();
     let survey = country.path("survey.csv");
     let height = format!("height={}", country.path("height.tif"));
-    let square = serde_json::json!([[[-3.0, 1.5], [-1.5, 1.5], [-1.5, 2.6], [-3.0, 2.6], [-3.0, 1.5]]]);
+    let square =
+        serde_json::json!([[[-3.0, 1.5], [-1.5, 1.5], [-1.5, 2.6], [-3.0, 2.6], [-3.0, 1.5]]]);
     let geometry = serde_json::json!({ "type": "Polygon", "coordinates": square });
-    let feature =
-        serde_json::json!({ "type": "Feature", "properties": { "name": "a" }, "geometry": geometry });
+    let feature = serde_json::json!({ "type": "Feature", "properties": { "name": "a" }, "geometry": geometry });
     let layer = serde_json::json!({ "type": "FeatureCollection", "features": [feature] });
     let districts = country.path("districts.geojson");
     fs::write(&districts, layer.to_string()).unwrap();
@@ -380,12 +380,14 @@ fn draws_and_districts_take_covariates() {
         assert!((off / n).abs() < 0.6, "{model}: draws are {} sds off", off / n);
         assert!((0.6..1.5).contains(&(wide / n)), "{model}: variance {} of the map's", wide / n);
         // The same district from the finished map, and from its flags.
-        let table = [country.path(&format!("{model}-a.csv")), country.path(&format!("{model}-b.csv"))];
+        let table =
+            [country.path(&format!("{model}-a.csv")), country.path(&format!("{model}-b.csv"))];
         let ask = ["areas", "--areas", &districts, "--draws", "80", "--out"];
         let said = ok(&[&ask[..], &[&table[0], "--map", &outs[0]]].concat());
         assert!(said.contains("lie outside") || said.contains("lack data"), "{said}");
         ok(&[&ask[..], &[&table[1], "--"], &how[..]].concat());
-        let [one, other] = table.map(|t| isopleth::geo::table::Columns::read(Path::new(&t)).unwrap());
+        let [one, other] =
+            table.map(|t| isopleth::geo::table::Columns::read(Path::new(&t)).unwrap());
         assert_eq!(one.numbers("mean").unwrap(), other.numbers("mean").unwrap());
         let (said, low) = (one.numbers("mean").unwrap()[0], one.numbers("lower_95").unwrap()[0]);
         assert!(low < said && said - low < 0.2 && said > 0.05, "{model}: {low} {said}");
@@ -449,6 +451,74 @@ fn predictions_read_covariates_from_columns_and_rasters() {
     let table = isopleth::geo::table::Columns::read(&out).unwrap();
     let mean = table.numbers("surface_mean").unwrap();
     assert!(mean[0].is_finite() && mean[1].is_nan(), "{mean:?}");
+}
+
+/// A network trained on a country's own raster: from the recipe to the map, without the raster once it
+/// was read, and with the covariates that it was trained with or none at all.
+#[test]
+fn a_network_is_trained_on_rasters_and_maps_with_them() {
+    let country = Country::new();
+    let (survey, height) = (country.path("survey.csv"), country.path("height.tif"));
+    let tiny = "[model]\nkind = \"tnp-kr\"\nwidth = 8\nblocks = 1\nheads = 2\nkey_width = 4\n\
+        value_width = 4\nembed = [8]\nfeed_forward = 8\nhead_widths = [8]\n[prior]\nkind = \"gp\"\n\
+        [design]\ncontext = [{ sites = [5, 40], weight = 1 }]\ntargets = 8\n\
+        [covariates]\nterms = [\"height=height.tif,knot:300\"]\nnodes = 4000\n\
+        [train]\nsteps = 3\nrows = 2\nvalidate_tasks = 2\n";
+    let recipe = country.path("mine.toml");
+    fs::write(&recipe, tiny).unwrap();
+    let (picture, table) = (country.path("draws.png"), country.path("draws.csv"));
+    let said = ok(&["sample", &recipe, "--out", &picture, "--count", "2"]);
+    let kept = country.path("mine.covariates.safetensors");
+    assert!(said.contains("covariates: height at") && said.contains(&kept), "{said}");
+    ok(&["sample", &recipe, "--out", &table, "--count", "2", "--sites", "30"]);
+    let drawn = isopleth::geo::table::Columns::read(&table).unwrap();
+    let values = drawn.numbers("height").unwrap();
+    // 100 · (sin + cos) + 300, in the raster's own unit.
+    assert!(values.iter().all(|v| (99.0..501.0).contains(v)), "{values:?}");
+    let model = country.path("mine.safetensors");
+    // Where the raster is not, what was kept is enough.
+    fs::rename(&height, country.path("away.tif")).unwrap();
+    ok(&["train", &recipe, "--out", &model]);
+    let other = country.path("other.toml");
+    fs::write(&other, tiny.replace("knot:300", "knot:310")).unwrap();
+    fs::copy(&kept, country.path("other.covariates.safetensors")).unwrap();
+    let error = refused(&["train", &other, "--out", &country.path("no.safetensors")]);
+    assert_error(&error, "are of another recipe", &["other.covariates"], "isopleth sample");
+    fs::rename(country.path("away.tif"), &height).unwrap();
+    let out = country.path("out");
+    let how = ["--surveys", &survey, "--like", GRID, "--model", &model, "--out", &out];
+    let covariate = format!("height={height},knot:300");
+    let said = ok(&[&["map", "--no-pictures", "--covariate", &covariate], &how[..]].concat());
+    assert!(
+        !said.contains("effects"),
+        "a network that reads covariates has no coefficients: {said}"
+    );
+    ok(&[
+        "validate",
+        "--surveys",
+        &survey,
+        "--folds",
+        "4",
+        "--model",
+        &model,
+        "--covariate",
+        &covariate,
+    ]);
+    let record = fs::read_to_string(country.folder.path().join("out/run.json")).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
+    assert_eq!(record["model"]["covariates"]["specs"][0]["name"], "height");
+    let said = ok(&["inspect", &model]);
+    assert!(said.contains("height from height.tif"), "{said}");
+    // Without them, or with others: refused, with what to type.
+    let force = ["--force"];
+    let help = "--covariate height=FILE,knot:300";
+    let error = refused(&[&["map"], &how[..], &force].concat());
+    assert_error(&error, "and the survey has none", &["height from"], help);
+    for (name, options) in [("height", ""), ("hill", ",knot:300"), ("height", ",log,knot:300")] {
+        let given = format!("{name}={height}{options}");
+        let error = refused(&[&["map", "--covariate", &given], &how[..], &force].concat());
+        assert_error(&error, "are not those that the model was trained with", &["given"], help);
+    }
 }
 
 #[test]
