@@ -213,12 +213,13 @@ impl Spec {
         Ok(self)
     }
 
-    /// Whether it is the same number of a place as another: by any file that holds the same.
+    /// Whether it is the same number of a place as another: from any file that holds the same, or from a
+    /// column of a table, whose numbers were read by somebody else.
     pub fn is_like(&self, other: &Spec) -> bool {
-        let own = |spec: &Spec| {
-            (spec.name.clone(), spec.categorical, spec.scale, spec.knots.clone(), spec.sampling)
-        };
-        own(self) == own(other)
+        let column = [self, other].iter().any(|spec| matches!(spec.source, Source::Column(_)));
+        (&self.name, self.categorical, self.scale, &self.knots)
+            == (&other.name, other.categorical, other.scale, &other.knots)
+            && (column || self.sampling == other.sampling)
     }
 
     /// How it is asked for, with `FILE` for its file.
