@@ -251,8 +251,11 @@ fn caption(draw: &Draw, link: Link, dim: usize) -> [String; 2] {
         _ => round(link.outcome(rule.mean)),
     };
     first += &format!(", mean {mean}");
+    if let Some(seen) = &draw.covariates {
+        first += &format!(", effects' sd {}", round(seen.acting.sd()));
+    }
     let nugget = round(rule.nugget.sqrt());
-    let mut second = match &rule.kernel {
+    let second = match &rule.kernel {
         Some(kernel) => format!(
             "range {}, sd {}, nugget sd {nugget}",
             ranges(&**kernel, dim),
@@ -260,15 +263,6 @@ fn caption(draw: &Draw, link: Link, dim: usize) -> [String; 2] {
         ),
         None => format!("nugget sd {nugget}"),
     };
-    if let Some(seen) = &draw.covariates {
-        let (slopes, bends) = seen.acting.about();
-        let each: Vec<String> = slopes.iter().map(|sd| round(*sd)).collect();
-        second += &match (each.is_empty(), bends) {
-            (true, _) => ", no effects".to_string(),
-            (false, 0) => format!(", effects' sd {}", each.join(" ")),
-            (false, _) => format!(", effects' sd {}, bent", each.join(" ")),
-        };
-    }
     [first, second]
 }
 

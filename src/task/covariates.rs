@@ -278,9 +278,10 @@ impl Acting {
         lines + bends.sum::<f64>()
     }
 
-    /// Sds of the slopes that are not 0, and whether curves or interactions are drawn.
-    pub fn about(&self) -> (Vec<f64>, usize) {
-        (self.slopes.iter().copied().filter(|sd| *sd > 0.0).collect(), self.bends.len())
+    /// Sd of all effects together where every feature is one sd from its mean: 0 where nothing acts.
+    pub fn sd(&self) -> f64 {
+        let slopes = self.slopes.iter().map(|sd| sd * sd).sum::<f64>();
+        (slopes + self.bends.iter().map(|(_, sd, _)| sd * sd).sum::<f64>()).sqrt()
     }
 }
 
