@@ -152,8 +152,7 @@ fn sites(n: usize, rng: &mut Stream) -> Sites {
 /// Means at every target, and behind them sds.
 fn ask(process: &dyn Process, context: &Observations, targets: &Sites) -> Result<Vec<f64>> {
     let marginals = process.condition(context)?.at(targets)?.marginals(0, Of::Surface)?;
-    let (mean, sd): (Vec<f64>, Vec<f64>) =
-        (0..targets.len()).map(|i| marginals.mean_sd(i)).unzip();
+    let (mean, sd): (Vec<f64>, Vec<f64>) = (0..targets.len()).map(|i| marginals.mean_sd(i)).unzip();
     Ok([mean, sd].concat())
 }
 
