@@ -196,9 +196,9 @@ fn networks_read_covariates_or_refuse_them() -> Result<()> {
             ..seen.clone()
         };
         assert!(gap(&whole, &ask(&*model, &turned, &asked)?) < 1e-4, "{}: order", entry.name);
-        for i in 0..9 {
+        for (i, mean) in whole[..9].iter().enumerate() {
             let alone = ask(&*model, &seen, &asked.narrow(i, 1)?)?;
-            assert!((alone[0] - whole[i]).abs() < 1e-5, "{}: asked alone", entry.name);
+            assert!((alone[0] - mean).abs() < 1e-5, "{}: asked alone", entry.name);
         }
         let other = |sites: &Sites, by: f64| -> Result<Sites> {
             let x = (sites.x.as_ref().unwrap() + by)?;

@@ -98,6 +98,7 @@ fn seen(at: &Places, counts: bool, rng: &mut Stream) -> Observations {
 /// The field's means and sds are those given, and over draws so are means, sds and correlations.
 fn has_the_law(what: &str, drawn: &Drawn, mean: &[f64], covariance: &[Vec<f64>], close: f64) {
     let n = mean.len();
+    assert_eq!(covariance.len(), n);
     let of: Vec<Vec<f64>> = drawn
         .deviations
         .chunks_exact(DRAWS)
@@ -105,10 +106,10 @@ fn has_the_law(what: &str, drawn: &Drawn, mean: &[f64], covariance: &[Vec<f64>],
         .collect();
     assert_eq!(of.len(), n);
     let [mut apart, mut noise] = [0.0; 2];
-    for i in 0..n {
+    for (i, mean) in mean.iter().enumerate() {
         let sd = covariance[i][i].sqrt();
-        let (off, wide) = ((drawn.mean[i] - mean[i]) / sd, drawn.sd[i] / sd);
-        assert!(off.abs() < close, "{what}: mean {} for {}", drawn.mean[i], mean[i]);
+        let (off, wide) = ((drawn.mean[i] - mean) / sd, drawn.sd[i] / sd);
+        assert!(off.abs() < close, "{what}: mean {} for {mean}", drawn.mean[i]);
         assert!((wide - 1.0).abs() < close, "{what}: sd {} for {sd}", drawn.sd[i]);
         let own = of[i].iter().sum::<f64>() / DRAWS as f64;
         // Five standard errors of the mean; six of the sd, and what waves add to it.
@@ -167,9 +168,9 @@ fn coefficients_are_drawn_with_the_surface() -> Result<()> {
     has_the_law("nearest", &field.at(&to.sites())?, &mean, &covariance, 1e-4);
     // It has the mean and sd of its own mixture too.
     let own = posterior.at(&to.sites())?.marginals(0, Of::Surface)?;
-    for t in 0..m {
+    for (t, mean) in mean.iter().enumerate() {
         let (a, s) = own.mean_sd(t);
-        assert!((a - mean[t]).abs() < 1e-6 && (s * s / covariance[t][t] - 1.0).abs() < 1e-6);
+        assert!((a - mean).abs() < 1e-6 && (s * s / covariance[t][t] - 1.0).abs() < 1e-6);
     }
     Ok(())
 }
@@ -198,9 +199,9 @@ fn coefficients_of_counts_are_drawn_with_the_surface() -> Result<()> {
     let taken = Regressed::near(Arc::new(near), law, likelihood::find("binomial")?)?;
     let drawn = taken.condition(&context)?;
     let drawn = drawn.field(DRAWS, 4, 3.0)?.at(&to.sites())?;
-    for t in 0..m {
+    for (t, mean) in mean.iter().enumerate() {
         let sd = covariance[t][t].sqrt();
-        let (off, wide) = ((drawn.mean[t] - mean[t]) / sd, drawn.sd[t] / sd);
+        let (off, wide) = ((drawn.mean[t] - mean) / sd, drawn.sd[t] / sd);
         assert!(off.abs() < 0.2 && (wide - 1.0).abs() < 0.1, "{t}: {off} sds, {wide} as wide");
     }
     Ok(())

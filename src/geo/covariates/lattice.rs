@@ -146,8 +146,8 @@ impl Lattice {
             }
         }
         for values in &mut self.values {
-            for i in 0..from.len() {
-                values[i] = values[from[i].unwrap_or(i)];
+            for (i, from) in from.iter().enumerate() {
+                values[i] = values[from.unwrap_or(i)];
             }
         }
     }
