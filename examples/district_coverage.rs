@@ -121,7 +121,8 @@ fn frame() -> Result<Frame> {
     let plane = Crs::from_user("local:km")?;
     Ok(Frame {
         plane,
-        centre: [0.0; 2],
+        geometry: Default::default(),
+        centre: vec![0.0; 2],
         metres_per_unit: 1000.0,
         y_mean: 0.0,
         y_sd: 1.0,
@@ -253,7 +254,7 @@ fn by_covariate(index: u64, draws: usize, mapped: Mapped) -> Result<Held> {
             own(&gp.with_covariates(1, EFFECT * EFFECT)?)
         }
         Mapped::Fitted => own(&ExactGp::fit(&context, likelihood)?),
-        Mapped::Vecchia => own(&Regressed::nearest(&context, likelihood)?.0),
+        Mapped::Vecchia => own(&Regressed::nearest(&context, likelihood, false)?.0),
         Mapped::Model(checkpoint) => {
             let (coefficients, _) = Coefficients::of(&context, likelihood)?;
             let process = checkpoint.process(cpu)?.into();

@@ -287,6 +287,7 @@ fn main() -> Result<()> {
                 dropped: Vec::new(),
                 covariates: None,
                 displacement: None,
+                geometry: Default::default(),
                 notes: Vec::new(),
             };
             let frame = Frame::fit(&survey)?;

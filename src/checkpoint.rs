@@ -92,6 +92,16 @@ const SHIPPED: &[Shipped] = &[
         about: "continuous values: surface and new noisy value, for surveys on the plane",
         bytes: include_bytes!("../models/continuous.safetensors"),
     },
+    Shipped {
+        name: "kriging-values",
+        about: "continuous values at any number of sites: kriging under covariances read off the data",
+        bytes: include_bytes!("../models/kriging-values.safetensors"),
+    },
+    Shipped {
+        name: "kriging-counts",
+        about: "binomial counts at any number of sites: kriging under covariances read off the data",
+        bytes: include_bytes!("../models/kriging-counts.safetensors"),
+    },
 ];
 
 struct Shipped {
@@ -206,6 +216,15 @@ impl Checkpoint {
     /// The covariates that the model was trained with; none for most.
     pub fn covariates(&self) -> &[Spec] {
         self.card.covariates.as_ref().map_or(&[], |head| &head.specs)
+    }
+
+    /// Whether the model takes time linear in the sites and holds at any number of them.
+    pub fn any_size(&self) -> bool {
+        let kind = |recipe: Recipe| {
+            let kind = recipe.table("model").ok()?.get("kind")?.as_str()?.to_string();
+            Some(kind)
+        };
+        self.recipe().ok().and_then(kind).as_deref() == Some(model::kriging::ENTRY.name)
     }
 
     /// How observations arise for this model.

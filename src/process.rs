@@ -22,6 +22,12 @@ pub trait Process {
         Memory { conditioning: sites << 15, held: sites << 14, target: 1 << 15 }
     }
 
+    /// Whether it asks nothing of places but how far apart they are, so that they may have any number of
+    /// coordinates.
+    fn any_dimension(&self) -> bool {
+        false
+    }
+
     /// What training minimises on a batch of tasks, for processes that learn otherwise than by the
     /// mean log density at each target alone: those with latent variables, joint densities,
     /// penalties or inner loops. Nothing for all others.
@@ -42,6 +48,9 @@ impl Process for std::sync::Arc<dyn Process + Send + Sync> {
     }
     fn memory(&self, sites: usize) -> Memory {
         (**self).memory(sites)
+    }
+    fn any_dimension(&self) -> bool {
+        (**self).any_dimension()
     }
     fn objective(
         &self,

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 /// Places that can be observed, in model units.
 #[derive(Debug, Clone)]
 pub struct Sites {
-    /// Coordinates `[batch, site, 2]` (or `[batch, site, 1]` on a line), model units.
+    /// Coordinates `[batch, site, 2]` (1 on a line, 3 on the globe), model units.
     pub s: Tensor,
     /// Time `[batch, site, 1]`, model units.
     pub t: Option<Tensor>,
@@ -23,8 +23,13 @@ impl Sites {
 
     /// One row of planar sites from host coordinates in model units.
     pub fn plane(xy: &[[f64; 2]], device: &Device) -> Result<Self> {
-        let flat: Vec<f32> = xy.iter().flat_map(|p| [p[0] as f32, p[1] as f32]).collect();
-        Ok(Self::new(Tensor::from_vec(flat, (1, xy.len(), 2), device)?))
+        Self::flat(xy.as_flattened(), 2, device)
+    }
+
+    /// One row of sites from host coordinates `[site, dim]` in model units.
+    pub fn flat(places: &[f64], dim: usize, device: &Device) -> Result<Self> {
+        let flat: Vec<f32> = places.iter().map(|c| *c as f32).collect();
+        Ok(Self::new(Tensor::from_vec(flat, (1, places.len() / dim.max(1), dim), device)?))
     }
 
     /// Rows in the batch.
@@ -190,7 +195,16 @@ pub struct Task {
     /// The true surface plus the nugget at the targets `[batch, target, 1]`, link scale: a new
     /// village's logit prevalence or log rate, or a new noisy value.
     pub noisy: Tensor,
+    /// What ruled each row, for networks that learn to read it: `[batch, 7]`, see [`HYPER`]. Nothing
+    /// where no kernel is known.
+    pub hyper: Option<Tensor>,
 }
+
+/// Numbers of [`Task::hyper`]: 1 where one Matérn kernel ruled the row, else all are 0; which of
+/// [`Smoothness::all`](crate::kernel::Smoothness::all) it had; the logarithms of its length scale (model
+/// units, the geometric mean over directions), sill and nugget (link scale²); and the logarithm of the
+/// ratio of its length scales times cosine and sine of twice their angle.
+pub const HYPER: usize = 7;
 
 impl Task {
     /// The same task on another device.
@@ -200,6 +214,7 @@ impl Task {
             target: self.target.to_device(device)?,
             surface: self.surface.to_device(device)?,
             noisy: self.noisy.to_device(device)?,
+            hyper: self.hyper.as_ref().map(|h| h.to_device(device)).transpose()?,
         })
     }
 }
@@ -215,16 +230,22 @@ impl Task {
 ///
 /// Returns `None` when the sites do not span a box: fewer than two places, or not finite.
 pub fn unit_box(xy: &[[f64; 2]]) -> Option<([f64; 2], f64)> {
-    let mut low = [f64::INFINITY; 2];
-    let mut high = [f64::NEG_INFINITY; 2];
-    for p in xy {
-        for d in 0..2 {
+    let (centre, unit) = span(xy.as_flattened(), 2)?;
+    Some(([centre[0], centre[1]], unit))
+}
+
+/// [`unit_box`] in any number of dimensions, of `places` `[place, dim]`.
+pub fn span(places: &[f64], dim: usize) -> Option<(Vec<f64>, f64)> {
+    let mut low = vec![f64::INFINITY; dim];
+    let mut high = vec![f64::NEG_INFINITY; dim];
+    for p in places.chunks_exact(dim) {
+        for d in 0..dim {
             low[d] = low[d].min(p[d]);
             high[d] = high[d].max(p[d]);
         }
     }
-    let unit = 0.5 * (high[0] - low[0]).max(high[1] - low[1]);
-    let centre = [0.5 * (low[0] + high[0]), 0.5 * (low[1] + high[1])];
+    let unit = 0.5 * (0..dim).map(|d| high[d] - low[d]).fold(f64::NEG_INFINITY, f64::max);
+    let centre = (0..dim).map(|d| 0.5 * (low[d] + high[d])).collect();
     (unit.is_finite() && unit > 0.0).then_some((centre, unit))
 }
 

@@ -12,6 +12,8 @@ mod drawn_covariates;
 mod draws;
 #[path = "contract/exact_gp.rs"]
 mod exact_gp;
+#[path = "contract/geometry.rs"]
+mod geometry;
 #[path = "contract/integrated_gp.rs"]
 mod integrated_gp;
 #[path = "contract/kernels.rs"]
@@ -29,3 +31,5 @@ mod scores;
 mod surveys;
 #[path = "contract/validate.rs"]
 mod validate;
+#[path = "contract/windows.rs"]
+mod windows;

@@ -398,6 +398,7 @@ fn survey(outcome: survey::Outcome) -> Survey {
         covariates: None,
         dropped: Vec::new(),
         displacement: None,
+        geometry: Default::default(),
         notes: Vec::new(),
     }
 }

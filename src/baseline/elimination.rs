@@ -21,11 +21,20 @@ pub const fn row_of(i: usize) -> usize {
     i * (i + 1) / 2
 }
 
+/// Levels that a mean may have: one everywhere, and a slope along each coordinate of the plane.
+pub const LEVELS: usize = 3;
+
 simd::vectorised! {
     /// Cholesky's factor of `n` neighbours and, in the last row, of the place, in each lane; the
-    /// values and ones are whitened on the way. A neighbour that the nearer ones determine to
-    /// rounding adds nothing and is passed over. Returns Σ w z, Σ w and the variance of the place.
-    pub fn eliminate(n: usize, lower: &mut [Lane], value: &mut [Lane], one: &mut [Lane]) -> [Lane; 3] {
+    /// values and the levels, `n` of one after `n` of another, are whitened on the way. A neighbour
+    /// that the nearer ones determine to rounding adds nothing and is passed over. Returns Σ w z,
+    /// the variance of the place and Σ w x of each level.
+    pub fn eliminate(
+        n: usize,
+        lower: &mut [Lane],
+        value: &mut [Lane],
+        level: &mut [Lane],
+    ) -> [Lane; 2 + LEVELS] {
         for i in 0..=n {
             let (before, this) = lower.split_at_mut(row_of(i));
             let this = &mut this[..=i];
@@ -39,24 +48,35 @@ simd::vectorised! {
                 }
             }
             let known = dot(&this[..i], &this[..i]);
-            let (values, ones) = (dot(&this[..i], &value[..i]), dot(&this[..i], &one[..i]));
+            let values = dot(&this[..i], &value[..i]);
+            let mut levels = [Lane::default(); LEVELS];
+            for (known, level) in levels.iter_mut().zip(level.chunks_exact(n.max(1))) {
+                *known = dot(&this[..i], &level[..i]);
+            }
             if i == n {
                 let mut left = whole;
                 for l in 0..LANES {
                     left.0[l] -= known.0[l];
                 }
-                return [values, ones, left];
+                let mut said = [values, left, Lane::default(), Lane::default(), Lane::default()];
+                said[2..].copy_from_slice(&levels);
+                return said;
             }
             let least = f64::EPSILON * (n + 1) as f64;
+            let mut inverse = Lane::default();
             for l in 0..LANES {
                 let pivot = whole.0[l] - known.0[l];
-                let inverse = if pivot > least * whole.0[l] { 1.0 / pivot.sqrt() } else { 0.0 };
-                this[i].0[l] = inverse;
-                value[i].0[l] = (value[i].0[l] - values.0[l]) * inverse;
-                one[i].0[l] = (one[i].0[l] - ones.0[l]) * inverse;
+                inverse.0[l] = if pivot > least * whole.0[l] { 1.0 / pivot.sqrt() } else { 0.0 };
+                this[i].0[l] = inverse.0[l];
+                value[i].0[l] = (value[i].0[l] - values.0[l]) * inverse.0[l];
+            }
+            for (known, level) in levels.iter().zip(level.chunks_exact_mut(n)) {
+                for l in 0..LANES {
+                    level[i].0[l] = (level[i].0[l] - known.0[l]) * inverse.0[l];
+                }
             }
         }
-        [Lane::default(); 3]
+        [Lane::default(); 2 + LEVELS]
     }
 }
 

@@ -63,7 +63,7 @@ pub struct ExactGp {
 pub type MadeOf<'a> = &'a (dyn Fn(Matern) -> Result<Box<dyn Kernel>> + Sync);
 
 /// One row of a context on the host, padding removed.
-pub(super) struct Row {
+pub(crate) struct Row {
     /// Coordinates, and behind them the covariates.
     pub sites: Vec<Vec<f64>>,
     pub y: Vec<f64>,
@@ -545,7 +545,7 @@ pub(super) fn places(sites: &Sites, features: usize) -> Result<Vec<Vec<Vec<f64>>
 }
 
 /// Rows of a context on the host, padding removed, with `features` covariates behind coordinates.
-pub(super) fn rows(
+pub(crate) fn rows(
     context: &Observations,
     likelihood: &dyn Likelihood,
     features: usize,
@@ -660,6 +660,10 @@ impl std::fmt::Debug for ExactGp {
 impl Process for ExactGp {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         Ok(Box::new(Conditioned { gp: self, rows: self.absorb_all(context)? }))
+    }
+
+    fn any_dimension(&self) -> bool {
+        true
     }
 
     fn memory(&self, sites: usize) -> Memory {

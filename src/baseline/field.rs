@@ -7,7 +7,8 @@
 //! Sources: Journel & Huijbregts (1978), "Mining geostatistics", VII.A.1, for conditioning by
 //! kriging; Wilson et al. (2020), arXiv:2002.09309, for prior draws by waves and an exact correction:
 //! what waves lack is lacking in the prior alone. For counts, Σ is the noise of Laplace's
-//! pseudo-values.
+//! pseudo-values. The mean's levels are off by a draw of what is left open of them, which the error of
+//! kriging with known levels does not hang on.
 //!
 //! Covariates have a coefficient in each draw, of one law with its surface: it is drawn from its prior
 //! and moved by the sites as the surface is (universal kriging), or, where the process knows the
@@ -17,7 +18,9 @@ use faer::{Accum, Mat, MatRef, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
 use super::{
+    elimination::{LANES, Lane},
     exact_gp::{self, ExactGp},
+    kriging::{Levels, dot},
     nearest::{self, NearestGp},
     regression::Coefficients,
     spectral::Spectral,
@@ -46,13 +49,15 @@ fn check(draws: usize) -> Result<()> {
 }
 
 /// Longest distance between the sites' corners, or `extent` where that is longer.
-fn reach(x: &[f64], y: &[f64], extent: f64) -> f64 {
-    let side = |v: &[f64]| {
+fn reach(sites: &[Vec<f64>], extent: f64) -> f64 {
+    let side = |d: usize| {
+        let axis = sites.iter().map(|s| s[d]);
         let (low, high) =
-            v.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
+            axis.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
         (high - low).max(0.0)
     };
-    extent.max(side(x).hypot(side(y)))
+    let dim = sites.first().map_or(0, Vec::len);
+    extent.max((0..dim).map(|d| side(d).powi(2)).sum::<f64>().sqrt())
 }
 
 /// The mean's deviation from the prior's, in each draw.
@@ -67,37 +72,6 @@ fn slopes(draws: usize, features: usize, seed: u64) -> Mat<f64> {
         .map(|j| Stream::new(seed, "coefficients of a field", j as u64).normals(draws))
         .collect();
     Mat::from_fn(draws, features, |d, j| drawn[j][d])
-}
-
-/// The prior draws at places, a column for each: `[draw, place]`.
-fn prior_at(prior: &Spectral, draws: usize, x: &[f64], y: &[f64]) -> Mat<f32> {
-    let parts: Vec<Mat<f32>> = x
-        .par_chunks(CHUNK)
-        .zip(y.par_chunks(CHUNK))
-        .map(|(x, y)| {
-            let mut out = Mat::zeros(draws, x.len());
-            prior.add(x, y, out.as_mut());
-            out
-        })
-        .collect();
-    let mut whole = Mat::zeros(draws, x.len());
-    for (i, part) in parts.iter().enumerate() {
-        whole.as_mut().subcols_mut(i * CHUNK, part.ncols()).copy_from(part);
-    }
-    whole
-}
-
-/// Coordinates of one row of targets on a plane.
-fn plane(targets: &Sites) -> Result<[Vec<f64>; 2]> {
-    let mut rows = targets.host()?;
-    let (rows, places) = (rows.len(), rows.pop().unwrap_or_default());
-    if rows != 1 {
-        return Err(Error::axis("rows of targets to draw surfaces over", rows, 1));
-    }
-    if let Some(place) = places.iter().find(|place| place.len() != 2) {
-        return Err(Error::axis("dimensions of places to draw surfaces over", place.len(), 2));
-    }
-    Ok([0, 1].map(|d| places.iter().map(|place| place[d]).collect()))
 }
 
 /// Covariates of one row of targets: `[feature, target]`.
@@ -115,22 +89,54 @@ pub(super) fn behind(sites: &[Vec<f64>], features: usize) -> Mat<f64> {
     Mat::from_fn(features, sites.len(), |j, i| sites[i][sites[i].len() - features + j])
 }
 
-/// Coordinates of sites on a plane, with `features` numbers behind them; of sites on a line there are
-/// no fields.
-fn flat(sites: &[Vec<f64>], features: usize) -> Result<[Vec<f64>; 2]> {
-    if let Some(site) = sites.iter().find(|site| site.len() != 2 + features) {
-        let found = site.len() - features;
-        return Err(Error::axis("dimensions of sites to draw surfaces over", found, 2));
+/// The prior draws at places, a column for each: `[draw, place]`.
+fn prior_at(prior: &Spectral, draws: usize, places: &[Vec<f64>]) -> Mat<f32> {
+    let parts: Vec<Mat<f32>> = places
+        .par_chunks(CHUNK)
+        .map(|places| {
+            let mut out = Mat::zeros(draws, places.len());
+            prior.add(places, out.as_mut());
+            out
+        })
+        .collect();
+    let mut whole = Mat::zeros(draws, places.len());
+    for (i, part) in parts.iter().enumerate() {
+        whole.as_mut().subcols_mut(i * CHUNK, part.ncols()).copy_from(part);
     }
-    Ok([0, 1].map(|d| sites.iter().map(|site| site[d]).collect()))
+    whole
+}
+
+/// Coordinates of one row of targets, as many for each as sites have.
+fn places(targets: &Sites, dim: usize) -> Result<Vec<Vec<f64>>> {
+    let mut rows = targets.host()?;
+    let (rows, places) = (rows.len(), rows.pop().unwrap_or_default());
+    if rows != 1 {
+        return Err(Error::axis("rows of targets to draw surfaces over", rows, 1));
+    }
+    if let Some(place) = places.iter().find(|place| place.len() != dim) {
+        return Err(Error::axis("dimensions of places to draw surfaces over", place.len(), dim));
+    }
+    Ok(places)
+}
+
+/// Coordinates of sites on a plane or in space; of sites on a line there are no fields.
+fn spread(sites: &[Vec<f64>]) -> Result<usize> {
+    let dim = sites.first().map_or(2, Vec::len);
+    match dim {
+        2 | 3 => Ok(dim),
+        _ => Err(Error::input(
+            "joint draws are made on a plane or in space, and not in more dimensions",
+        )
+        .fact("coordinates of a site", dim)
+        .try_this("ways around a barrier may need more: leave the barrier out, or the draws")),
+    }
 }
 
 /// Draws given every site: of the exact process.
 pub(super) struct Dense<'a> {
     posterior: &'a dyn Posterior,
     gp: &'a ExactGp,
-    x: Vec<f64>,
-    y: Vec<f64>,
+    sites: Vec<Vec<f64>>,
     prior: Spectral,
     /// What a draw has everywhere: its mean, and what the sites take off it.
     level: Vec<f64>,
@@ -152,15 +158,16 @@ impl<'a> Dense<'a> {
     ) -> Result<Self> {
         check(draws)?;
         let features = gp.features();
-        let [x, y] = flat(&row.sites, features)?;
-        let n = x.len();
-        let prior = Spectral::new(&*gp.kernel, draws, seed, reach(&x, &y, extent))?;
+        let sites: Vec<Vec<f64>> =
+            row.sites.iter().map(|site| site[..site.len() - features].to_vec()).collect();
+        let (n, dim) = (sites.len(), spread(&sites)?);
+        let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent))?;
         let z = behind(&row.sites, features);
         let mut slopes = slopes(draws, features, seed);
         let sd = gp.coefficient_variance.sqrt();
         (0..features).for_each(|j| slopes.col_as_slice_mut(j).iter_mut().for_each(|v| *v *= sd));
         let mut level = levels(gp.mean_variance, draws, seed);
-        let drawn = prior_at(&prior, draws, &x, &y);
+        let drawn = prior_at(&prior, draws, &sites);
         // Noise in the factor's own scale, in which that of a count that says nothing is one too.
         let noise: Vec<Vec<f64>> = (0..n)
             .map(|i| {
@@ -190,27 +197,36 @@ impl<'a> Dense<'a> {
             *level += gp.mean_variance * column.iter().sum::<f64>();
         }
         let weight = Mat::from_fn(draws, n, |d, i| columns[d][i]);
-        let variance = gp.coefficient_variance;
-        let (by, z) = (weight.as_ref(), z.as_ref());
+        let (variance, by, z) = (gp.coefficient_variance, weight.as_ref(), z.as_ref());
         matmul(slopes.as_mut(), Accum::Add, by, z.transpose(), variance, Par::Seq);
-        Ok(Dense { posterior, gp, x, y, prior, level, slopes, weight })
+        Ok(Dense { posterior, gp, sites, prior, level, slopes, weight })
     }
 
     /// `[place, draw]`, at places with covariates `z` `[feature, place]`.
-    fn deviations(&self, x: &[f64], y: &[f64], z: MatRef<f64>) -> Vec<f32> {
+    fn deviations(&self, places: &[Vec<f64>], z: MatRef<f64>) -> Vec<f32> {
         let draws = self.level.len();
-        let mut known = Mat::<f64>::zeros(self.x.len(), x.len());
-        for (i, (x, y)) in x.iter().zip(y).enumerate() {
-            self.gp.kernel.column([*x, *y], &self.x, &self.y, known.col_as_slice_mut(i));
+        let axis = |d: usize| self.sites.iter().map(|s| s[d]).collect::<Vec<f64>>();
+        let plane = self.sites.iter().all(|s| s.len() == 2);
+        let (x, y) = if plane { (axis(0), axis(1)) } else { Default::default() };
+        let mut known = Mat::<f64>::zeros(self.sites.len(), places.len());
+        for (i, place) in places.iter().enumerate() {
+            let known = known.col_as_slice_mut(i);
+            match plane {
+                true => self.gp.kernel.column([place[0], place[1]], &x, &y, known),
+                false => known
+                    .iter_mut()
+                    .zip(&self.sites)
+                    .for_each(|(out, site)| *out = self.gp.kernel.covariance(site, place)),
+            }
         }
-        let mut moved = Mat::<f64>::zeros(draws, x.len());
+        let mut moved = Mat::<f64>::zeros(draws, places.len());
         let (weight, known) = (self.weight.as_ref(), known.as_ref());
         matmul(moved.as_mut(), Accum::Replace, weight, known, 1.0, Par::Seq);
         matmul(moved.as_mut(), Accum::Add, self.slopes.as_ref(), z, 1.0, Par::Seq);
-        let mut out = Mat::<f32>::zeros(draws, x.len());
-        self.prior.add(x, y, out.as_mut());
-        let mut all = Vec::with_capacity(draws * x.len());
-        for i in 0..x.len() {
+        let mut out = Mat::<f32>::zeros(draws, places.len());
+        self.prior.add(places, out.as_mut());
+        let mut all = Vec::with_capacity(draws * places.len());
+        for i in 0..places.len() {
             let (out, moved) = (out.col_as_slice(i), moved.col_as_slice(i));
             all.extend((0..draws).map(|d| out[d] + (moved[d] + self.level[d]) as f32));
         }
@@ -224,13 +240,12 @@ impl Field for Dense<'_> {
     }
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
-        let [x, y] = plane(targets)?;
+        let places = places(targets, self.sites.first().map_or(2, Vec::len))?;
         let z = features(targets, self.gp.features())?;
-        let parts: Vec<Vec<f32>> = x
+        let parts: Vec<Vec<f32>> = places
             .par_chunks(CHUNK)
-            .zip(y.par_chunks(CHUNK))
             .enumerate()
-            .map(|(i, (x, y))| self.deviations(x, y, z.subcols(i * CHUNK, x.len())))
+            .map(|(i, places)| self.deviations(places, z.subcols(i * CHUNK, places.len())))
             .collect();
         let marginals = self.posterior.at(targets)?.marginals(0, Of::Surface)?;
         // The surface is the same Gaussian in every component.
@@ -249,11 +264,12 @@ impl Field for Dense<'_> {
 pub(super) struct Local<'a> {
     gp: &'a NearestGp,
     row: &'a nearest::Fitted,
+    dim: usize,
     prior: Spectral,
-    /// The prior's mean in each draw, and how far off that the sites find it.
-    level: Vec<f32>,
-    found: Vec<f32>,
-    /// What noisy observations of each draw would be: `[draw, site]`.
+    /// How far off the mean's levels are found in each draw.
+    off: Vec<Levels>,
+    /// What noisy observations of each draw would be, or what counts would say of its surface:
+    /// `[draw, site]`.
     told: Mat<f32>,
     effects: Option<Effects>,
 }
@@ -261,19 +277,24 @@ pub(super) struct Local<'a> {
 /// Coefficients of a process that knows the surface given them: their law, and its draws.
 struct Effects {
     law: Coefficients,
-    /// The sites' covariates: `[feature, site]`.
-    x: Mat<f64>,
-    /// What the sites' covariates add to the estimate of the mean, for coefficients of one: `[feature]`.
-    found: Vec<f64>,
+    /// What is told of covariates at the sites as if they were surfaces, and of the mean's levels:
+    /// `[feature, site]`, `[feature]`.
+    told: Mat<f64>,
+    found: Vec<Levels>,
     /// The coefficients of each draw less their mean: `[feature][draw]`.
     slopes: Vec<Vec<f32>>,
 }
 
 impl Effects {
-    fn new(law: &Coefficients, x: Mat<f64>, draws: usize, seed: u64) -> Result<Self> {
+    fn new(
+        law: &Coefficients,
+        (told, found): (Mat<f64>, Vec<Levels>),
+        draws: usize,
+        seed: u64,
+    ) -> Result<Self> {
         let p = law.mean.len();
-        if x.nrows() != p {
-            return Err(Error::axis("covariates of sites and coefficients", x.nrows(), p));
+        if told.nrows() != p {
+            return Err(Error::axis("covariates of sites and coefficients", told.nrows(), p));
         }
         let factor = lower(law.covariance.clone(), p)?;
         let unit = slopes(draws, p, seed);
@@ -283,7 +304,7 @@ impl Effects {
             let drawn = factor.colour(&one);
             slopes.iter_mut().zip(drawn).for_each(|(all, one)| all.push(one as f32));
         }
-        Ok(Effects { law: law.clone(), x, found: vec![0.0; p], slopes })
+        Ok(Effects { law: law.clone(), told, found, slopes })
     }
 
     /// Adds what each draw's coefficients make of covariates `z` to `out` `[draw]`.
@@ -298,8 +319,8 @@ impl Effects {
         let p = z.len();
         let left: Vec<f64> = (0..p)
             .map(|j| {
-                let told = weighed.weights.iter().map(|(i, w)| w * self.x[(j, *i as usize)]);
-                z[j] - told.sum::<f64>() - weighed.unknown * self.found[j]
+                let told = weighed.weights.iter().map(|(i, w)| w * self.told[(j, *i as usize)]);
+                z[j] - told.sum::<f64>() - dot(weighed.levels, self.found[j])
             })
             .collect();
         let row = |i: usize| {
@@ -322,15 +343,15 @@ simd::vectorised! {
 
 impl<'a> Local<'a> {
     /// `draws` draws of the posterior of `gp` given `row`; or, where that is what coefficients of
-    /// `law` leave of a survey, whose sites have covariates `x` `[feature, site]`, of the two together.
+    /// `law` leave of a survey whose observations have covariates `[feature, observation]`, of the two
+    /// together.
     pub fn new(
         gp: &'a NearestGp,
         row: &'a nearest::Fitted,
-        law: Option<(&Coefficients, Mat<f64>)>,
-        [draws, seed]: [u64; 2],
+        law: Option<(&Coefficients, &Mat<f64>)>,
+        (draws, seed): (usize, u64),
         extent: f64,
     ) -> Result<Self> {
-        let draws = draws as usize;
         check(draws)?;
         let sites = row.sites();
         let n = sites.len();
@@ -341,65 +362,91 @@ impl<'a> Local<'a> {
                 .fact("memory", format!("{:.1} GiB", (4 * n * draws) as f64 / f64::from(1 << 30)))
                 .try_this(format!("ask for {} draws at the most", (MOST_HELD / n.max(1)).max(1))));
         }
-        let [x, y] = flat(&sites, 0)?;
-        let prior = Spectral::new(&*gp.kernel, draws, seed, reach(&x, &y, extent))?;
-        let mut effects = law.map(|(law, x)| Effects::new(law, x, draws, seed)).transpose()?;
-        let level: Vec<f32> =
-            levels(gp.mean_variance, draws, seed).iter().map(|v| *v as f32).collect();
-        let mut told = prior_at(&prior, draws, &x, &y);
-        for i in 0..n {
-            let sd = (gp.nugget + row.noise(i)).sqrt();
-            let mut rng = Stream::new(seed, "noise of a field", i as u64);
-            for (told, level) in told.col_as_slice_mut(i).iter_mut().zip(&level) {
-                *told += level + (sd * rng.normal()) as f32;
-            }
-            if let Some(effects) = &effects {
-                effects.add(effects.x.col_as_slice(i), told.col_as_slice_mut(i));
-            }
-        }
-        let mut found = vec![0f64; draws];
-        if gp.mean_variance > 0.0 {
-            for (i, b) in gp.mean_weights(row).into_iter().enumerate() {
-                for (found, told) in found.iter_mut().zip(told.col_as_slice(i)) {
-                    *found += b * f64::from(*told);
-                }
-                if let Some(Effects { x, found, .. }) = &mut effects {
-                    found.iter_mut().zip(x.col_as_slice(i)).for_each(|(found, x)| *found += b * x);
+        let dim = spread(&sites)?;
+        let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent))?;
+        let mut told = prior_at(&prior, draws, &sites);
+        match row.latent() {
+            None => {
+                for i in 0..n {
+                    let sd = row.noise(i).sqrt();
+                    let mut rng = Stream::new(seed, "noise of a field", i as u64);
+                    let column = told.col_as_slice_mut(i).iter_mut();
+                    column.for_each(|told| *told += (sd * rng.normal()) as f32);
                 }
             }
+            Some(latent) => {
+                let groups: Vec<Vec<Lane>> = (0..draws.div_ceil(LANES))
+                    .into_par_iter()
+                    .map(|group| {
+                        let of = |i: usize, l: usize| {
+                            let draw = group * LANES + l;
+                            if draw < draws { f64::from(told[(draw, i)]) } else { 0.0 }
+                        };
+                        let mut surface: Vec<Lane> =
+                            (0..n).map(|i| Lane(std::array::from_fn(|l| of(i, l)))).collect();
+                        let purpose = format!("noise of draws {group}");
+                        latent.reread(&mut surface, |i| {
+                            let mut rng = Stream::new(seed, &purpose, i as u64);
+                            Lane(std::array::from_fn(|_| rng.normal()))
+                        })
+                    })
+                    .collect::<Result<_>>()?;
+                for (group, said) in groups.iter().enumerate() {
+                    for (i, said) in said.iter().enumerate() {
+                        let column = &mut told.col_as_slice_mut(i)[group * LANES..];
+                        column.iter_mut().zip(said.0).for_each(|(told, said)| *told = said as f32);
+                    }
+                }
+            }
         }
-        let found = found.iter().map(|v| *v as f32).collect();
-        Ok(Local { gp, row, prior, level, found, told, effects })
+        let mut rng = Stream::new(seed, "level of a field", 0);
+        let shift = row.shift();
+        let mut off: Vec<Levels> =
+            (0..draws).map(|_| shift.drawn(std::array::from_fn(|_| rng.normal()))).collect();
+        let mut effects = None;
+        if let Some((law, x)) = law {
+            let own = Effects::new(law, gp.told(row, x)?, draws, seed)?;
+            for i in 0..n {
+                own.add(own.told.col_as_slice(i), told.col_as_slice_mut(i));
+            }
+            for (found, slopes) in own.found.iter().zip(&own.slopes) {
+                for (off, slope) in off.iter_mut().zip(slopes) {
+                    off.iter_mut().zip(found).for_each(|(o, f)| *o -= f64::from(*slope) * f);
+                }
+            }
+            effects = Some(own);
+        }
+        Ok(Local { gp, row, dim, prior, off, told, effects })
     }
 }
 
 impl Field for Local<'_> {
     fn draws(&self) -> usize {
-        self.level.len()
+        self.off.len()
     }
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
-        let [x, y] = plane(targets)?;
+        let places = places(targets, self.dim)?;
         let z = features(targets, self.effects.as_ref().map_or(0, |e| e.law.mean.len()))?;
         let draws = self.draws();
-        let parts: Vec<Drawn> = x
+        let parts: Vec<Drawn> = places
             .par_chunks(CHUNK)
-            .zip(y.par_chunks(CHUNK))
             .enumerate()
-            .map(|(chunk, (x, y))| {
-                let mut out = Mat::<f32>::zeros(draws, x.len());
-                self.prior.add(x, y, out.as_mut());
-                let places: Vec<[f64; 2]> = x.iter().zip(y).map(|(x, y)| [*x, *y]).collect();
+            .map(|(chunk, places)| {
+                let mut out = Mat::<f32>::zeros(draws, places.len());
+                self.prior.add(places, out.as_mut());
                 let mut part = Drawn { mean: Vec::new(), sd: Vec::new(), deviations: Vec::new() };
-                part.deviations.reserve(draws * x.len());
+                part.deviations.reserve(draws * places.len());
+                let places: Vec<&[f64]> = places.iter().map(|place| &place[..]).collect();
                 for (i, weighed) in self.gp.weigh(self.row, &places).iter().enumerate() {
                     let out = out.col_as_slice_mut(i);
                     for (site, weight) in &weighed.weights {
                         let told = self.told.col_as_slice(*site as usize);
                         add_row(out, -*weight as f32, told);
                     }
-                    add_row(out, 1.0, &self.level);
-                    add_row(out, -weighed.unknown as f32, &self.found);
+                    for (out, off) in out.iter_mut().zip(&self.off) {
+                        *out += dot(weighed.levels, *off) as f32;
+                    }
                     let mut more = [0.0; 2];
                     if let Some(effects) = &self.effects {
                         let z = z.col_as_slice(chunk * CHUNK + i);

@@ -4,12 +4,16 @@ mod elimination;
 pub mod exact_gp;
 mod field;
 pub mod integrated;
+mod kriging;
+mod latent;
 pub mod nearest;
-mod neighbours;
-mod nelder_mead;
+pub(crate) mod neighbours;
+pub(crate) mod nelder_mead;
 pub mod regression;
 pub mod rules;
+pub mod sequential;
 mod spectral;
+pub mod variogram;
 
 pub use exact_gp::ExactGp;
 pub use integrated::IntegratedGp;

@@ -3,8 +3,7 @@
 //!
 //! Sources: Vecchia (1988), doi:10.1111/j.2517-6161.1988.tb01729.x; Guinness (2018),
 //! arXiv:1609.05372, for the order of the sites; Zilber & Katzfuss (2021), arXiv:1906.07828, for
-//! counts. Two departures from the last: the pseudo-values are read with their noise (their
-//! "response" form), and their mode is found by local kriging instead of a sparse factor.
+//! counts.
 //!
 //! **Density.** Sites stand in an order in which early ones are far apart. The joint density of the
 //! observations is the product of each one's density given the `previous` nearest before it. It is
@@ -17,22 +16,30 @@
 //! neighbours fades out, so that a map has no steps where one replaces another. Fitting chooses `near` by what
 //! twice as many would add, which is how a large nugget is paid for.
 //!
-//! **Counts.** Laplace's approximation replaces the counts by Gaussian pseudo-values
-//! `t = f + g/w` with noise `1/w` at the mode `f`, where g and −w are the derivatives of the log
-//! likelihood. The mode is where kriging every site from the pseudo-values of its `near` neighbours,
-//! its own included, gives `f` again: Newton's step of Rasmussen & Williams (2006), algorithm 3.1, one neighbourhood at a time. The
-//! marginal likelihood is theirs, with Vecchia's density for that of the pseudo-values.
+//! **Counts.** A count of few trials says little, and 30 of them say little more: here the surface itself
+//! is what each place has in common with its neighbours, and Laplace's approximation, at the mode of all
+//! counts together, is what they say of it: see `latent.rs`. A target is kriged from the
+//! surface at its `near` nearest sites.
+//!
+//! **Direction and trend.** Neighbours are those that the kernel finds near ([`Kernel::unstretch`]). A
+//! mean may be linear in the coordinates ([`NearestGp::sloped`]): its slopes are integrated out, which is
+//! universal kriging.
 //!
 //! With as many neighbours as sites, all of it equals [`ExactGp`](super::ExactGp).
 
 use candle_core::Tensor;
+use faer::Mat;
 use rayon::prelude::*;
 
 use super::{
-    elimination::{LANES, Lane, eliminate, row_of, weigh},
+    elimination::{LANES, LEVELS, Lane, row_of},
     exact_gp::{MadeOf, Row, check_levels, rows},
     field,
-    neighbours::{Found, Tree, spread},
+    kriging::{
+        CHUNK, Heard, Kriging, Levels, Lists, Ordered, Room, Shift, Weights, dot, levels, spaced,
+    },
+    latent::{JITTER, Latent, Model, SAMPLES, Samples, Start},
+    neighbours::Tree,
     nelder_mead::minimise,
 };
 use crate::{
@@ -54,9 +61,11 @@ const MOST_NEAR: usize = 160;
 /// Densities that the first search looks at, at most; and sites, where they are counts, whose mode
 /// is another at every step.
 const SOME: usize = 5_000;
-const SOME_COUNTS: usize = 1_000;
-/// Places of one piece of work. Sums over pieces run in their order, whatever the threads.
-const CHUNK: usize = 64 * LANES;
+const SOME_COUNTS: usize = 4_000;
+/// Places far apart around which half of these sites stand together, so that short distances are seen too.
+const CLUSTERS: usize = 12;
+/// Sd of a trend's rise over the sites' extent, in sds of what is seen: broad.
+const RISE: f64 = 10.0;
 
 /// A Gaussian process in which everything hangs on its nearest neighbours only.
 ///
@@ -71,6 +80,9 @@ pub struct NearestGp {
     pub mean: f64,
     /// Variance of our belief in `mean`: 0 is simple kriging, large is ordinary kriging.
     pub mean_variance: f64,
+    /// Variance of our belief in a slope along each coordinate of the plane, whose mean is 0, link
+    /// scale² per model unit²: 0 is a level mean, large is universal kriging.
+    pub slope_variance: f64,
     /// Neighbours that each site's density is conditioned on, at most.
     pub previous: usize,
     /// Neighbours that each target is kriged from, at most.
@@ -80,89 +92,43 @@ pub struct NearestGp {
     likelihood: &'static dyn Likelihood,
 }
 
-/// The sites of one row in their order, with what was seen at each.
-struct Ordered {
-    /// Number of each among the sites given.
-    order: Vec<usize>,
-    dim: usize,
-    sites: Vec<f64>,
-    y: Vec<f64>,
-    trials: Vec<f64>,
-    tree: Tree,
-}
-
-/// Neighbours of every site, nearest first.
-struct Lists {
-    most: usize,
-    flat: Vec<u32>,
-    len: Vec<u32>,
-}
-
-/// Gaussian values to krige from: deviations from the prior mean, and the noise of each beside the
-/// nugget. For counts they are Laplace's pseudo-values.
-struct Told {
-    value: Vec<f64>,
-    noise: Vec<f64>,
-}
-
-/// What is asked: a place with its neighbours. A site that is its own neighbour shares its nugget.
-#[derive(Clone, Copy)]
-struct Asked<'a> {
-    place: &'a [f64],
-    neighbours: &'a [u32],
-    itself: Option<u32>,
-    /// Distances between which neighbours fade out, where there are others beyond.
-    fade: Option<[f64; 2]>,
-}
-
-/// What neighbours with kriging weights w say of a place: `value = Σ w z` of their deviations,
-/// `one = Σ w`, and what is left of the surface's variance.
-#[derive(Clone, Copy, Default)]
-struct Said {
-    value: f64,
-    one: f64,
-    variance: f64,
-}
-
-/// Sums over sites from which a density is made. With whitened deviations z and whitened ones o:
-/// Σ ln variance, Σ z², Σ z o, Σ o².
+/// Sums over sites from which a density is made. With whitened deviations z and whitened levels x:
+/// Σ ln variance, Σ z², Σ z x, Σ x xᵀ.
 #[derive(Clone, Copy, Default)]
 struct Density {
     terms: f64,
     log_det: f64,
     zz: f64,
-    zo: f64,
-    oo: f64,
+    zx: Levels,
+    xx: [Levels; LEVELS],
 }
 
 /// A row that was absorbed.
 pub(super) struct Fitted {
     ordered: Ordered,
-    told: Told,
-    shift: Shift,
+    form: Form,
     log_marginal: f64,
 }
 
-/// How far the mean lies from the prior's, and the variance that is left.
-#[derive(Clone, Copy)]
-struct Shift {
-    mean: f64,
-    variance: f64,
+/// What a row says.
+enum Form {
+    /// Deviations from the prior mean, with their noise.
+    Values { value: Vec<f64>, noise: Vec<f64>, shift: Shift },
+    /// The surface at every place that was counted at, drawn readings of it, and arithmetic's noise.
+    Counts { latent: Box<Latent>, samples: Samples, jitter: Vec<f64> },
 }
 
-struct Conditioned<'a> {
-    gp: &'a NearestGp,
+struct Conditioned<G> {
+    gp: G,
     rows: Vec<Fitted>,
 }
 
-/// Neighbours and what each weighs.
-type Weights = Vec<(u32, f64)>;
-
 /// A kriged place.
 pub(super) struct Weighed {
+    /// Of values, or of the surface where counts were seen.
     pub weights: Weights,
-    /// What the estimated mean weighs beside them.
-    pub unknown: f64,
+    /// What a mean's levels weigh beside them.
+    pub levels: Levels,
     pub mean: f64,
     pub variance: f64,
 }
@@ -173,136 +139,28 @@ impl Fitted {
         (0..self.ordered.len()).map(|i| self.ordered.site(i).to_vec()).collect()
     }
 
-    /// Number of each of them among the sites given.
-    pub fn order(&self) -> &[usize] {
-        &self.ordered.order
-    }
-
-    /// Noise variance of site `i` beside the nugget.
+    /// Noise variance of the value at site `i`.
     pub fn noise(&self, i: usize) -> f64 {
-        self.told.noise[i]
-    }
-}
-
-/// Room for the covariances of one block, used again and again.
-#[derive(Default)]
-struct Room {
-    lower: Vec<Lane>,
-    value: Vec<Lane>,
-    one: Vec<Lane>,
-    x: Vec<f64>,
-    y: Vec<f64>,
-    column: Vec<f64>,
-    found: Found,
-}
-
-impl Ordered {
-    fn new(row: &Row) -> Self {
-        let order = spread(&row.sites, &twins(row));
-        let dim = row.sites.first().map_or(0, Vec::len);
-        let sites: Vec<f64> = order.iter().flat_map(|i| row.sites[*i].iter().copied()).collect();
-        let pick = |x: &[f64]| order.iter().filter_map(|i| x.get(*i).copied()).collect();
-        let (y, trials) = (pick(&row.y), pick(&row.trials));
-        let tree = Tree::new(&sites, dim);
-        Ordered { order, dim, sites, y, trials, tree }
-    }
-
-    fn len(&self) -> usize {
-        self.y.len()
-    }
-
-    fn site(&self, i: usize) -> &[f64] {
-        &self.sites[i * self.dim..][..self.dim]
-    }
-
-    /// At most `most` neighbours of every site: among those before it, or among all with itself.
-    fn lists(&self, most: usize, before: bool) -> Lists {
-        let found: Vec<Vec<u32>> = (0..self.len())
-            .into_par_iter()
-            .map_init(Found::new, |found, i| {
-                let end = if before { i } else { self.len() };
-                self.tree.nearest(self.site(i), most, end, found);
-                found.iter().map(|(_, j)| *j).collect()
-            })
-            .collect();
-        let len = found.iter().map(|list| list.len() as u32).collect();
-        let mut flat = vec![0; most * found.len()];
-        for (slot, list) in flat.chunks_exact_mut(most.max(1)).zip(&found) {
-            slot[..list.len()].copy_from_slice(list);
-        }
-        Lists { most, flat, len }
-    }
-
-    /// At most `most` sites, evenly spread over the order.
-    fn thinned(&self, most: usize) -> Row {
-        let kept = spaced(self.len(), most);
-        let pick = |x: &[f64]| kept.iter().filter_map(|i| x.get(*i as usize).copied()).collect();
-        Row {
-            sites: kept.iter().map(|i| self.site(*i as usize).to_vec()).collect(),
-            y: pick(&self.y),
-            trials: pick(&self.trials),
+        match &self.form {
+            Form::Values { noise, .. } => noise[i],
+            Form::Counts { latent, .. } => latent.noise[i],
         }
     }
 
-    /// A length that the sites span, which a few far ones do not stretch.
-    fn extent(&self) -> f64 {
-        let side = |d: usize| {
-            let mut c: Vec<f64> = (0..self.len()).map(|i| self.site(i)[d]).collect();
-            c.sort_by(f64::total_cmp);
-            let cut = c.len() / 100;
-            let whole = c.last().zip(c.first()).map_or(0.0, |(b, a)| b - a);
-            let most = c.get(c.len().saturating_sub(1 + cut)).zip(c.get(cut));
-            (most.map_or(0.0, |(b, a)| b - a), whole)
-        };
-        let sides: Vec<(f64, f64)> = (0..self.dim).map(side).collect();
-        let most = sides.iter().map(|s| s.0).fold(0.0, f64::max);
-        if most > 0.0 { most } else { sides.iter().map(|s| s.1).fold(0.0, f64::max) }
-    }
-}
-
-/// What tells two sites at one place apart, so that their listing never does.
-fn twins(row: &Row) -> Vec<f64> {
-    let trials = |i: usize| row.trials.get(i).copied().unwrap_or(0.0);
-    (0..row.y.len()).map(|i| row.y[i] + 0.618_033_988_749_894_9 * trials(i)).collect()
-}
-
-/// At most `most` of the numbers below n, evenly spread.
-fn spaced(n: usize, most: usize) -> Vec<u32> {
-    let kept = n.min(most);
-    (0..kept).map(|j| (j * n / kept) as u32).collect()
-}
-
-impl Lists {
-    fn of(&self, i: usize) -> &[u32] {
-        &self.flat[i * self.most..][..self.len[i] as usize]
-    }
-}
-
-impl Told {
-    /// Values as they are.
-    fn values(y: &[f64], mean: f64) -> Self {
-        Told { value: y.iter().map(|y| y - mean).collect(), noise: vec![0.0; y.len()] }
-    }
-
-    /// Laplace's pseudo-values at the latent deviations `f`, and the log density of the counts over
-    /// that of the pseudo-values there.
-    fn counts(ordered: &Ordered, likelihood: &dyn Likelihood, mean: f64, f: &[f64]) -> (Self, f64) {
-        let n = ordered.len();
-        let (mut value, mut noise) = (vec![0.0; n], vec![0.0; n]);
-        let mut ratio = 0.0;
-        for i in 0..n {
-            let (y, trials) = (ordered.y[i], ordered.trials[i]);
-            let eta = mean + f[i];
-            let law = likelihood.log_probability(y, trials, eta, f64::INFINITY);
-            let [log, gradient, curve] = law.expect("NearestGp::new asks no other likelihoods");
-            // A crowd that is all of one kind says nothing more: its noise is huge, not infinite.
-            let w = (-curve).max(1e-12);
-            noise[i] = 1.0 / w;
-            value[i] = f[i] + gradient / w;
-            let pseudo = 0.5 * (w.ln() - std::f64::consts::TAU.ln() - gradient * gradient / w);
-            ratio += log - pseudo;
+    /// What is known of the mean.
+    pub fn shift(&self) -> &Shift {
+        match &self.form {
+            Form::Values { shift, .. } => shift,
+            Form::Counts { latent, .. } => &latent.shift,
         }
-        (Told { value, noise }, ratio)
+    }
+
+    /// The surface behind counts.
+    pub fn latent(&self) -> Option<&Latent> {
+        match &self.form {
+            Form::Values { .. } => None,
+            Form::Counts { latent, .. } => Some(latent),
+        }
     }
 }
 
@@ -311,8 +169,10 @@ impl Density {
         self.terms += other.terms;
         self.log_det += other.log_det;
         self.zz += other.zz;
-        self.zo += other.zo;
-        self.oo += other.oo;
+        for i in 0..LEVELS {
+            self.zx[i] += other.zx[i];
+            (0..LEVELS).for_each(|j| self.xx[i][j] += other.xx[i][j]);
+        }
     }
 
     /// As if there were `factor` times as many sites.
@@ -321,23 +181,18 @@ impl Density {
             terms: factor * self.terms,
             log_det: factor * self.log_det,
             zz: factor * self.zz,
-            zo: factor * self.zo,
-            oo: factor * self.oo,
+            zx: self.zx.map(|v| factor * v),
+            xx: self.xx.map(|row| row.map(|v| factor * v)),
         }
     }
 
-    /// The mean's posterior under a prior of this variance around zero.
-    fn shift(&self, variance: f64) -> Shift {
-        let left = variance / (1.0 + variance * self.oo);
-        Shift { mean: left * self.zo, variance: left }
-    }
-
-    /// Log density in nats, the mean integrated out under that prior.
-    fn log(&self, variance: f64) -> f64 {
-        let shift = self.shift(variance);
-        let spread = (variance * self.oo).ln_1p();
-        let square = self.zz - shift.mean * self.zo;
-        -0.5 * (square + self.log_det + spread + self.terms * std::f64::consts::TAU.ln())
+    /// Log density in nats, the mean integrated out under priors of these variances; and what is
+    /// then known of the mean.
+    fn log(&self, doubt: Levels) -> (f64, Shift) {
+        let shift = Shift::of(doubt, self.zx, self.xx);
+        let square = self.zz - dot(shift.mean, self.zx);
+        let tau = self.terms * std::f64::consts::TAU.ln();
+        (-0.5 * (square + self.log_det + shift.spread + tau), shift)
     }
 }
 
@@ -366,6 +221,7 @@ impl NearestGp {
             nugget,
             mean,
             mean_variance: 0.0,
+            slope_variance: 0.0,
             previous: PREVIOUS,
             near: NEAR,
             log_marginal: None,
@@ -378,6 +234,19 @@ impl NearestGp {
         NearestGp { mean_variance: variance, ..self }
     }
 
+    /// The same process with a mean that is linear in the coordinates of the plane, whose slopes are
+    /// known only up to `variance`, link scale² per model unit². They are integrated out: far beyond the
+    /// sites the surface is as open as they are.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a variance that is not finite or below 0.
+    pub fn sloped(self, variance: f64) -> Result<Self> {
+        if !(variance >= 0.0 && variance.is_finite()) {
+            return Err(Error::input("slopes need a prior variance ≥ 0").fact("variance", variance));
+        }
+        Ok(NearestGp { slope_variance: variance, ..self })
+    }
+
     /// The same process with other numbers of neighbours: `previous` for the density, `near` for
     /// predictions.
     pub fn neighbours(self, previous: usize, near: usize) -> Self {
@@ -388,9 +257,10 @@ impl NearestGp {
     /// smoothness among 1/2, 3/2 and 5/2, with the mean integrated out under a broad prior; and as
     /// many neighbours as predictions need.
     ///
-    /// The penalties are those of [`ExactGp::fit`](super::ExactGp::fit). A first search looks at an
-    /// evenly spread part: 5,000 of the densities, each given its neighbours among all sites, or
-    /// 1,000 of the counts. A second begins there and looks at all sites.
+    /// The penalties are those of [`ExactGp::fit`](super::ExactGp::fit). A first search looks at a part:
+    /// 5,000 of the densities, evenly spread, each given its neighbours among all sites; or 4,000 of the
+    /// counts, half of them evenly spread and half in clusters. A second begins there and looks at all
+    /// sites.
     ///
     /// # Shapes
     /// `context` has one row.
@@ -398,10 +268,11 @@ impl NearestGp {
     /// [`Error::Axis`] for several rows; [`Error::Input`] for fewer than three sites or sites that
     /// are all in one place.
     pub fn fit(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
-        Self::fit_as(context, likelihood, &|kernel| Ok(Box::new(kernel)))
+        Self::fit_as(context, likelihood, &|kernel| Ok(Box::new(kernel)), false)
     }
 
-    /// As [`NearestGp::fit`], of a kernel that `of` makes of each Matérn kernel tried.
+    /// As [`NearestGp::fit`], of a kernel that `of` makes of each Matérn kernel tried; and, with a
+    /// `trend`, of a mean that is linear in the coordinates.
     ///
     /// # Errors
     /// As [`NearestGp::fit`].
@@ -409,12 +280,13 @@ impl NearestGp {
         context: &Observations,
         likelihood: &'static dyn Likelihood,
         of: MadeOf,
+        trend: bool,
     ) -> Result<Self> {
         let rows = rows(context, likelihood, 0)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
         };
-        let ordered = Ordered::new(row);
+        let ordered = Ordered::of(row, &ROUND, likelihood.counts());
         let extent = ordered.extent();
         if row.sites.len() < 3 || !(extent > 0.0 && extent.is_finite()) {
             return Err(Error::input("a Gaussian process needs three sites in different places")
@@ -422,11 +294,13 @@ impl NearestGp {
                 .try_this("check the coordinates, or add sites"));
         }
         let (centre, variance) = row.centre(likelihood);
+        let mean_variance = if likelihood.counts() { 25.0 } else { 100.0 * variance };
         let search = Search {
             of,
             likelihood,
             centre,
-            mean_variance: if likelihood.counts() { 25.0 } else { 100.0 * variance },
+            mean_variance,
+            slope_variance: if trend { (RISE / extent).powi(2) * variance } else { 0.0 },
             belief: [(0.25 * extent, 1.25), (variance, 1.5), (0.2 * variance, 2.0)],
         };
         let starts = [0.05, 0.3].map(|part| {
@@ -436,9 +310,9 @@ impl NearestGp {
         let found = if ordered.len() <= few {
             search.smoothnesses(&ordered, few, &starts)
         } else if likelihood.counts() {
-            let some = Ordered::new(&ordered.thinned(few));
+            let some = Ordered::of(&clustered(&ordered, few), &ROUND, true);
             let first = search.smoothnesses(&some, few, &starts);
-            search.polish(&ordered, first, 1.0, 0.3)
+            search.polish(&ordered, first, 1.0, 0.15)
         } else {
             let first = search.smoothnesses(&ordered, few, &starts);
             search.polish(&ordered, first, ordered.len() as f64 / few as f64, 0.1)
@@ -448,7 +322,9 @@ impl NearestGp {
             Some(best) if best.cost.is_finite() => {
                 let mut gp = search.process(best.smoothness, &best.at)?;
                 gp.log_marginal = Some(search.penalty(&best.at) - best.cost);
-                gp.near = gp.enough(&ordered)?;
+                if !likelihood.counts() {
+                    gp.near = gp.enough(&ordered);
+                }
                 Ok(gp)
             }
             _ => Err(Error::input("no Gaussian process could be fitted to the observations")
@@ -458,23 +334,29 @@ impl NearestGp {
 
     /// How many neighbours a prediction needs: as many as it takes until twice as many would shrink
     /// the sd of the surface, between some sites and their neighbours, by less than half a percent.
-    fn enough(&self, ordered: &Ordered) -> Result<usize> {
-        let absorbed = self.absorb(ordered, &mut Vec::new(), 1e-4)?;
+    fn enough(&self, ordered: &Ordered) -> usize {
+        let (value, noise) = (vec![0.0; ordered.len()], vec![self.nugget; ordered.len()]);
+        let heard = Heard { value: &value, noise: &noise };
         let mut room = Room::default();
         // Midway to a neighbour, since at a site there is always one observation.
         let places: Vec<Vec<f64>> = spaced(ordered.len(), 256)
             .iter()
             .map(|i| {
                 let site = ordered.site(*i as usize);
-                ordered.tree.nearest(site, 2, ordered.len(), &mut room.found);
+                ordered.around_site(*i as usize, 2, &mut room.found);
                 let other = room.found.last().map_or(site, |(_, j)| ordered.site(*j as usize));
                 site.iter().zip(other).map(|(a, b)| 0.5 * (a + b)).collect()
             })
             .collect();
-        let flat: Vec<&[f64]> = places.iter().map(Vec::as_slice).collect();
         let mut sd = |near: usize| -> f64 {
-            let said = self.ask_near(ordered, &absorbed.told, &flat, near, &mut room);
-            said.iter().map(|s| s.variance.max(0.0).sqrt()).sum::<f64>()
+            let mut sum = 0.0;
+            for block in places.chunks(LANES) {
+                let block: Vec<&[f64]> = block.iter().map(Vec::as_slice).collect();
+                let lists = ordered.around(&block, near, &mut room.found);
+                let said = self.kriging().ask(ordered, heard, &lists.asked(&block), &mut room);
+                sum += said[..block.len()].iter().map(|s| s.variance.max(0.0).sqrt()).sum::<f64>();
+            }
+            sum
         };
         let (mut near, mut here) = (NEAR, sd(NEAR));
         while near < MOST_NEAR && near < ordered.len() {
@@ -484,370 +366,269 @@ impl NearestGp {
             }
             (near, here) = (2 * near, twice);
         }
-        Ok(near)
+        near
     }
 
     /// Approximate log marginal likelihood of each row of `context`, in nats.
     pub fn log_marginals(&self, context: &Observations) -> Result<Vec<f64>> {
-        Ok(self.absorb_all(context)?.into_iter().map(|row| row.log_marginal).collect())
+        let rows = rows(context, self.likelihood, 0)?;
+        let log = |row: &Row| {
+            let ordered = self.ordered(row);
+            self.settle(&ordered, &ordered.lists(self.previous), None, &mut Start::default(), 1e-5)
+                .map(|settled| settled.log_marginal())
+        };
+        rows.iter().map(log).collect()
+    }
+
+    fn ordered(&self, row: &Row) -> Ordered {
+        Ordered::of(row, &*self.kernel, self.likelihood.counts())
+    }
+
+    fn kriging(&self) -> Kriging<'_> {
+        let levels = if self.slope_variance > 0.0 { LEVELS } else { 1 };
+        Kriging { kernel: &*self.kernel, levels }
+    }
+
+    fn doubt(&self) -> Levels {
+        [self.mean_variance, self.slope_variance, self.slope_variance]
+    }
+
+    /// The posterior given `context`, which takes this process along; and the approximate log marginal
+    /// likelihood of each row, in nats.
+    ///
+    /// # Errors
+    /// As [`Process::condition`].
+    pub fn conditioned(self, context: &Observations) -> Result<(Box<dyn Posterior>, Vec<f64>)> {
+        let rows = self.absorb_all(context)?;
+        let log_marginals = rows.iter().map(|row| row.log_marginal).collect();
+        Ok((Box::new(Conditioned { gp: Box::new(self), rows }), log_marginals))
     }
 
     pub(super) fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
         let rows = rows(context, self.likelihood, 0)?;
-        rows.iter()
-            .map(|row| {
-                let ordered = Ordered::new(row);
-                let Absorbed { told, shift, log_marginal } =
-                    self.absorb(&ordered, &mut Vec::new(), 1e-9)?;
-                Ok(Fitted { ordered, told, shift, log_marginal })
-            })
-            .collect()
+        rows.iter().map(|row| self.absorb(self.ordered(row))).collect()
     }
 
-    fn absorb(&self, ordered: &Ordered, latent: &mut Vec<f64>, close: f64) -> Result<Absorbed> {
-        let before = ordered.lists(self.previous, true);
-        let terms: Vec<u32> = (0..ordered.len() as u32).collect();
-        if !self.likelihood.counts() {
-            return self.settle(ordered, &before, None, &terms, latent, close);
-        }
-        let around = ordered.lists(self.near, false);
-        self.settle(ordered, &before, Some(&around), &terms, latent, close)
+    fn absorb(&self, ordered: Ordered) -> Result<Fitted> {
+        let lists = ordered.lists(self.previous);
+        let settled = self.settle(&ordered, &lists, None, &mut Start::default(), 1e-5)?;
+        let log_marginal = settled.log_marginal();
+        let form = match settled {
+            Settled::Values { shift, .. } => {
+                let value = ordered.y.iter().map(|y| y - self.mean).collect();
+                Form::Values { value, noise: vec![self.nugget; ordered.len()], shift }
+            }
+            Settled::Counts(latent) => Form::Counts {
+                samples: latent.samples()?,
+                latent,
+                jitter: vec![JITTER * self.kernel.sill(); ordered.len()],
+            },
+        };
+        Ok(Fitted { ordered, form, log_marginal })
     }
 
-    /// Values are read as they are; counts through their mode, from the guess `latent` on, until no
-    /// latent moves by more than `close`.
+    /// Values are read as they are, `terms` of them or all; counts through their mode, from the guess
+    /// `start` on, until no latent moves by more than `close`.
     fn settle(
         &self,
         ordered: &Ordered,
-        before: &Lists,
-        around: Option<&Lists>,
-        terms: &[u32],
-        latent: &mut Vec<f64>,
+        lists: &Lists,
+        terms: Option<&[u32]>,
+        start: &mut Start,
         close: f64,
-    ) -> Result<Absorbed> {
-        let part = ordered.len() as f64 / terms.len().max(1) as f64;
-        let Some(around) = around else {
-            let told = Told::values(&ordered.y, self.mean);
-            let density = self.density(ordered, before, &told, terms).times(part);
-            return Ok(Absorbed {
-                told,
-                shift: density.shift(self.mean_variance),
-                log_marginal: density.log(self.mean_variance),
-            });
-        };
-        latent.resize(ordered.len(), 0.0);
-        let mut moved = f64::INFINITY;
-        for round in 0..100 {
-            let (told, ratio) = Told::counts(ordered, self.likelihood, self.mean, latent);
-            let density = self.density(ordered, before, &told, terms).times(part);
-            let shift = density.shift(self.mean_variance);
-            // Rounding may keep the last digits moving.
-            if moved < close || (round >= 60 && moved < 1e-4) {
-                let log_marginal = ratio + density.log(self.mean_variance);
-                return Ok(Absorbed { told, shift, log_marginal });
-            }
-            let smooth = self.smooth(ordered, around, &told, shift);
-            // Full steps up to a bound that real logits rarely need; shorter ones if they circle.
-            let (bound, step) = if round < 30 { (3.0, 1.0) } else { (1.0, 0.5) };
-            moved = 0.0;
-            for (f, new) in latent.iter_mut().zip(smooth) {
-                let change = (step * (new - *f)).clamp(-bound, bound);
-                moved = moved.max(change.abs());
-                *f += change;
-            }
-            if !moved.is_finite() {
-                return Err(Error::input("the counts have no finite likelihood"));
-            }
+    ) -> Result<Settled> {
+        if self.likelihood.counts() {
+            let model = Model {
+                kriging: self.kriging(),
+                likelihood: self.likelihood,
+                nugget: self.nugget,
+                mean: self.mean,
+                doubt: self.doubt(),
+            };
+            return Ok(Settled::Counts(Box::new(model.absorb(ordered, lists, start, close)?)));
         }
-        Err(Error::input("Laplace's approximation did not settle in 100 steps")
-            .try_this("check the counts for extreme values"))
+        let all: Vec<u32>;
+        let terms = match terms {
+            Some(terms) => terms,
+            None => {
+                all = (0..ordered.len() as u32).collect();
+                &all
+            }
+        };
+        let part = ordered.len() as f64 / terms.len().max(1) as f64;
+        let value: Vec<f64> = ordered.y.iter().map(|y| y - self.mean).collect();
+        let noise = vec![self.nugget; ordered.len()];
+        let heard = Heard { value: &value, noise: &noise };
+        let density = self.density(ordered, lists, terms, heard).times(part);
+        let (log_marginal, shift) = density.log(self.doubt());
+        Ok(Settled::Values { shift, log_marginal })
     }
 
-    /// The sums that make the density of `terms`, each given its neighbours before it.
-    fn density(&self, ordered: &Ordered, before: &Lists, told: &Told, terms: &[u32]) -> Density {
+    /// The sums that make the density of `terms` of what is heard, each given its neighbours before it.
+    fn density(&self, ordered: &Ordered, before: &Lists, terms: &[u32], heard: Heard) -> Density {
         let least = self.least();
-        let parts: Vec<Density> = terms
-            .par_chunks(CHUNK)
-            .map_init(Room::default, |room, chunk| {
-                let mut sum = Density::default();
-                for block in chunk.chunks(LANES) {
-                    let asked: Vec<Asked> =
-                        block.iter().map(|i| ordered.asked(before, *i)).collect();
-                    let said = self.ask(ordered, told, &asked, room);
-                    for (i, said) in block.iter().zip(said) {
-                        let i = *i as usize;
-                        let variance = (said.variance + self.nugget + told.noise[i]).max(least);
-                        let (z, one) = (told.value[i] - said.value, 1.0 - said.one);
-                        sum.add(&Density {
-                            terms: 1.0,
-                            log_det: variance.ln(),
-                            zz: z * z / variance,
-                            zo: z * one / variance,
-                            oo: one * one / variance,
-                        });
-                    }
-                }
-                sum
-            })
-            .collect();
+        let each = |out: &mut Vec<Density>, i: u32, said: super::kriging::Said, _: Weights| {
+            let variance = (said.variance + heard.noise[i as usize]).max(least);
+            let z = heard.value[i as usize] - said.value;
+            let x = said.levels;
+            let one = Density {
+                terms: 1.0,
+                log_det: variance.ln(),
+                zz: z * z / variance,
+                zx: x.map(|x| z * x / variance),
+                xx: x.map(|a| x.map(|b| a * b / variance)),
+            };
+            match out.first_mut() {
+                Some(sum) => sum.add(&one),
+                None => out.push(one),
+            }
+        };
+        let parts = self.kriging().sweep(ordered, heard, before, terms, false, each);
         let mut total = Density::default();
-        parts.iter().for_each(|part| total.add(part));
+        parts.iter().flatten().for_each(|part| total.add(part));
         total
     }
 
-    /// Latent deviation at every site (surface and village effect) given its neighbours and itself.
-    fn smooth(&self, ordered: &Ordered, around: &Lists, told: &Told, shift: Shift) -> Vec<f64> {
-        let all: Vec<u32> = (0..ordered.len() as u32).collect();
-        let parts: Vec<Vec<f64>> = all
-            .par_chunks(CHUNK)
-            .map_init(Room::default, |room, chunk| {
-                let mut out = Vec::with_capacity(chunk.len());
-                for block in chunk.chunks(LANES) {
-                    let asked: Vec<Asked> = block
-                        .iter()
-                        .map(|i| Asked { itself: Some(*i), ..ordered.asked(around, *i) })
-                        .collect();
-                    let said = self.ask(ordered, told, &asked, room);
-                    out.extend(
-                        said[..block.len()].iter().map(|s| s.value + shift.mean * (1.0 - s.one)),
-                    );
-                }
-                out
-            })
-            .collect();
-        parts.concat()
-    }
-
-    /// What the `near` nearest observations say of each place.
-    fn ask_near(
-        &self,
-        ordered: &Ordered,
-        told: &Told,
-        places: &[&[f64]],
-        near: usize,
-        room: &mut Room,
-    ) -> Vec<Said> {
-        let mut out = Vec::with_capacity(places.len());
-        for block in places.chunks(LANES) {
-            let lists = ordered.around(block, near, &mut room.found);
-            let asked = lists.asked(block);
-            out.extend(&self.ask(ordered, told, &asked, room)[..block.len()]);
+    /// What a row would tell of other numbers of its observations, `[column, observation]`, as it tells of
+    /// its own: of the surface at every site, `[column, site]`, and of the mean's levels.
+    pub(super) fn told(&self, row: &Fitted, columns: &Mat<f64>) -> Result<(Mat<f64>, Vec<Levels>)> {
+        let (ordered, p) = (&row.ordered, columns.nrows());
+        if ordered.number.iter().any(|i| *i >= columns.ncols()) {
+            let found = columns.ncols();
+            return Err(Error::axis("observations and their numbers", ordered.number.len(), found));
         }
-        out
+        // Of several observations at one site their average.
+        let mut here = Mat::<f64>::zeros(p, ordered.len());
+        let mut count = vec![0.0; ordered.len()];
+        ordered.at.iter().for_each(|at| count[*at as usize] += 1.0);
+        for (at, number) in ordered.at.iter().zip(&ordered.number) {
+            for j in 0..p {
+                here[(j, *at as usize)] += columns[(j, *number)] / count[*at as usize];
+            }
+        }
+        let lists = ordered.lists(self.previous);
+        let terms: Vec<u32> = (0..ordered.len() as u32).collect();
+        let noise: Vec<f64> = (0..ordered.len()).map(|i| row.noise(i)).collect();
+        let found = (0..p).map(|j| {
+            let value: Vec<f64> = (0..ordered.len()).map(|i| here[(j, i)]).collect();
+            let heard = Heard { value: &value, noise: &noise };
+            let density = self.density(ordered, &lists, &terms, heard);
+            Shift::of(self.doubt(), density.zx, density.xx).mean
+        });
+        let found = found.collect();
+        let Some(latent) = row.latent() else { return Ok((here, found)) };
+        let mut told = Mat::<f64>::zeros(p, ordered.len());
+        for first in (0..p).step_by(LANES) {
+            let of = |j: usize, i: usize| if j < p { here[(j, i)] } else { 0.0 };
+            let mut some: Vec<Lane> = (0..ordered.len())
+                .map(|i| Lane(std::array::from_fn(|lane| of(first + lane, i))))
+                .collect();
+            let said = latent.reread(&mut some, |_| Lane::default())?;
+            for (i, said) in said.iter().enumerate() {
+                (first..p.min(first + LANES)).for_each(|j| told[(j, i)] = said.0[j - first]);
+            }
+        }
+        Ok((told, found))
     }
 
-    /// Kriging of places, with the weights.
-    pub(super) fn weigh(&self, row: &Fitted, places: &[[f64; 2]]) -> Vec<Weighed> {
-        let Fitted { ordered, told, shift, .. } = row;
+    /// Kriging of places from what a row says, with the weights.
+    pub(super) fn weigh(&self, row: &Fitted, places: &[&[f64]]) -> Vec<Weighed> {
+        let Fitted { ordered, form, .. } = row;
         let least = self.least();
+        let kriging = self.kriging();
         let mut room = Room::default();
         let mut out = Vec::with_capacity(places.len());
         for block in places.chunks(LANES) {
-            let block: Vec<&[f64]> = block.iter().map(|place| &place[..]).collect();
-            let lists = ordered.around(&block, self.near, &mut room.found);
-            let asked = lists.asked(&block);
-            let said = self.ask(ordered, told, &asked, &mut room);
-            for ((weights, said), _) in room.weights(&asked).into_iter().zip(said).zip(&block) {
-                out.push(Weighed {
-                    weights,
-                    unknown: 1.0 - said.one,
-                    mean: self.mean + said.mean(*shift),
-                    variance: said.total(*shift).max(least),
-                });
+            let lists = ordered.around(block, self.near, &mut room.found);
+            let asked = lists.asked(block);
+            match form {
+                Form::Values { value, noise, shift } => {
+                    let heard = Heard { value, noise };
+                    let said = kriging.ask(ordered, heard, &asked, &mut room);
+                    for (said, weights) in said.into_iter().zip(room.weights(&asked)) {
+                        out.push(Weighed {
+                            weights,
+                            levels: said.levels,
+                            mean: self.mean + said.value + dot(said.levels, shift.mean),
+                            variance: (said.variance + shift.variance(said.levels)).max(least),
+                        });
+                    }
+                }
+                Form::Counts { latent, samples, jitter } => {
+                    let bare = Kriging { levels: 0, ..kriging };
+                    let heard = Heard { value: &latent.surface, noise: &latent.noise };
+                    let read = bare.ask(ordered, heard, &asked, &mut room);
+                    let readings = room.weights(&asked);
+                    let heard = Heard { noise: jitter, ..heard };
+                    let said = bare.ask(ordered, heard, &asked, &mut room);
+                    for (lane, weights) in room.weights(&asked).into_iter().enumerate() {
+                        let whole = levels(block[lane]);
+                        let mut open = whole;
+                        for (j, w) in &weights {
+                            let (j, known) = (*j as usize, levels(ordered.site(*j as usize)));
+                            (0..LEVELS).for_each(|l| open[l] += w * (latent.open[j][l] - known[l]));
+                        }
+                        let (own, near) = (said[lane].variance, read[lane].variance);
+                        let left = samples.variance(&weights, own, &readings[lane], near);
+                        out.push(Weighed {
+                            weights,
+                            levels: open,
+                            mean: self.mean + said[lane].value + dot(whole, latent.shift.mean),
+                            variance: (left + latent.shift.variance(open)).max(least),
+                        });
+                    }
+                }
             }
         }
         out
-    }
-
-    /// What each observation weighs in the estimate of the mean's shift.
-    pub(super) fn mean_weights(&self, row: &Fitted) -> Vec<f64> {
-        let Fitted { ordered, told, shift, .. } = row;
-        let before = ordered.lists(self.previous, true);
-        let least = self.least();
-        let terms: Vec<u32> = (0..ordered.len() as u32).collect();
-        let parts: Vec<Vec<(Weights, f64)>> = terms
-            .par_chunks(CHUNK)
-            .map_init(Room::default, |room, chunk| {
-                let mut out = Vec::with_capacity(chunk.len());
-                for block in chunk.chunks(LANES) {
-                    let asked: Vec<Asked> =
-                        block.iter().map(|i| ordered.asked(&before, *i)).collect();
-                    let said = self.ask(ordered, told, &asked, room);
-                    for ((i, weights), said) in block.iter().zip(room.weights(&asked)).zip(said) {
-                        let noise = self.nugget + told.noise[*i as usize];
-                        let variance = (said.variance + noise).max(least);
-                        out.push((weights, (1.0 - said.one) / variance));
-                    }
-                }
-                out
-            })
-            .collect();
-        let mut all = vec![0.0; ordered.len()];
-        for (i, (weights, own)) in parts.into_iter().flatten().enumerate() {
-            all[i] += own;
-            weights.iter().for_each(|(j, weight)| all[*j as usize] -= weight * own);
-        }
-        all.iter_mut().for_each(|b| *b *= shift.variance);
-        all
     }
 
     /// Far below what any observation could resolve, and above zero, which is no density.
     fn least(&self) -> f64 {
         1e-12 * (self.kernel.sill() + self.nugget).max(f64::MIN_POSITIVE)
     }
+}
 
-    /// Kriging of up to [`LANES`] places side by side.
-    fn ask(
-        &self,
-        ordered: &Ordered,
-        told: &Told,
-        asked: &[Asked],
-        room: &mut Room,
-    ) -> [Said; LANES] {
-        let n = asked.iter().map(|a| a.neighbours.len()).max().unwrap_or(0);
-        let sill = self.kernel.sill();
-        room.lower.resize(row_of(n + 1), Lane::default());
-        room.value.resize(n, Lane::default());
-        room.one.resize(n, Lane::default());
-        let Room { lower, value, one, x, y, column, .. } = room;
-        for lane in 0..LANES {
-            let here = asked.get(lane).map_or(&[][..], |a| a.neighbours);
-            let k = here.len();
-            // Fewer neighbours than another lane: rows of the identity, which say nothing.
-            for i in k..n {
-                lower[row_of(i)..][..i].iter_mut().for_each(|cell| cell.0[lane] = 0.0);
-                lower[row_of(i) + i].0[lane] = 1.0;
-                lower[row_of(n) + i].0[lane] = 0.0;
-                value[i].0[lane] = 0.0;
-                one[i].0[lane] = 0.0;
-            }
-            let Some(Asked { place, itself, fade, .. }) = asked.get(lane) else {
-                lower[row_of(n) + n].0[lane] = 1.0;
-                continue;
-            };
-            let sites = here.iter().map(|i| ordered.site(*i as usize));
-            // A line is a plane's first axis.
-            let flat = place.len() <= 2;
-            if flat {
-                x.clear();
-                y.clear();
-                for site in sites.chain([*place]) {
-                    x.push(site[0]);
-                    y.push(site.get(1).copied().unwrap_or(0.0));
-                }
-            }
-            column.resize(k + 1, 0.0);
-            for j in 0..=k {
-                let column = &mut column[..=k - j];
-                if flat {
-                    self.kernel.column([x[j], y[j]], &x[j..], &y[j..], column);
-                } else {
-                    let of = |i: usize| here.get(i).map_or(*place, |i| ordered.site(*i as usize));
-                    for (i, out) in column.iter_mut().enumerate() {
-                        *out = self.kernel.covariance(of(i + j), of(j));
-                    }
-                }
-                if let Some(i) = here.get(j) {
-                    let i = *i as usize;
-                    for (at, c) in column[..k - j].iter().enumerate() {
-                        lower[row_of(j + at) + j].0[lane] = *c;
-                    }
-                    let noise = self.nugget + told.noise[i];
-                    let more = fade.map_or(0.0, |fade| {
-                        let apart =
-                            ordered.site(i).iter().zip(*place).map(|(a, b)| (a - b).powi(2));
-                        faded(apart.sum::<f64>().sqrt(), fade) * (noise + 0.01 * sill)
-                    });
-                    lower[row_of(j) + j].0[lane] += noise + more;
-                    let own = if *itself == Some(i as u32) { self.nugget } else { 0.0 };
-                    lower[row_of(n) + j].0[lane] = column[k - j] + own;
-                    value[j].0[lane] = told.value[i];
-                    one[j].0[lane] = 1.0;
-                } else {
-                    lower[row_of(n) + n].0[lane] = column[0];
-                }
-            }
+/// What a row says, and how likely that was.
+enum Settled {
+    Values { shift: Shift, log_marginal: f64 },
+    Counts(Box<Latent>),
+}
+
+impl Settled {
+    fn log_marginal(&self) -> f64 {
+        match self {
+            Settled::Values { log_marginal, .. } => *log_marginal,
+            Settled::Counts(latent) => latent.log_marginal,
         }
-        let [values, ones, left] = eliminate(n, lower, value, one);
-        std::array::from_fn(|l| Said { value: values.0[l], one: ones.0[l], variance: left.0[l] })
     }
 }
 
-/// Neighbours of up to [`LANES`] places, and between which distances they fade out.
-struct Around(Vec<(Vec<u32>, Option<[f64; 2]>)>);
+/// Knows no direction.
+const ROUND: Matern = Matern {
+    smoothness: Smoothness::Half,
+    length_scale: 1.0,
+    sill: 1.0,
+    metric: Metric::Euclidean,
+};
 
-impl Around {
-    fn asked<'a>(&'a self, places: &[&'a [f64]]) -> Vec<Asked<'a>> {
-        let one = |(place, (neighbours, fade)): (&&'a [f64], &'a (Vec<u32>, _))| Asked {
-            place,
-            neighbours,
-            itself: None,
-            fade: *fade,
-        };
-        places.iter().zip(&self.0).map(one).collect()
+/// At most `most` of the observations: half of them evenly spread, half around a few places.
+fn clustered(ordered: &Ordered, most: usize) -> Row {
+    let mut kept = vec![false; ordered.len()];
+    spaced(ordered.len(), most / 2).iter().for_each(|i| kept[*i as usize] = true);
+    let mut found = Vec::new();
+    for centre in 0..CLUSTERS.min(ordered.len()) {
+        ordered.around_site(centre, most / 2 / CLUSTERS, &mut found);
+        found.iter().for_each(|(_, i)| kept[*i as usize] = true);
     }
-}
-
-impl Room {
-    /// The weights behind what was just asked.
-    fn weights(&mut self, asked: &[Asked]) -> Vec<Weights> {
-        let n = asked.iter().map(|a| a.neighbours.len()).max().unwrap_or(0);
-        weigh(n, &mut self.lower);
-        let last = &self.lower[row_of(n)..];
-        let one = |(lane, asked): (usize, &Asked)| {
-            asked.neighbours.iter().zip(last).map(|(i, weight)| (*i, weight.0[lane])).collect()
-        };
-        asked.iter().enumerate().map(one).collect()
+    let seen = |i: &usize| kept[ordered.at[*i] as usize];
+    let kept: Vec<usize> = (0..ordered.y.len()).filter(seen).collect();
+    let pick = |x: &[f64]| kept.iter().filter_map(|i| x.get(*i).copied()).collect();
+    Row {
+        sites: kept.iter().map(|i| ordered.site(ordered.at[*i] as usize).to_vec()).collect(),
+        y: pick(&ordered.y),
+        trials: pick(&ordered.trials),
     }
-}
-
-impl Said {
-    /// Deviation of the surface from the prior's mean.
-    fn mean(&self, shift: Shift) -> f64 {
-        self.value + shift.mean * (1.0 - self.one)
-    }
-
-    /// Its variance, our doubt about the mean included.
-    fn total(&self, shift: Shift) -> f64 {
-        self.variance + shift.variance * (1.0 - self.one).powi(2)
-    }
-}
-
-impl Ordered {
-    /// The `near` nearest sites of places.
-    fn around(&self, places: &[&[f64]], near: usize, found: &mut Found) -> Around {
-        let one = |place: &&[f64]| {
-            self.tree.nearest(place, near, self.len(), found);
-            let from = |i: usize| found[i].0.sqrt();
-            let cut = near > 3 && found.len() == near && near < self.len();
-            let fade = cut.then(|| [from(near - 1 - near / 4), from(near - 1)]);
-            (found.iter().map(|(_, i)| *i).collect(), fade)
-        };
-        Around(places.iter().map(one).collect())
-    }
-
-    fn asked<'a>(&'a self, lists: &'a Lists, i: u32) -> Asked<'a> {
-        let i = i as usize;
-        Asked { place: self.site(i), neighbours: lists.of(i), itself: None, fade: None }
-    }
-}
-
-/// Noise added to a neighbour at distance `d`, relative: none up to the first distance, without bound
-/// at the second. Where one neighbour replaces another, neither then has a say, and a map has no
-/// steps.
-fn faded(d: f64, [from, to]: [f64; 2]) -> f64 {
-    if d <= from || to <= from {
-        return 0.0;
-    }
-    let part = (d - from) / (to - from);
-    (part / (1.0 - part).max(1e-6)).powi(2)
-}
-
-/// What absorbing a row gives.
-struct Absorbed {
-    told: Told,
-    shift: Shift,
-    log_marginal: f64,
 }
 
 /// What a search for parameters is told.
@@ -856,6 +637,7 @@ struct Search<'f> {
     likelihood: &'static dyn Likelihood,
     centre: f64,
     mean_variance: f64,
+    slope_variance: f64,
     /// Centre and sd of the log-normal penalties on length scale, sill and nugget.
     belief: [(f64, f64); 3],
 }
@@ -873,7 +655,7 @@ impl Search<'_> {
         let (length_scale, sill) = (p[0].exp(), p[1].exp());
         let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
         let gp = NearestGp::new((self.of)(kernel)?, p[2].exp(), self.centre, self.likelihood)?;
-        Ok(gp.uncertain_mean(self.mean_variance))
+        gp.uncertain_mean(self.mean_variance).sloped(self.slope_variance)
     }
 
     fn penalty(&self, p: &[f64]) -> f64 {
@@ -886,35 +668,30 @@ impl Search<'_> {
     fn cost<'a>(
         &'a self,
         ordered: &'a Ordered,
-        lists: &'a (Lists, Option<Lists>),
+        lists: &'a Lists,
         terms: &'a [u32],
         smoothness: Smoothness,
     ) -> impl FnMut(&[f64]) -> f64 + 'a {
-        let mut latent = Vec::new();
+        let mut start = Start::default();
         move |p: &[f64]| {
             // A corner where the arithmetic fails is no candidate; the search walks away.
-            let absorbed = self.process(smoothness, p).and_then(|gp| {
+            let settled = self.process(smoothness, p).and_then(|gp| {
                 // Newton's last step is squared in what is left, and that again in the density.
-                gp.settle(ordered, &lists.0, lists.1.as_ref(), terms, &mut latent, 1e-3)
+                gp.settle(ordered, lists, Some(terms), &mut start, 0.03)
             });
-            match absorbed.map(|a| self.penalty(p) - a.log_marginal) {
+            match settled.map(|settled| self.penalty(p) - settled.log_marginal()) {
                 Ok(cost) if cost.is_finite() => cost,
                 _ => {
-                    latent.clear();
+                    start = Start::default();
                     f64::INFINITY
                 }
             }
         }
     }
 
-    fn lists(&self, ordered: &Ordered) -> (Lists, Option<Lists>) {
-        let around = self.likelihood.counts().then(|| ordered.lists(NEAR, false));
-        (ordered.lists(PREVIOUS, true), around)
-    }
-
     /// The best of every smoothness by at most `most` densities, from `starts` and from one another.
     fn smoothnesses(&self, ordered: &Ordered, most: usize, starts: &[Vec<f64>]) -> Vec<Ended> {
-        let lists = self.lists(ordered);
+        let lists = ordered.lists(PREVIOUS);
         let terms = spaced(ordered.len(), most);
         let part = ordered.len() as f64 / terms.len() as f64;
         let mut found: Vec<Ended> = Vec::new();
@@ -934,8 +711,11 @@ impl Search<'_> {
     /// nats, of which it told one in `part`. `step` is of the size of what it left open.
     fn polish(&self, ordered: &Ordered, mut first: Vec<Ended>, part: f64, step: f64) -> Vec<Ended> {
         let best = first.iter().map(|ended| ended.cost).fold(f64::INFINITY, f64::min);
-        first.retain(|ended| ended.cost < best + 20.0 * part);
-        let lists = self.lists(ordered);
+        let counts = self.likelihood.counts();
+        // Nats that one smoothness is behind by where a part was looked at grow with the sites.
+        let behind = if counts { 4.0 } else { 20.0 * part };
+        first.retain(|ended| ended.cost < best + behind);
+        let lists = ordered.lists(PREVIOUS);
         let terms: Vec<u32> = (0..ordered.len() as u32).collect();
         let run = |ended: &Ended, limit: usize| {
             let mut cost = self.cost(ordered, &lists, &terms, ended.smoothness);
@@ -945,7 +725,10 @@ impl Search<'_> {
         };
         // One look at each, then the best for as long as it takes; and for values, where a look is
         // cheap, the second best too.
-        let (look, kept, limit) = if self.likelihood.counts() { (8, 1, 40) } else { (12, 2, 80) };
+        let (look, kept, limit) = if counts { (6, 1, 20) } else { (12, 2, 80) };
+        if first.len() == 1 {
+            return vec![run(&first[0], limit)];
+        }
         let mut looked: Vec<Ended> = first.iter().map(|ended| run(ended, look)).collect();
         looked.sort_by(|a, b| a.cost.total_cmp(&b.cost));
         looked.iter().take(kept).map(|ended| run(ended, limit)).collect()
@@ -959,6 +742,7 @@ impl std::fmt::Debug for NearestGp {
             .field("nugget", &self.nugget)
             .field("mean", &self.mean)
             .field("mean_variance", &self.mean_variance)
+            .field("slope_variance", &self.slope_variance)
             .field("previous", &self.previous)
             .field("near", &self.near)
             .field("likelihood", &self.likelihood.name())
@@ -971,42 +755,59 @@ impl Process for NearestGp {
         Ok(Box::new(Conditioned { gp: self, rows: self.absorb_all(context)? }))
     }
 
+    fn any_dimension(&self) -> bool {
+        true
+    }
+
     fn memory(&self, sites: usize) -> Memory {
-        // Coordinates, order, outcomes, trials, value and noise; the tree; and for a while two lists of
+        // Coordinates, outcomes, trials, value and noise; the tree; and for a while two lists of
         // neighbours, each held twice while it is made, and what the order is made with.
-        let held = sites * (16 + 5 * 8 + Tree::bytes(2));
+        let held = sites * (16 + 4 * 8 + Tree::bytes(2));
         let lists = sites * 2 * (4 * (self.previous + self.near) + 48);
-        let block = 8 * LANES * row_of(self.near + 2) * rayon::current_num_threads();
-        Memory { conditioning: held + lists + block + 256 * sites, held: held + block, target: 512 }
+        let threads = rayon::current_num_threads();
+        let block = 8 * LANES * row_of(self.near + 2) * threads;
+        if !self.likelihood.counts() {
+            let conditioning = held + lists + block + 256 * sites;
+            return Memory { conditioning, held: held + block, target: 512 };
+        }
+        // Two sparse factors; drawn readings, held twice while they are made; and columns of as many
+        // draws as each thread works at.
+        let factors = sites * 2 * 12 * self.previous;
+        let drawn = sites * 3 * 4 * SAMPLES;
+        let columns = sites * 10 * 8 * LANES * threads;
+        let held = held + factors + drawn + 128 * sites + block;
+        Memory { conditioning: held + lists + drawn + columns + 256 * sites, held, target: 512 }
     }
 }
 
-impl Posterior for Conditioned<'_> {
+impl<G: std::ops::Deref<Target = NearestGp> + Send + Sync> Posterior for Conditioned<G> {
     /// In the precision of the targets' coordinates, computed in f64.
     fn at(&self, targets: &Sites) -> Result<Predictive> {
         if targets.batch() != self.rows.len() {
             let (asked, held) = (targets.batch(), self.rows.len());
             return Err(Error::axis("rows of targets and of the context", asked, held));
         }
-        let gp = self.gp;
+        let gp: &NearestGp = &self.gp;
         let shape = (targets.batch(), targets.len(), 1);
         let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
-        let least = gp.least();
         for (row, sites) in self.rows.iter().zip(targets.host()?) {
-            let wide = sites.first().map_or(row.ordered.dim, Vec::len);
-            if row.ordered.len() > 0 && wide != row.ordered.dim {
-                return Err(Error::axis("dimensions of targets and sites", wide, row.ordered.dim));
+            let wide = sites.first().map_or(row.ordered.dim(), Vec::len);
+            if row.ordered.len() > 0 && wide != row.ordered.dim() {
+                return Err(Error::axis(
+                    "dimensions of targets and sites",
+                    wide,
+                    row.ordered.dim(),
+                ));
             }
-            let chunks: Vec<Vec<Said>> = sites
+            let chunks: Vec<Vec<[f64; 2]>> = sites
                 .par_chunks(CHUNK)
-                .map_init(Room::default, |room, chunk| {
+                .map(|chunk| {
                     let places: Vec<&[f64]> = chunk.iter().map(Vec::as_slice).collect();
-                    gp.ask_near(&row.ordered, &row.told, &places, gp.near, room)
+                    gp.weigh(row, &places).into_iter().map(|w| [w.mean, w.variance]).collect()
                 })
                 .collect();
-            for said in chunks.concat() {
-                let variance = said.total(row.shift).max(least);
-                mean.push(gp.mean + said.mean(row.shift));
+            for [m, variance] in chunks.concat() {
+                mean.push(m);
                 surface.push(variance.sqrt());
                 observation.push((variance + gp.nugget).sqrt());
             }
@@ -1028,6 +829,6 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
-        Ok(Box::new(field::Local::new(self.gp, row, None, [draws as u64, seed], extent)?))
+        Ok(Box::new(field::Local::new(&self.gp, row, None, (draws, seed), extent)?))
     }
 }

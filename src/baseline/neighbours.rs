@@ -15,7 +15,7 @@ const HALVINGS: usize = 32;
 
 /// Sites `[site][dimension]`, flat, in a tree that answers which are nearest.
 #[derive(Debug, Clone)]
-pub(super) struct Tree {
+pub(crate) struct Tree {
     dim: usize,
     /// Coordinates in the order of the leaves.
     flat: Vec<f64>,
@@ -37,7 +37,7 @@ struct Node {
 }
 
 /// The nearest sites found so far, nearest first: (squared distance, site).
-pub(super) type Found = Vec<(f64, u32)>;
+pub(crate) type Found = Vec<(f64, u32)>;
 
 impl Tree {
     /// A tree over sites in their order.
@@ -156,7 +156,7 @@ impl Hasher for Words {
 }
 
 /// The finaliser of SplitMix64 (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195).
-fn mix(x: u64) -> u64 {
+pub(crate) fn mix(x: u64) -> u64 {
     let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -171,7 +171,7 @@ fn mix(x: u64) -> u64 {
 /// # Shapes
 /// `sites` `[site][dimension]`, `also` `[site]` tells sites at one place apart; returns the sites in
 /// their order.
-pub(super) fn spread(sites: &[Vec<f64>], also: &[f64]) -> Vec<usize> {
+pub(crate) fn spread(sites: &[Vec<f64>], also: &[f64]) -> Vec<usize> {
     let hash = |i: &usize| sites[*i].iter().fold(0, |h, c| mix(h ^ (c + 0.0).to_bits()));
     let mut keyed: Vec<(u64, usize)> = (0..sites.len()).map(|i| (hash(&i), i)).collect();
     keyed.sort_by(|(a, i), (b, j)| {

@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    kernel::Kernel,
     likelihood::Likelihood,
     linalg::lower,
     predictive::{Draws, Link, Predictive},
@@ -182,7 +183,7 @@ struct Conditioned<'a> {
     parts: Vec<(Box<dyn Posterior + 'a>, Level)>,
     context: Observations,
     /// What the coefficients' mean leaves of the context, absorbed where draws are asked for, and the
-    /// sites' covariates in its order.
+    /// observations' covariates.
     middle: OnceLock<(Fitted, Mat<f64>)>,
 }
 
@@ -200,17 +201,19 @@ impl Regressed {
     }
 
     /// The nearest-neighbour Gaussian process of what is left of the context at the coefficients' mean,
-    /// and the law of the coefficients.
+    /// with or without a `trend`, and the law of the coefficients.
     ///
     /// # Errors
     /// As [`Coefficients::of`] and [`NearestGp::fit`].
     pub fn nearest(
         context: &Observations,
         likelihood: &'static dyn Likelihood,
+        trend: bool,
     ) -> Result<(Self, Coefficients, Arc<NearestGp>)> {
         let (coefficients, _) = Coefficients::of(context, likelihood)?;
         let left = less(context, &shift(&context.sites, &coefficients.mean)?, likelihood)?;
-        let inner = Arc::new(NearestGp::fit(&left, likelihood)?);
+        let plain = |kernel| Ok(Box::new(kernel) as Box<dyn Kernel>);
+        let inner = Arc::new(NearestGp::fit_as(&left, likelihood, &plain, trend)?);
         let all = Regressed::near(inner.clone(), coefficients.clone(), likelihood)?;
         Ok((all, coefficients, inner))
     }
@@ -256,6 +259,10 @@ impl Process for Regressed {
         Ok(Box::new(Conditioned { whole: self, parts, context, middle }))
     }
 
+    fn any_dimension(&self) -> bool {
+        self.inner.any_dimension()
+    }
+
     fn memory(&self, sites: usize) -> Memory {
         let one = self.inner.memory(sites);
         let held = self.betas.len() * one.held;
@@ -264,7 +271,7 @@ impl Process for Regressed {
 }
 
 impl Conditioned<'_> {
-    /// What the coefficients' mean leaves of the context, and the sites' covariates in its order.
+    /// What the coefficients' mean leaves of the context, and the observations' covariates.
     fn middle(&self, gp: &NearestGp, law: &Coefficients) -> Result<&(Fitted, Mat<f64>)> {
         if let Some(middle) = self.middle.get() {
             return Ok(middle);
@@ -277,7 +284,6 @@ impl Conditioned<'_> {
             return Err(Error::axis("rows of the context to draw surfaces of", given.len(), 1));
         };
         let x = field::behind(&given.sites, law.mean.len());
-        let x = Mat::from_fn(x.nrows(), x.ncols(), |j, i| x[(j, row.order()[i])]);
         Ok(self.middle.get_or_init(|| (row, x)))
     }
 
@@ -398,8 +404,7 @@ impl Posterior for Conditioned<'_> {
     fn field(&self, draws: usize, seed: u64, extent: f64) -> Result<Box<dyn Field + '_>> {
         let Some((gp, law)) = &self.whole.joint else { return Err(Error::NoJointDraws) };
         let (row, x) = self.middle(gp, law)?;
-        let law = Some((law, x.clone()));
-        Ok(Box::new(field::Local::new(gp, row, law, [draws as u64, seed], extent)?))
+        Ok(Box::new(field::Local::new(gp, row, Some((law, x)), (draws, seed), extent)?))
     }
 }
 

@@ -25,53 +25,83 @@ const ENOUGH: f64 = 0.004;
 /// Draws of a surface with mean zero: `Σⱼ aⱼ cos(ωⱼ·s) + bⱼ sin(ωⱼ·s)` with normal a and b. All draws
 /// share their frequencies, so that many draws at many places are one matrix product.
 pub(super) struct Spectral {
-    /// Turns per unit of the sites.
-    x: Vec<f64>,
-    y: Vec<f64>,
+    /// Turns per unit of the sites, along each of their two or three axes.
+    turns: Vec<Vec<f64>>,
     /// `[draw, feature]`: for each chunk of frequencies those of the cosines, then of the sines.
     weights: Mat<f32>,
     /// Root mean square error of the correlation over lags up to the extent it was made for.
     pub error: f64,
 }
 
+/// Cosine and sine of so many turns, to 1e-6; whole turns are taken off in f64.
+#[inline(always)]
+fn wave(turns: f64) -> [f32; 2] {
+    const ROUND: f64 = 6_755_399_441_055_744.0; // 1.5 · 2⁵²: adding and subtracting rounds
+    let part = (turns - ((turns + ROUND) - ROUND)) as f32;
+    // Half of the angle lies within a quarter turn, where few terms of Taylor's are enough.
+    let h = part * std::f32::consts::PI;
+    let q = h * h;
+    let s = (-2.505_210_8e-8_f32).mul_add(q, 2.755_731_9e-6);
+    let s = s.mul_add(q, -1.984_127e-4).mul_add(q, 8.333_333e-3);
+    let s = s.mul_add(q, -0.166_666_67).mul_add(q, 1.0) * h;
+    let c = 2.087_675_7e-9_f32.mul_add(q, -2.755_732e-7);
+    let c = c.mul_add(q, 2.480_158_7e-5).mul_add(q, -1.388_888_9e-3);
+    let c = c.mul_add(q, 4.166_666_7e-2).mul_add(q, -0.5).mul_add(q, 1.0);
+    [(-2.0 * s).mul_add(s, 1.0), 2.0 * s * c]
+}
+
 simd::vectorised! {
-    /// Cosine and sine of `x · fx + y · fy` turns, to 1e-6; whole turns are taken off in f64.
+    /// Cosine and sine of `x · fx + y · fy` turns.
     pub fn waves(x: f64, y: f64, fx: &[f64], fy: &[f64], cos: &mut [f32], sin: &mut [f32]) {
-        const ROUND: f64 = 6_755_399_441_055_744.0; // 1.5 · 2⁵²: adding and subtracting rounds
         for (((fx, fy), cos), sin) in fx.iter().zip(fy).zip(cos).zip(sin) {
-            let turns = fx.mul_add(x, fy * y);
-            let part = (turns - ((turns + ROUND) - ROUND)) as f32;
-            // Half of the angle lies within a quarter turn, where few terms of Taylor's are enough.
-            let h = part * std::f32::consts::PI;
-            let q = h * h;
-            let s = (-2.505_210_8e-8_f32).mul_add(q, 2.755_731_9e-6);
-            let s = s.mul_add(q, -1.984_127e-4).mul_add(q, 8.333_333e-3);
-            let s = s.mul_add(q, -0.166_666_67).mul_add(q, 1.0) * h;
-            let c = 2.087_675_7e-9_f32.mul_add(q, -2.755_732e-7);
-            let c = c.mul_add(q, 2.480_158_7e-5).mul_add(q, -1.388_888_9e-3);
-            let c = c.mul_add(q, 4.166_666_7e-2).mul_add(q, -0.5).mul_add(q, 1.0);
-            *cos = (-2.0 * s).mul_add(s, 1.0);
-            *sin = 2.0 * s * c;
+            [*cos, *sin] = wave(fx.mul_add(x, fy * y));
         }
     }
 }
 
+simd::vectorised! {
+    /// The same in space.
+    pub fn waves_in_space(at: [f64; 3], f: [&[f64]; 3], cos: &mut [f32], sin: &mut [f32]) {
+        let [fx, fy, fz] = f;
+        for ((((fx, fy), fz), cos), sin) in fx.iter().zip(fy).zip(fz).zip(cos).zip(sin) {
+            [*cos, *sin] = wave(fx.mul_add(at[0], fy.mul_add(at[1], fz * at[2])));
+        }
+    }
+}
+
+/// Waves of frequencies `of` at a place of as many axes.
+fn waves_at(place: &[f64], of: &[&[f64]], cos: &mut [f32], sin: &mut [f32]) {
+    match (place, of) {
+        ([x, y], [fx, fy]) => waves(*x, *y, fx, fy, cos, sin),
+        ([x, y, z], [fx, fy, fz]) => waves_in_space([*x, *y, *z], [fx, fy, fz], cos, sin),
+        _ => unreachable!("Spectral::new makes no others"),
+    }
+}
+
 impl Spectral {
-    /// `draws` draws of a surface with this covariance, for places up to `extent` apart.
+    /// `draws` draws of a surface with this covariance, for places of `dim` coordinates up to `extent`
+    /// apart.
     ///
     /// # Errors
-    /// [`Error::Input`] for a kernel without a spectral distribution in the plane.
-    pub fn new(kernel: &dyn Kernel, draws: usize, seed: u64, extent: f64) -> Result<Self> {
+    /// [`Error::Input`] for a kernel without a spectral distribution in so many dimensions.
+    pub fn new(
+        kernel: &dyn Kernel,
+        dim: usize,
+        draws: usize,
+        seed: u64,
+        extent: f64,
+    ) -> Result<Self> {
         let mut count = FREQUENCIES[0];
-        let (x, y, error) = loop {
-            let [x, y] = frequencies(kernel, count).ok_or_else(|| {
+        let (turns, error) = loop {
+            let turns = frequencies(kernel, dim, count).ok_or_else(|| {
                 Error::input("surfaces of this kernel cannot be drawn at map scale")
                     .fact("kernel", format!("{kernel:?}"))
-                    .try_this("use a Matérn kernel on a plane")
+                    .fact("coordinates of a place", dim)
+                    .try_this("use a Matérn kernel on a plane or the globe")
             })?;
-            let error = error(kernel, &x, &y, extent);
+            let error = error(kernel, &turns, extent);
             if error < ENOUGH || count >= FREQUENCIES[1] {
-                break (x, y, error);
+                break (turns, error);
             }
             count *= 2;
         };
@@ -85,17 +115,17 @@ impl Spectral {
                 weights[(d, at + CHUNK)] = (sd * rng.normal()) as f32;
             }
         }
-        Ok(Spectral { x, y, weights, error })
+        Ok(Spectral { turns, weights, error })
     }
 
     /// Adds the draws at each place to a column of `out` `[draw, place]`.
-    pub fn add(&self, x: &[f64], y: &[f64], mut out: MatMut<f32>) {
-        let mut features = Mat::<f32>::zeros(2 * CHUNK, x.len());
-        for start in (0..self.x.len()).step_by(CHUNK) {
-            let (fx, fy) = (&self.x[start..start + CHUNK], &self.y[start..start + CHUNK]);
-            for (i, (x, y)) in x.iter().zip(y).enumerate() {
+    pub fn add(&self, places: &[Vec<f64>], mut out: MatMut<f32>) {
+        let mut features = Mat::<f32>::zeros(2 * CHUNK, places.len());
+        for start in (0..self.turns[0].len()).step_by(CHUNK) {
+            let of: Vec<&[f64]> = self.turns.iter().map(|f| &f[start..start + CHUNK]).collect();
+            for (i, place) in places.iter().enumerate() {
                 let (cos, sin) = features.col_as_slice_mut(i).split_at_mut(CHUNK);
-                waves(*x, *y, fx, fy, cos, sin);
+                waves_at(place, &of, cos, sin);
             }
             let weights = self.weights.as_ref().subcols(2 * start, 2 * CHUNK);
             matmul(out.as_mut(), Accum::Add, weights, features.as_ref(), 1.0f32, Par::Seq);
@@ -104,31 +134,48 @@ impl Spectral {
 }
 
 /// `count` frequencies, turns per unit, each of one share of the spectral distribution: equal steps
-/// of its distribution function outwards, the golden section of a half turn from one to the next.
-fn frequencies(kernel: &dyn Kernel, count: usize) -> Option<[Vec<f64>; 2]> {
+/// of its distribution function outwards, the golden section of a half turn from one to the next; in
+/// space, over half a sphere by the two numbers that are golden for pairs (those of the plastic number).
+fn frequencies(kernel: &dyn Kernel, dim: usize, count: usize) -> Option<Vec<Vec<f64>>> {
+    const PLASTIC: f64 = 1.324_717_957_244_746;
     let golden = 0.5 * (5f64.sqrt() - 1.0);
-    let (mut x, mut y) = (Vec::with_capacity(count), Vec::with_capacity(count));
+    let mut turns = vec![Vec::with_capacity(count); dim];
     for j in 0..count {
-        let share = (j as f64 + 0.5) / count as f64;
-        let [fx, fy] = kernel.frequency(share, 0.5 * (j as f64 * golden).fract())?;
-        x.push(fx / std::f64::consts::TAU);
-        y.push(fy / std::f64::consts::TAU);
+        let (share, j) = ((j as f64 + 0.5) / count as f64, j as f64);
+        let found = match dim {
+            2 => kernel.frequency(share, 0.5 * (j * golden).fract())?.to_vec(),
+            3 => {
+                let up = (0.5 + j / PLASTIC).fract();
+                let across = (1.0 - up * up).sqrt();
+                let (sin, cos) =
+                    (std::f64::consts::TAU * (j / PLASTIC / PLASTIC).fract()).sin_cos();
+                kernel.frequency_in_space(share, [across * cos, across * sin, up])?.to_vec()
+            }
+            _ => return None,
+        };
+        let each = turns.iter_mut().zip(found);
+        each.for_each(|(turns, f)| turns.push(f / std::f64::consts::TAU));
     }
-    Some([x, y])
+    Some(turns)
 }
 
 /// Root mean square difference between the waves' correlation and the kernel's, over lags spread on
-/// a disc of radius `extent`.
-fn error(kernel: &dyn Kernel, x: &[f64], y: &[f64], extent: f64) -> f64 {
+/// a disc or ball of radius `extent`.
+fn error(kernel: &dyn Kernel, turns: &[Vec<f64>], extent: f64) -> f64 {
     const LAGS: usize = 400;
     let golden = std::f64::consts::TAU * 0.5 * (5f64.sqrt() - 1.0);
-    let (mut cos, mut sin) = (vec![0f32; x.len()], vec![0f32; x.len()]);
+    let (dim, count) = (turns.len(), turns[0].len());
+    let turns: Vec<&[f64]> = turns.iter().map(Vec::as_slice).collect();
+    let (mut cos, mut sin) = (vec![0f32; count], vec![0f32; count]);
     let squares = (0..LAGS).map(|i| {
         let r = extent * (i as f64 + 0.5) / LAGS as f64;
-        let (u, v) = (r * (golden * i as f64).cos(), r * (golden * i as f64).sin());
-        waves(u, v, x, y, &mut cos, &mut sin);
-        let waved = cos.iter().map(|c| f64::from(*c)).sum::<f64>() / x.len() as f64;
-        (waved - kernel.covariance(&[u, v], &[0.0, 0.0]) / kernel.sill()).powi(2)
+        let up = if dim == 3 { 2.0 * (i as f64 * 2f64.sqrt()).fract() - 1.0 } else { 0.0 };
+        let across = r * (1.0 - up * up).sqrt();
+        let turn = golden * i as f64;
+        let lag = [across * turn.cos(), across * turn.sin(), r * up];
+        waves_at(&lag[..dim], &turns, &mut cos, &mut sin);
+        let waved = cos.iter().map(|c| f64::from(*c)).sum::<f64>() / count as f64;
+        (waved - kernel.covariance(&lag[..dim], &[0.0; 3][..dim]) / kernel.sill()).powi(2)
     });
     (squares.sum::<f64>() / LAGS as f64).sqrt()
 }
@@ -149,6 +196,14 @@ mod tests {
             let off = (f64::from(cos[i]) - c).abs().max((f64::from(sin[i]) - s).abs());
             assert!(off < 1e-6, "{off} at {i}");
         }
+        let fz: Vec<f64> = (0..4000).map(|i| f64::from(i) * 0.01 - 3.0).collect();
+        waves_in_space([0.7, -1.3, 0.4], [&fx, &fy, &fz], &mut cos, &mut sin);
+        for i in 0..4000 {
+            let turns = 0.7 * fx[i] - 1.3 * fy[i] + 0.4 * fz[i];
+            let (s, c) = (std::f64::consts::TAU * turns).sin_cos();
+            let off = (f64::from(cos[i]) - c).abs().max((f64::from(sin[i]) - s).abs());
+            assert!(off < 1e-6, "{off} at {i} in space");
+        }
     }
 
     /// Every smoothness, short and long; and a kernel that is longer one way than the other.
@@ -159,9 +214,22 @@ mod tests {
                 let turned = Metric::Anisotropic { angle: 0.7, ratio: 2.5 };
                 for metric in [Metric::Euclidean, turned] {
                     let kernel = Matern { smoothness, length_scale, sill: 2.0, metric };
-                    let spectral = Spectral::new(&kernel, 1, 0, 2.5).unwrap();
+                    let spectral = Spectral::new(&kernel, 2, 1, 0, 2.5).unwrap();
                     assert!(spectral.error < most, "{kernel:?}: {}", spectral.error);
                 }
+            }
+        }
+    }
+
+    /// In space too, where directions fill half a sphere.
+    #[test]
+    fn so_it_is_in_space() {
+        for smoothness in Smoothness::all() {
+            for (length_scale, most) in [(0.1, 0.02), (0.4, 0.02), (1.5, 0.01)] {
+                let metric = Metric::Euclidean;
+                let kernel = Matern { smoothness, length_scale, sill: 2.0, metric };
+                let spectral = Spectral::new(&kernel, 3, 1, 0, 2.5).unwrap();
+                assert!(spectral.error < most, "{kernel:?}: {}", spectral.error);
             }
         }
     }
@@ -176,9 +244,9 @@ mod tests {
             metric: Metric::Euclidean,
         };
         let [few, many] = [3, 40].map(|draws| {
-            let spectral = Spectral::new(&kernel, draws, 9, 2.0).unwrap();
+            let spectral = Spectral::new(&kernel, 2, draws, 9, 2.0).unwrap();
             let mut out = Mat::zeros(draws, 2);
-            spectral.add(&[0.1, 0.4], &[-0.3, 0.9], out.as_mut());
+            spectral.add(&[vec![0.1, -0.3], vec![0.4, 0.9]], out.as_mut());
             out
         });
         for d in 0..3 {

@@ -13,13 +13,12 @@ use crate::{
     device,
     error::{Error, Result},
     fused::{bf16, ceiling::Rates, simd},
-    mapping::plan::Bytes,
+    mapping::{machine, plan::Bytes},
     rng::Stream,
 };
 
 pub mod accuracy;
 pub mod layer;
-pub mod machine;
 pub mod network;
 pub mod step;
 pub mod work;

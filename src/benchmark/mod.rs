@@ -29,6 +29,7 @@ use crate::{
 mod clusters;
 mod definition;
 mod pictures;
+pub mod scale;
 mod score;
 mod table;
 

@@ -16,6 +16,7 @@ use crate::{
     geo::{
         areas::{self, Areas},
         covariates::Cover,
+        crs::Crs,
         frame::Frame,
         geotiff,
         grid::{Extent, Grid},
@@ -199,11 +200,15 @@ pub fn run(args: &Args) -> Result<()> {
     unchanged(record.as_ref(), survey.len(), &mapped)?;
     let local = survey.crs.is_local().then_some(&survey.crs);
     let areas = Areas::read(&args.areas, args.areas_layer.as_deref(), local)?;
-    let (grid, cover) = covered(pixels(&told, mapped, &areas)?)?;
+    let (grid, cover) = covered(frame.geometry.cut(pixels(&told, mapped, &areas)?)?)?;
     let shapes = areas.shapes(&grid)?;
     let population = args.population.as_deref();
-    let people =
-        population.map(|file| People::read(file, &grid, measure, &frame.plane)).transpose()?;
+    // No plane about a place holds the whole world: there, an equal-area cylinder.
+    let plane = match frame.is_worldwide() && grid.crs.is_geographic() {
+        true => Crs::from_user("EPSG:6933")?,
+        false => frame.plane.clone(),
+    };
+    let people = population.map(|file| People::read(file, &grid, measure, &plane)).transpose()?;
 
     let (mut model, others) = map::open_models(
         told.model.as_deref(),
@@ -211,7 +216,7 @@ pub fn run(args: &Args) -> Result<()> {
         &frame,
         &context,
         &cards.devices,
-        reading,
+        (reading, &told.windows),
     )?;
     model.note_effects(&frame);
     map::tell_input(&survey, &grid, &frame, &model)?;
@@ -225,7 +230,7 @@ pub fn run(args: &Args) -> Result<()> {
     let question = Question {
         shapes: &shapes,
         people: people.as_ref().map(|people| &people.pixels[..]),
-        plane: &frame.plane,
+        plane: &plane,
         thresholds: &args.threshold,
     };
     let tile = draws::tile(told.tile.unwrap_or(plan::TILE), args.draws);

@@ -10,9 +10,14 @@ use crate::{
     registry::{self, Named},
 };
 
+mod scale;
+
 /// Train models on a published protocol and score them by the truth (for speed: `bench`)
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    of: Option<Of>,
     /// Task; the list of them when left out
     task: Option<String>,
     /// Models, by the names in the list; those of the task when left out
@@ -48,6 +53,12 @@ pub struct Args {
     integrated: Option<u32>,
 }
 
+/// Benchmarks that train nothing.
+#[derive(clap::Subcommand)]
+enum Of {
+    Scale(scale::Args),
+}
+
 /// `90s`, `10m`, `1.5h`.
 fn duration(text: &str) -> std::result::Result<Duration, String> {
     let wrong = || "write a number and s, m or h: 10m".to_string();
@@ -67,6 +78,9 @@ fn duration(text: &str) -> std::result::Result<Duration, String> {
 /// # Errors
 /// [`Error::Unknown`] for a task or model that is not listed, and those of [`benchmark::run`].
 pub fn run(args: &Args) -> Result<()> {
+    if let Some(Of::Scale(args)) = &args.of {
+        return scale::run(args);
+    }
     let Some(name) = &args.task else { return list() };
     let task = registry::find("benchmark", TASKS, name)?;
     if args.floor.is_some_and(|f| !(0.0..1.0).contains(&f)) {
@@ -106,5 +120,5 @@ fn list() -> Result<()> {
     for (name, model) in &models {
         say(format!("  {name:wide$}  {}", model.about))?;
     }
-    Ok(())
+    say("\nUp to 100,000 sites, with nothing trained: isopleth benchmark scale --list")
 }

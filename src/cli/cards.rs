@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 
-use super::note;
+use super::{map::FITTED, note};
 use crate::{
     attention::{Precision, Reading},
     device,
@@ -39,7 +39,7 @@ impl DeviceArgs {
             Cards { devices, asked, fallback, otherwise }
         };
         if device::Asked::parse(&self.device)? != device::Asked::Cpu
-            && model.is_some_and(|name| ["gp", "vecchia"].contains(&name))
+            && model.is_some_and(|name| FITTED.contains(&name))
         {
             let why = "a Gaussian process computes on the processor";
             note(format!("note        --device {}: {why}", self.device));

@@ -3,7 +3,10 @@
 use serde_json::json;
 use toml::Value;
 
-use super::{map::round, say};
+use super::{
+    map::{FITTED, round},
+    say,
+};
 use crate::{
     checkpoint::{Card, Checkpoint},
     error::{Error, Result},
@@ -36,7 +39,7 @@ struct Section {
 /// # Errors
 /// As [`Checkpoint::resolve`].
 pub fn run(args: &Args) -> Result<()> {
-    if let Some(name) = ["gp", "vecchia"].iter().find(|name| args.model == **name) {
+    if let Some(name) = FITTED.iter().find(|name| args.model == **name) {
         let error = Error::input(format!("`{name}` has no card: it is fitted to each survey anew"));
         let help = format!("the record of a map made with --model {name} holds what was fitted");
         return Err(error.try_this(help));

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::say;
+use super::{map::TREND, say};
 use crate::{
     attention::Term,
     benchmark::TASKS,
@@ -97,7 +97,12 @@ fn models() -> Vec<Entry> {
     let nearest = "the same from nearest neighbours (Vecchia), for thousands of sites and more";
     let trained = shipped().into_iter().map(|(name, about)| entry(name, "trained", about));
     let kinds = MODELS.iter().map(|kind| entry(kind.name(), "to train", kind.about()));
-    let fitted = [entry("gp", "exact", gp), entry("vecchia", "linear", nearest)];
+    let trend = "vecchia with a mean that is linear in the coordinates (universal kriging)";
+    let fitted = [
+        entry("gp", "exact", gp),
+        entry("vecchia", "linear", nearest),
+        entry(TREND, "linear", trend),
+    ];
     trained.chain(fitted).chain(kinds).collect()
 }
 

@@ -18,8 +18,9 @@ use super::{
     reading::ReadingArgs,
     report::{self, Findings},
     say,
-    survey::{SurveyArgs, agree, default_model},
+    survey::{SurveyArgs, agree, at_home, default_model},
     trust::{self, StrictArgs},
+    windows::{self, WindowArgs},
 };
 use crate::{
     attention::{Reading, Tally},
@@ -43,6 +44,7 @@ use crate::{
         displaced::{self, Expected, Placed},
         plan::{self, Bytes, Needs},
         record::{self, ProductNote, Record},
+        windows::{Cut, Windows},
     },
     picture::{Palette, Picture},
     predictive::{Link, Of},
@@ -50,6 +52,7 @@ use crate::{
     product::{self, Outcome, Scale, Spec},
     sites::Observations,
     task::design::Design,
+    train::trust::{Finding, Verdict},
 };
 
 /// Map prevalence and its uncertainty from a table of survey sites
@@ -73,7 +76,7 @@ pub struct Args {
     #[arg(long, value_name = "AREA")]
     pub(super) clip: Option<PathBuf>,
     /// Model by name or file; `gp` fits an exact Gaussian process, `vecchia` one of nearest
-    /// neighbours for many sites. `prevalence` for counts and `continuous` for values when left out
+    /// neighbours for many sites, `vecchia-trend` that with a trend along the coordinates. `prevalence` for counts and `continuous` for values when left out
     #[arg(long, value_name = "NAME|FILE")]
     pub(super) model: Option<String>,
     /// Also map the probability of exceeding this, outcome units (0.2 for 20 %); may be repeated
@@ -110,6 +113,8 @@ pub struct Args {
     pub(super) memory: Option<String>,
     #[command(flatten)]
     pub(super) reading: ReadingArgs,
+    #[command(flatten)]
+    pub(super) windows: WindowArgs,
     /// Write no PNG pictures
     #[arg(long)]
     no_pictures: bool,
@@ -163,19 +168,21 @@ pub fn run(args: &Args) -> Result<()> {
     let inside = overlap(&grid, &survey)?;
     args.draws.map_or(Ok(()), |draws| super::draws::check_disk(draws, &grid))?;
     let (grid, cover) = cover(grid, &frame, output.scratch())?;
+    let how = (reading, &args.windows);
     let (mut model, others) =
-        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
+        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, how)?;
     model.note_effects(&frame);
     let processes = model.with(&others);
     // What judging takes comes after, and is given back for the map to use.
     let resident = plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0);
     let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
-    let verdict = trust::examine(called, &survey, &frame)?;
+    let verdict = model.suits(trust::examine(called, &survey, &frame)?);
     args.strict.settle(called, &survey, &verdict)?;
     tell_input(&survey, &grid, &frame, &model)?;
 
     let mut plan = Plan { of: outcome.of, ..Plan::on(cards.devices.clone()) };
     plan.tile = args.tile.unwrap_or(plan.tile);
+    plan.targets = model.targets(&plan);
     if let Some(budget) = budget {
         let needs = Needs {
             resident,
@@ -307,6 +314,7 @@ pub fn run(args: &Args) -> Result<()> {
             record: &record,
             survey: &survey,
             model: called,
+            windows: &args.windows,
             outcome: &outcome.name,
             folder: output.scratch(),
             districts: args.districts.as_deref(),
@@ -397,6 +405,17 @@ pub(super) fn grid_of(
     survey: &Survey,
     frame: &Frame,
 ) -> Result<Grid> {
+    frame.geometry.cut(whole_grid(like, clip, crs_out, resolution, survey, frame)?)
+}
+
+fn whole_grid(
+    like: Option<&Path>,
+    clip: Option<&Path>,
+    crs_out: Option<&str>,
+    resolution: Option<Resolution>,
+    survey: &Survey,
+    frame: &Frame,
+) -> Result<Grid> {
     if let Some(like) = like {
         let grid = if survey.crs.is_local() {
             Grid::read_local(like, &survey.crs)?
@@ -414,6 +433,8 @@ pub(super) fn grid_of(
         (None, Some(Resolution::Degrees(_))) if !survey.crs.is_local() => {
             Crs::from_user("EPSG:4326")?
         }
+        // Of a plane about sites more than 60° from their middle, little would be seen at the edges.
+        _ if survey.crs.is_geographic() && frame.is_worldwide() => survey.crs.clone(),
         _ if survey.crs.is_geographic() => frame.plane.clone(),
         _ => survey.crs.clone(),
     };
@@ -425,7 +446,9 @@ pub(super) fn grid_of(
     survey.crs.transform(&crs, &mut x, &mut y)?;
     let extent =
         Extent::of(&x, &y).ok_or_else(|| Error::input("the sites have no finite coordinates"))?;
-    Grid::cover(extent.grow(MARGIN), &crs, resolution)
+    let extent = extent.grow(MARGIN);
+    let extent = if crs.is_geographic() { extent.on_globe() } else { extent };
+    Grid::cover(extent, &crs, resolution)
 }
 
 /// How many sites lie on the grid.
@@ -455,6 +478,8 @@ pub(super) struct Model {
     pub coefficients: Option<Coefficients>,
     /// How it reads the survey.
     pub likelihood: &'static dyn Likelihood,
+    /// How the survey is cut, where it is not read at once.
+    pub windows: Option<Cut>,
 }
 
 impl Model {
@@ -463,6 +488,20 @@ impl Model {
         if let (Some(design), Some(coefficients)) = (&frame.covariates, &self.coefficients) {
             self.card["coefficients"] = json!(effects(frame, design, coefficients));
         }
+    }
+
+    /// How many targets it is best asked about at once.
+    pub fn targets(&self, plan: &Plan) -> usize {
+        match self.windows {
+            Some(_) => plan.targets.max(mapping::windows::TARGETS_AT_ONCE),
+            None => plan.targets,
+        }
+    }
+
+    /// A verdict without what windows put right: that there are too many sites.
+    pub fn suits(&self, verdict: Verdict) -> Verdict {
+        let right = |f: &Finding| self.windows.is_none() || f.about != trust::SITES;
+        Verdict { findings: verdict.findings.into_iter().filter(right).collect(), ..verdict }
     }
 
     /// The effects, a line each, and how they came in.
@@ -479,6 +518,11 @@ impl Model {
         Ok(())
     }
 
+    /// That the survey is read in windows, where it is.
+    pub fn tell_windows(&self, sites: usize) -> Result<()> {
+        self.windows.iter().try_for_each(|cut| line("windows", windows::about(cut, sites)))
+    }
+
     /// Its process and those of the other devices, in their order.
     pub fn with<'a>(&'a self, others: &'a [Model]) -> Vec<&'a (dyn Process + Send + Sync)> {
         std::iter::once(self).chain(others).map(|model| &*model.process).collect()
@@ -492,9 +536,9 @@ pub(super) fn open_models(
     frame: &Frame,
     context: &Observations,
     devices: &[Device],
-    reading: Reading,
+    how: (Reading, &WindowArgs),
 ) -> Result<(Model, Vec<Model>)> {
-    let open = |device: &Device| open_model(name, survey, frame, context, device, reading);
+    let open = |device: &Device| open_model(name, survey, frame, context, device, how);
     let (first, others) = devices.split_first().unwrap_or((&Device::Cpu, &[]));
     Ok((open(first)?, others.iter().map(open).collect::<Result<_>>()?))
 }
@@ -507,13 +551,14 @@ pub(super) fn open_model(
     frame: &Frame,
     context: &Observations,
     device: &Device,
-    reading: Reading,
+    (reading, windows): (Reading, &WindowArgs),
 ) -> Result<Model> {
     let likelihood = survey.outcome.likelihood();
     let name = name.unwrap_or(default_model(&survey.outcome));
     let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
     let moved = survey.displacement.as_ref().map(|moved| frame.displacement(moved));
     if let Some(classical) = classical(name, context, wanted, reading, moved.as_ref())? {
+        windows.refused(name)?;
         return Ok(classical);
     }
     let checkpoint = Checkpoint::resolve(name)?;
@@ -526,6 +571,9 @@ pub(super) fn open_model(
     }
     let reads = covariates::reads(name, checkpoint.covariates(), survey)?;
     let process = checkpoint.process_reading(device, reading)?;
+    at_home(name, &*process, survey)?;
+    let cut = windows.of(&checkpoint, context.len())?;
+    let process = cut_into(process, wanted, cut)?;
     let (process, coefficients): (Box<dyn Process + Send + Sync>, _) =
         match (moved, &context.sites.x) {
             (Some(moved), _) => (Box::new(placed(process, tasks.design(), moved)), None),
@@ -537,13 +585,24 @@ pub(super) fn open_model(
                 (Box::new(Regressed::new(process.into(), betas, wanted, true)), Some(coefficients))
             }
         };
-    Ok(Model {
-        name: checkpoint.card.name.clone(),
-        process,
-        card: serde_json::to_value(&checkpoint.card)
-            .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?,
-        coefficients,
-        likelihood: wanted,
+    let mut card = serde_json::to_value(&checkpoint.card)
+        .map_err(|e| Error::input(format!("the model's card cannot be written: {e}")))?;
+    if let Some(cut) = cut {
+        card["windows"] = json!(cut);
+    }
+    let name = checkpoint.card.name.clone();
+    Ok(Model { name, process, card, coefficients, likelihood: wanted, windows: cut })
+}
+
+/// A trained process, read in windows where it is to be.
+pub(super) fn cut_into(
+    process: Box<dyn Process + Send + Sync>,
+    likelihood: &'static dyn Likelihood,
+    cut: Option<Cut>,
+) -> Result<Box<dyn Process + Send + Sync>> {
+    Ok(match cut {
+        Some(cut) => Box::new(Windows::new(process.into(), likelihood, cut)?),
+        None => process,
     })
 }
 
@@ -555,7 +614,7 @@ fn classical(
     reading: Reading,
     moved: Option<&Displacement>,
 ) -> Result<Option<Model>> {
-    if !["gp", "vecchia"].contains(&name) {
+    if !FITTED.contains(&name) {
         return Ok(None);
     }
     if reading != Reading::default() {
@@ -570,7 +629,8 @@ fn classical(
         Some(moved) => Box::new(Expected::new(process, moved.clone())),
         None => process,
     };
-    Ok(Some(Model { name: name.to_string(), process, card, coefficients, likelihood }))
+    let name = name.to_string();
+    Ok(Some(Model { name, process, card, coefficients, likelihood, windows: None }))
 }
 
 /// A classical process with what its card says.
@@ -580,7 +640,12 @@ pub(super) struct Fitted {
     coefficients: Option<Coefficients>,
 }
 
-/// Fits `gp` or `vecchia` to a context, with its covariates where it has some.
+/// Models that are fitted to the survey they are given: no file, no training.
+pub(super) const FITTED: [&str; 3] = ["gp", "vecchia", TREND];
+/// The nearest-neighbour Gaussian process whose mean is linear in the coordinates.
+pub(super) const TREND: &str = "vecchia-trend";
+
+/// Fits one of [`FITTED`] to a context, with its covariates where it has some.
 pub(super) fn fit(
     name: &str,
     context: &Observations,
@@ -615,13 +680,17 @@ pub(super) fn fit(
             ("neighbours", json!({ "fitting": gp.previous, "predicting": gp.near })),
         ]
     };
-    let what = "nearest-neighbour Gaussian process";
+    let trend = name == TREND;
+    let what = match trend {
+        true => "nearest-neighbour Gaussian process with a linear trend",
+        false => "nearest-neighbour Gaussian process",
+    };
     Ok(if covariates {
-        let (all, coefficients, gp) = Regressed::nearest(context, likelihood)?;
+        let (all, coefficients, gp) = Regressed::nearest(context, likelihood, trend)?;
         let about = (what, facts(&gp));
         Fitted { process: Box::new(all), about, coefficients: Some(coefficients) }
     } else {
-        let gp = nearest(context, likelihood, moved)?;
+        let gp = nearest(context, likelihood, moved, trend)?;
         let about = (what, facts(&gp));
         Fitted { process: Box::new(gp), about, coefficients: None }
     })
@@ -650,15 +719,19 @@ pub(super) fn exact(
     ExactGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
 }
 
-/// The nearest-neighbour Gaussian process fitted to a context, whose sites may be displaced.
+/// The nearest-neighbour Gaussian process fitted to a context, whose sites may be displaced, with or
+/// without a trend.
 pub(super) fn nearest(
     context: &Observations,
     likelihood: &'static dyn Likelihood,
     moved: Option<&Displacement>,
+    trend: bool,
 ) -> Result<NearestGp> {
-    let Some(moved) = moved else { return NearestGp::fit(context, likelihood) };
+    let Some(moved) = moved else {
+        return NearestGp::fit_as(context, likelihood, &|kernel| Ok(Box::new(kernel)), trend);
+    };
     let of = |kernel| Ok(Box::new(Displaced::new(kernel, &moved.laws)?) as Box<dyn Kernel>);
-    NearestGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
+    NearestGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of, trend)
 }
 
 /// What the user should know before believing the map.
@@ -674,10 +747,10 @@ fn warnings(
     // On an equal-area plane the scale at angle c from the centre is off by up to 1/cos(c/2) − 1.
     let angle = 0.5 * frame.extent_km() / 6371.0;
     let off = 1.0 / (0.5 * angle.min(3.0)).cos() - 1.0;
-    if off > 0.01 && !survey.crs.is_local() {
+    if off > 0.01 && frame.geometry.is_plane() && !survey.crs.is_local() {
         warnings.push(format!(
-            "the survey spans {:.0} km, wider than the model was made for: on one plane its \
-             distances are off by up to {:.0} %; map regions on their own",
+            "the survey spans {:.0} km, wider than a plane can hold: on it distances are off by up \
+             to {:.0} %; leave --distance plane or --displacement out, or map regions on their own",
             frame.extent_km(),
             (100.0 * off).ceil(),
         ));
@@ -745,8 +818,13 @@ pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
 pub(super) fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Model) -> Result<()> {
     tell_survey(survey)?;
     let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
-    survey.crs.transform(&frame.plane, &mut x, &mut y)?;
-    if let Some(extent) = Extent::of(&x, &y) {
+    if !frame.geometry.is_plane() {
+        let (wide, about) = (round(frame.extent_km()), frame.geometry.about());
+        line("region", format!("{wide} km, sites in {}, distances {about}", survey.crs.name()))?;
+    } else {
+        survey.crs.transform(&frame.plane, &mut x, &mut y)?;
+    }
+    if let Some(extent) = Extent::of(&x, &y).filter(|_| frame.geometry.is_plane()) {
         let km = |length: f64| round(length * frame.plane.metres_per_unit() / 1000.0);
         let (wide, high) = (km(extent.width()), km(extent.height()));
         line("region", format!("{wide} × {high} km, sites in {}", survey.crs.name()))?;
@@ -764,6 +842,7 @@ pub(super) fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Mo
     )?;
     let what = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
     line("model", format!("{}: {what}", model.name))?;
+    model.tell_windows(survey.len())?;
     model.tell_effects()
 }
 

@@ -28,6 +28,7 @@ pub mod survey;
 pub mod train;
 pub mod trust;
 pub mod validate;
+pub mod windows;
 
 /// Map prevalence, and how sure to be of it, from a table of survey sites
 #[derive(clap::Parser)]

@@ -23,6 +23,7 @@ use crate::{
         survey::{Outcome, Survey},
         table::{Column, Columns, write_points},
     },
+    kernel::Metric,
     likelihood,
     mapping::next::{Aim, Belief, MOST_PLACES, Proposal, exceedance},
     picture::{Mark, Palette, Picture},
@@ -126,9 +127,10 @@ pub fn run(args: &Args) -> Result<()> {
     let weight = vec![1.0; mean.len()];
     let belief = Belief { mean, covariance, noise, weight };
 
-    let spots = ground(&places, &frame)?;
-    let seen = ground(&context.sites, &frame)?;
-    let far = |a: &[f64; 2], b: &[f64; 2]| (a[0] - b[0]).hypot(a[1] - b[1]) >= apart;
+    let [spots, seen] = [frame.places_km(&places)?, frame.places_km(&context.sites)?];
+    let far = |a: &[f64], b: &[f64]| {
+        frame.geometry.ground(1000.0 * Metric::Euclidean.distance(a, b)) >= apart
+    };
     let reachable = reachable(args, &grid, &x, &y)?;
     let free: Vec<bool> =
         (0..spots.len()).map(|i| reachable[i] && seen.iter().all(|s| far(s, &spots[i]))).collect();
@@ -288,12 +290,6 @@ fn coarse(fine: &Grid) -> Grid {
         Grid { rows, cols, pixel, valid: Some(mask), ..fine.clone() }
     };
     (least..).map(side).find(|grid| grid.wanted() <= MOST_PLACES).unwrap_or_else(|| fine.clone())
-}
-
-/// Places on the ground, metres.
-fn ground(sites: &crate::sites::Sites, frame: &Frame) -> Result<Vec<[f64; 2]>> {
-    let unit = frame.metres_per_unit;
-    Ok(sites.host()?.iter().flatten().map(|s| [unit * s[0], unit * s[1]]).collect())
 }
 
 /// Which pixels may be surveyed.

@@ -16,6 +16,7 @@ use super::{
     sample::refuse_existing,
     survey::{ColumnArgs, default_model},
     trust::{self, StrictArgs},
+    windows::WindowArgs,
 };
 use crate::{
     error::{Error, Result},
@@ -55,6 +56,8 @@ pub struct Args {
     model: Option<String>,
     #[command(flatten)]
     reading: ReadingArgs,
+    #[command(flatten)]
+    windows: WindowArgs,
     #[command(flatten)]
     columns: ColumnArgs,
     #[command(flatten)]
@@ -150,12 +153,13 @@ pub fn run(args: &Args) -> Result<()> {
 
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
+    let how = (reading, &args.windows);
     let (mut model, others) =
-        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, reading)?;
+        open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, how)?;
     model.note_effects(&frame);
     let processes = model.with(&others);
     let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
-    let verdict = trust::examine(called, &survey, &frame)?;
+    let verdict = model.suits(trust::examine(called, &survey, &frame)?);
     args.strict.settle(called, &survey, &verdict)?;
     tell_survey(&survey)?;
     let placed = targets.x.iter().filter(|x| !x.is_nan()).count();
@@ -168,15 +172,17 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let about = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
     line("model", format!("{}: {about}", model.name))?;
+    model.tell_windows(survey.len())?;
     model.tell_effects()?;
 
     let mut plan = Plan::on(cards.devices.clone());
+    plan.targets = model.targets(&plan);
     if let Some(room) = plan.room() {
         plan = plan.within_cards(room, &model.process.memory(survey.len()));
     }
     let posteriors = plan.condition_each(&processes, &context)?;
-    // A card has little to do with a few thousand rows.
-    let rows = if plan.is_cpu() { ROWS } else { ROWS.max(plan.workers * plan.targets) };
+    // A card has little to do with a few thousand rows, and windows are conditioned for every chunk.
+    let rows = ROWS.max(plan.workers * plan.targets);
     let part = mapping::Part::new(plan.targets);
     let answered =
         names.len() - coordinates(&targets).map_or(0, |c| c.len()) - targets.names().len();
@@ -187,6 +193,7 @@ pub fn run(args: &Args) -> Result<()> {
         let (x, y) = (&targets.x[from..from + len], &targets.y[from..from + len]);
         from += len;
         let placed: Vec<usize> = (0..len).filter(|i| !x[*i].is_nan()).collect();
+        let placed = found.reach(&frame, &targets, [x, y], placed)?;
         let (rows, values) = found.look(&frame, &targets, [x, y], &placed, &own)?;
         let mut columns = Vec::new();
         if coordinates(&targets).is_some() {
@@ -269,11 +276,28 @@ pub fn run(args: &Args) -> Result<()> {
 /// What the targets turn out to have of the covariates.
 #[derive(Default)]
 struct Covered {
+    cut: usize,
     without: usize,
     beyond: usize,
 }
 
 impl Covered {
+    /// Which of the `placed` rows are in no barrier.
+    fn reach(
+        &mut self,
+        frame: &Frame,
+        targets: &Targets,
+        [x, y]: [&[f64]; 2],
+        placed: Vec<usize>,
+    ) -> Result<Vec<usize>> {
+        let at = |values: &[f64]| placed.iter().map(|i| values[*i]).collect::<Vec<f64>>();
+        let reached = frame.geometry.reached(&targets.crs, &at(x), &at(y))?;
+        let kept: Vec<usize> =
+            placed.iter().zip(reached).filter(|(_, reached)| *reached).map(|(i, _)| *i).collect();
+        self.cut += placed.len() - kept.len();
+        Ok(kept)
+    }
+
     /// Which of the `placed` rows have every covariate, and its values there, `[covariate][row]`.
     fn look(
         &mut self,
@@ -314,6 +338,13 @@ impl Covered {
 
     fn warnings(&self) -> Vec<String> {
         let mut said = Vec::new();
+        if self.cut > 0 {
+            said.push(format!(
+                "{} target{} in the barrier, or where no way leads from a site: nothing was predicted there",
+                self.cut,
+                plural(self.cut)
+            ));
+        }
         if self.without > 0 {
             said.push(format!(
                 "{} target{} without data for a covariate: nothing was predicted there",

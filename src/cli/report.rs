@@ -11,8 +11,9 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use candle_core::Device;
 
 use super::{
-    map::round,
+    map::{TREND, round},
     validate::{self, report::Report},
+    windows::WindowArgs,
 };
 use crate::{
     error::{Error, Result},
@@ -20,6 +21,7 @@ use crate::{
         survey::Survey,
         table::{Column, Columns},
     },
+    kernel::Metric,
     mapping::record::{ProductNote, Record},
     picture::curves::{self, Band, Chart, Curve},
     predictive::{Of, normal_quantile},
@@ -59,6 +61,8 @@ pub(super) struct Findings<'a> {
     pub survey: &'a Survey,
     /// Model by name or file.
     pub model: &'a str,
+    /// How a large survey is read.
+    pub windows: &'a WindowArgs,
     /// What is mapped: "prevalence".
     pub outcome: &'a str,
     /// Where the record's files lie.
@@ -171,7 +175,7 @@ fn held_out(w: &mut String, found: &Findings) -> Result<()> {
         );
         return Ok(());
     }
-    let report = validate::hold_out(found.model, found.survey, FOLDS)?;
+    let report = validate::hold_out(found.model, found.survey, FOLDS, found.windows)?;
     let picture = found.folder.join("report-calibration.png");
     report.picture(&picture)?;
     let calibration = image(
@@ -205,15 +209,18 @@ fn held_out(w: &mut String, found: &Findings) -> Result<()> {
 fn variogram(report: &Report, found: &Findings, file: &Path) -> Result<String> {
     let (order, steps) = report.first();
     let Survey { crs, x, y, .. } = found.survey;
-    let places = found.record.frame.sites(crs, x, y, &Device::Cpu)?.host()?.swap_remove(0);
-    let places: Vec<[f64; 2]> =
-        order.iter().map(|i| [0, 1].map(|d| found.record.frame.km(places[*i][d]))).collect();
+    let frame = &found.record.frame;
+    let places = frame.places_km(&frame.sites(crs, x, y, &Device::Cpu)?)?;
+    let places: Vec<&[f64]> = order.iter().map(|i| &places[*i][..]).collect();
     let mut rng = Stream::new(1, "variogram", 0);
     let score: Vec<f64> = pit::randomised(steps, &mut rng)
         .into_iter()
         .map(|u| normal_quantile(u.clamp(1e-6, 1.0 - 1e-6)))
         .collect();
-    let Some(classes) = Classes::of(&places) else { return Ok(String::new()) };
+    let far = |a: &[f64], b: &[f64]| {
+        frame.geometry.ground(1000.0 * Metric::Euclidean.distance(a, b)) / 1000.0
+    };
+    let Some(classes) = Classes::of(&places, far) else { return Ok(String::new()) };
     let seen = classes.semivariance(&score);
     let shuffled: Vec<Vec<f64>> = (0..SHUFFLES)
         .map(|_| {
@@ -267,15 +274,14 @@ struct Classes {
 
 impl Classes {
     /// Nothing where there are too few pairs.
-    fn of(places: &[[f64; 2]]) -> Option<Self> {
+    fn of(places: &[&[f64]], far: impl Fn(&[f64], &[f64]) -> f64) -> Option<Self> {
         // Pairs grow with the square: a few hundred sites show as much.
         let step = places.len().div_ceil(600).max(1);
         let kept: Vec<usize> = (0..places.len()).step_by(step).collect();
         let mut all = Vec::new();
         for (k, i) in kept.iter().enumerate() {
             for j in &kept[..k] {
-                let [a, b] = [places[*i], places[*j]];
-                all.push(((a[0] - b[0]).hypot(a[1] - b[1]), [*i, *j]));
+                all.push((far(places[*i], places[*j]), [*i, *j]));
             }
         }
         all.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -370,6 +376,9 @@ fn methods(found: &Findings) -> String {
                  likelihood (Laplace's approximation for counts) [3]"
             .to_string(),
         "vecchia" => "a nearest-neighbour (Vecchia) Gaussian process with a Matérn covariance, fitted by maximum likelihood [3]".into(),
+        TREND => "a nearest-neighbour (Vecchia) Gaussian process with a Matérn covariance and a mean that is linear in the \
+                  coordinates (universal kriging), fitted by maximum likelihood [3]"
+            .into(),
         name => format!(
             "the neural process `{name}` ({}), which was trained on surfaces simulated from a Gaussian-process prior with \
              rough and smooth kernels, a village-level nugget and trends, so that conditioning on the survey is amortised \

@@ -4,8 +4,12 @@ use std::path::PathBuf;
 
 use crate::{
     error::{Error, Result},
-    geo::survey::{Outcome, Survey, SurveyOptions},
+    geo::{
+        geometry::Choice,
+        survey::{Outcome, Survey, SurveyOptions},
+    },
     likelihood::{Kind, Likelihood},
+    process::Process,
 };
 
 /// Which table, and which of its columns.
@@ -66,6 +70,18 @@ pub struct ColumnArgs {
     /// Column of urban or rural, for --displacement dhs; guessed when left out
     #[arg(long, value_name = "COLUMN")]
     pub urban_rural: Option<String>,
+    /// What distances are measured on: a plane, or the globe (chords through it). When left out, the
+    /// globe where a plane would be off by more than 1 %, from about 3,600 km on
+    #[arg(long, value_name = "plane|globe")]
+    pub distance: Option<String>,
+    /// Polygons, or a raster that is not 0 there, within which distances are measured, such as land: ways
+    /// around what lies outside
+    #[arg(long, value_name = "AREA", conflicts_with = "barrier")]
+    pub inside: Option<PathBuf>,
+    /// Polygons, or a raster that is not 0 there, which cannot be crossed, such as water: distances are ways
+    /// around them
+    #[arg(long, value_name = "AREA")]
+    pub barrier: Option<PathBuf>,
 }
 
 impl ColumnArgs {
@@ -86,6 +102,11 @@ impl ColumnArgs {
             layer: self.layer.clone(),
             displacement: self.displacement.clone(),
             urban_rural: self.urban_rural.clone(),
+            distance: Choice {
+                distance: self.distance.clone(),
+                inside: self.inside.clone(),
+                barrier: self.barrier.clone(),
+            },
         }
     }
 }
@@ -130,6 +151,24 @@ pub fn agree(model: &str, reads: &dyn Likelihood, survey: &Survey) -> Result<()>
         .try_this(format!(
             "{help}; or leave --model out, or use --model gp, which is fitted to the survey"
         )))
+}
+
+/// Refuses a model that reads coordinates of a plane where the survey's distances are on no plane.
+///
+/// # Errors
+/// [`Error::Input`] with what to do instead.
+pub fn at_home(model: &str, process: &dyn Process, survey: &Survey) -> Result<()> {
+    if survey.geometry.is_plane() || process.any_dimension() {
+        return Ok(());
+    }
+    Err(Error::input("the model reads coordinates on a plane, and distances are not on one")
+        .fact("model", model)
+        .fact("survey", survey.source.display())
+        .fact("distances", survey.geometry.about())
+        .try_this(
+            "use a model that reads distances alone (prevalence, continuous, gp, vecchia), or \
+             --distance plane",
+        ))
 }
 
 impl SurveyArgs {

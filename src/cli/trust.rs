@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::{
+    map::FITTED,
     note, say,
     survey::{SurveyArgs, agree, default_model},
 };
@@ -13,13 +14,15 @@ use crate::{
     train::trust::{self, Judge, Verdict},
 };
 
+pub(super) use trust::SITES_FINDING as SITES;
+
 /// Tell whether a survey is like those a model was trained on, figure by figure
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     survey: SurveyArgs,
     /// Model by name or file: `prevalence` for counts and `continuous` for values when left out. With
-    /// `gp` or `vecchia`, which no training limits, only units are looked at
+    /// `gp`, `vecchia` or `vecchia-trend`, which no training limits, only units are looked at
     #[arg(long, value_name = "NAME|FILE")]
     model: Option<String>,
     #[command(flatten)]
@@ -58,12 +61,13 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// What can be said of a survey before `model`, which reads its kind of outcome, is believed.
 pub(super) fn examine(model: &str, survey: &Survey, frame: &Frame) -> Result<Verdict> {
-    let judge = match ["gp", "vecchia"].contains(&model) {
+    let judge = match FITTED.contains(&model) {
         true => None,
         false => {
             let checkpoint = Checkpoint::resolve(model)?;
             agree(model, checkpoint.likelihood()?, survey)?;
-            Judge::of(&checkpoint)?
+            // One that reads windows of any survey was trained on no kind of survey.
+            if checkpoint.any_size() { None } else { Judge::of(&checkpoint)? }
         }
     };
     trust::examine(judge.as_ref(), survey, frame)

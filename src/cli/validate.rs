@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 
 use super::{
     covariates::{self, CovariateArgs},
-    map::{exact, nearest, placed},
+    map::{TREND, cut_into, exact, nearest, placed},
     note,
     output::Output,
     say,
-    survey::{SurveyArgs, agree, default_model},
+    survey::{SurveyArgs, agree, at_home, default_model},
     trust::{self, StrictArgs},
+    windows::{self, WindowArgs},
 };
 use crate::{
     baseline::{
@@ -69,7 +70,7 @@ pub struct Args {
     folds: String,
     /// Models by name or file, the first compared with all others: `prevalence` for counts and
     /// `continuous` for values when left out; `gp` fits an exact Gaussian process to every fold's
-    /// context, `vecchia` one of nearest neighbours. `intercept-only` and `nearest-site` always stand
+    /// context, `vecchia` one of nearest neighbours, `vecchia-trend` that with a trend. `intercept-only` and `nearest-site` always stand
     /// beside them
     #[arg(long, value_name = "NAME|FILE,…", value_delimiter = ',')]
     model: Vec<String>,
@@ -86,6 +87,8 @@ pub struct Args {
     /// Replace the files of an earlier run in that directory
     #[arg(long, requires = "out")]
     force: bool,
+    #[command(flatten)]
+    windows: WindowArgs,
     #[command(flatten)]
     strict: StrictArgs,
 }
@@ -136,7 +139,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut output = args.out.as_deref().map(|out| Output::prepare(out, args.force)).transpose()?;
     let models = models(&args.model, &survey)?;
     let forecasters =
-        models.iter().map(|model| forecaster(model, &survey)).collect::<Result<Vec<_>>>()?;
+        models.iter().map(|m| forecaster(m, &survey, &args.windows)).collect::<Result<Vec<_>>>()?;
     let (frame, mut warnings) = (Frame::fit(&survey)?, Vec::new());
     for model in &models {
         let verdict = trust::examine(model, &survey, &frame)?;
@@ -160,13 +163,19 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// `model` validated on `count` random folds of a survey.
+/// `model` validated on `count` random folds of a survey, read in windows where it is large.
 ///
 /// # Errors
 /// As [`cross_validate`].
-pub(super) fn hold_out(model: &str, survey: &Survey, count: usize) -> Result<report::Report> {
+pub(super) fn hold_out(
+    model: &str,
+    survey: &Survey,
+    count: usize,
+    windows: &WindowArgs,
+) -> Result<report::Report> {
     let folds = Folds::random(count, survey.len(), 1)?;
-    let scored = cross_validate(survey, &folds, &*forecaster(model, survey)?)?;
+    let ask = forecaster(model, survey, windows)?;
+    let scored = cross_validate(survey, &folds, &*ask)?;
     let (how, models) = (count.to_string(), [model.to_string()]);
     Ok(report::Report::new(survey, &folds, &how, &models, &[scored], Vec::new()))
 }
@@ -202,19 +211,28 @@ fn entrants(folds: &[Fold]) -> (Vec<Forecast>, Vec<(&'static str, Vec<Forecast>)
 }
 
 /// The forecaster that `--model` names.
-fn forecaster(model: &str, survey: &Survey) -> Result<Box<Forecaster<'static>>> {
+fn forecaster(
+    model: &str,
+    survey: &Survey,
+    windows: &WindowArgs,
+) -> Result<Box<Forecaster<'static>>> {
     let wanted = likelihood::find(survey.outcome.likelihood())?;
     if model == GP {
         return Ok(exact_gp(wanted));
     }
-    if model == VECCHIA {
-        return Ok(nearest_gp(wanted));
+    if [VECCHIA, TREND].contains(&model) {
+        return Ok(nearest_gp(wanted, model == TREND));
     }
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
     let reads = covariates::reads(model, checkpoint.covariates(), survey)?;
     let design = checkpoint.recipe()?.tasks()?.design().clone();
-    let process: Arc<dyn Process + Send + Sync> = checkpoint.process(&Device::Cpu)?.into();
+    let process = checkpoint.process(&Device::Cpu)?;
+    at_home(model, &*process, survey)?;
+    let cut = windows.of(&checkpoint, survey.len())?;
+    cut.iter().for_each(|cut| note(format!("{model}: {}", windows::about(cut, survey.len()))));
+    let process = cut_into(process, wanted, cut)?;
+    let process: Arc<dyn Process + Send + Sync> = process.into();
     Ok(Box::new(move |context, targets, moved| match (moved, &context.sites.x) {
         (None, None) => process.condition(context)?.at(targets),
         (None, Some(_)) if reads => process.condition(context)?.at(targets),
@@ -237,14 +255,15 @@ pub fn exact_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>>
     })
 }
 
-/// Fits a nearest-neighbour Gaussian process to each context, then conditions it on that context.
-pub fn nearest_gp(likelihood: &'static dyn Likelihood) -> Box<Forecaster<'static>> {
+/// Fits a nearest-neighbour Gaussian process to each context, with or without a trend, then conditions it
+/// on that context.
+pub fn nearest_gp(likelihood: &'static dyn Likelihood, trend: bool) -> Box<Forecaster<'static>> {
     Box::new(move |context, targets, moved| {
         if context.sites.x.is_some() {
-            let (process, ..) = Regressed::nearest(context, likelihood)?;
+            let (process, ..) = Regressed::nearest(context, likelihood, trend)?;
             return process.condition(context)?.at(targets);
         }
-        fitted(Box::new(nearest(context, likelihood, moved)?), context, targets, moved)
+        fitted(Box::new(nearest(context, likelihood, moved, trend)?), context, targets, moved)
     })
 }
 

@@ -1,7 +1,7 @@
 //! `Frame`: the one door between the world's units and the model's.
 //!
 //! World: f64, coordinates of any CRS, outcomes in their own units. Model: f32, sites within
-//! [−1, 1] on a plane, a continuous outcome with mean 0 and sd 1. Between them lies a local
+//! [−1, 1] on a plane (or beyond a plane's reach, [`Geometry`]), a continuous outcome with mean 0 and sd 1. Between them lies a local
 //! equal-area plane (Lambert azimuthal, [`Crs::local_equal_area`]) centred on the sites: it
 //! keeps distances within 0.5 % out to 1,000 km from its centre, where the error is 1 − cos(c/2)
 //! for the angle c from it (Snyder 1987, USGS Professional Paper 1395, ch. 24).
@@ -11,23 +11,27 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     covariates::Design,
-    crs::Crs,
+    crs::{Crs, EARTH_RADIUS},
     displacement::Displacement,
+    geometry::{Geometry, plane},
     survey::{Outcome, Survey},
 };
 use crate::{
     error::{Error, Result},
     predictive::Marginals,
-    sites::{Observations, Sites, log_rate, mean_sd, unit_box},
+    sites::{Observations, Sites, log_rate, mean_sd, span},
 };
 
 /// How world coordinates and outcomes become model units and back; goes into the run record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Frame {
-    /// The plane on which distances are measured.
+    /// The plane on which distances are measured, and maps are drawn.
     pub plane: Crs,
-    /// Centre of the sites' bounding box, units of the plane.
-    pub centre: [f64; 2],
+    /// What distances are measured on where that is no plane.
+    #[serde(default, skip_serializing_if = "Geometry::is_plane")]
+    pub geometry: Geometry,
+    /// Centre of the sites' bounding box, units of the plane; metres in another geometry.
+    pub centre: Vec<f64>,
     /// Metres in one model unit: half the longer side of the sites' bounding box.
     pub metres_per_unit: f64,
     /// Mean taken off a continuous outcome, its own units, or off its logarithm; for cases the log of
@@ -46,9 +50,9 @@ impl Frame {
     /// # Errors
     /// [`Error::Input`] if the sites do not span a box, or cannot be moved to a plane.
     pub fn fit(survey: &Survey) -> Result<Self> {
-        let plane = plane(survey)?;
-        let places = places(&survey.crs, &plane, &survey.x, &survey.y)?;
-        let (centre, unit) = unit_box(&places).ok_or_else(|| flat(survey))?;
+        let (plane, geometry) = (plane(survey)?, survey.geometry.clone());
+        let places = geometry.places(&survey.crs, &plane, &survey.x, &survey.y)?;
+        let (centre, unit) = span(&places, geometry.dim()).ok_or_else(|| flat(survey))?;
         let (y_mean, y_sd) = match &survey.outcome {
             Outcome::Counts { .. } => (0.0, 1.0),
             Outcome::Cases { cases, exposure, .. } => (log_rate(cases, exposure), 1.0),
@@ -57,9 +61,10 @@ impl Frame {
                 mean_sd(&values.iter().map(|v| v.ln()).collect::<Vec<_>>())
             }
         };
-        let metres_per_unit = unit * plane.metres_per_unit();
+        let metres = if geometry.is_plane() { plane.metres_per_unit() } else { 1.0 };
+        let metres_per_unit = unit * metres;
         let covariates = survey.covariates.as_ref().map(Design::fit);
-        Ok(Frame { plane, centre, metres_per_unit, y_mean, y_sd, covariates })
+        Ok(Frame { plane, geometry, centre, metres_per_unit, y_mean, y_sd, covariates })
     }
 
     /// A survey in model units: sites `[1, site, 2]`, `y` `[1, site, 1]`, and for counts
@@ -129,13 +134,13 @@ impl Frame {
         if values.len() != wanted {
             return Err(Error::axis("covariates given and of the frame", values.len(), wanted));
         }
-        let mut places = places(crs, &self.plane, x, y)?;
-        let unit = self.metres_per_unit / self.plane.metres_per_unit();
-        for [x, y] in &mut places {
-            *x = (*x - self.centre[0]) / unit;
-            *y = (*y - self.centre[1]) / unit;
+        let mut places = self.geometry.places(crs, &self.plane, x, y)?;
+        let metres = if self.geometry.is_plane() { self.plane.metres_per_unit() } else { 1.0 };
+        let unit = self.metres_per_unit / metres;
+        for (i, c) in places.iter_mut().enumerate() {
+            *c = (*c - self.centre[i % self.centre.len()]) / unit;
         }
-        let mut sites = Sites::plane(&places, device)?;
+        let mut sites = Sites::flat(&places, self.centre.len(), device)?;
         sites.x = self.covariates.as_ref().map(|d| d.tensor(values, device)).transpose()?;
         Ok(sites)
     }
@@ -148,17 +153,34 @@ impl Frame {
 
     /// A displacement in model units.
     pub fn displacement(&self, moved: &Displacement) -> Displacement {
-        moved.scaled(1.0 / self.km(1.0))
+        moved.scaled(1000.0 / self.metres_per_unit)
     }
 
-    /// The longer side of the sites' bounding box, km.
+    /// The longer side of the sites' bounding box, km along the ground.
     pub fn extent_km(&self) -> f64 {
-        2.0 * self.metres_per_unit / 1000.0
+        self.km(2.0)
     }
 
-    /// A length in model units, such as a length scale ℓ, in km.
+    /// Whether sites lie so far around the globe that no plane shows them well: more than 60° from their
+    /// middle.
+    pub fn is_worldwide(&self) -> bool {
+        const EDGE: f64 = 0.866; // sin 60°
+        matches!(self.geometry, Geometry::Globe(_)) && self.metres_per_unit > EDGE * EARTH_RADIUS
+    }
+
+    /// A length in model units, such as a length scale ℓ, in km along the ground.
     pub fn km(&self, length: f64) -> f64 {
-        length * self.metres_per_unit / 1000.0
+        self.geometry.ground(length * self.metres_per_unit) / 1000.0
+    }
+
+    /// Places in km, `[place][dimension]`, between which straight lines are distances.
+    ///
+    /// # Errors
+    /// If the tensor cannot be read.
+    pub fn places_km(&self, sites: &Sites) -> Result<Vec<Vec<f64>>> {
+        let unit = self.metres_per_unit / 1000.0;
+        let one = |site: Vec<f64>| site.into_iter().map(|c| unit * c).collect();
+        Ok(sites.host()?.into_iter().flatten().map(one).collect())
     }
 }
 
@@ -167,49 +189,6 @@ fn flat(survey: &Survey) -> Error {
         .fact("file", survey.source.display())
         .fact("sites", survey.len())
         .try_this("a map needs at least two sites apart")
-}
-
-/// The plane for a survey: its own if that is local, else equal-area about the sites' middle.
-fn plane(survey: &Survey) -> Result<Crs> {
-    if survey.crs.is_local() {
-        return Ok(survey.crs.clone());
-    }
-    let globe = Crs::from_user("EPSG:4326")?;
-    // The mean direction is safe across the antimeridian and at the poles; sites that cancel out
-    // have none, and any centre is as good.
-    let mut sum = [0.0; 3];
-    for [lon, lat] in places(&survey.crs, &globe, &survey.x, &survey.y)? {
-        let (lon, lat) = (lon.to_radians(), lat.to_radians());
-        sum[0] += lat.cos() * lon.cos();
-        sum[1] += lat.cos() * lon.sin();
-        sum[2] += lat.sin();
-    }
-    let length = sum.iter().map(|v| v * v).sum::<f64>().sqrt();
-    // A millionth of a degree is 11 cm: a tidy centre for the run record.
-    let tidy = |v: f64| (v * 1e6).round() / 1e6;
-    let (lon, lat) = (
-        sum[1].atan2(sum[0]).to_degrees(),
-        (sum[2] / length.max(f64::MIN_POSITIVE)).asin().to_degrees(),
-    );
-    let about_mean = Crs::local_equal_area(tidy(lon), tidy(lat))?;
-    // Clustered sites pull the mean to one side; distortion is least about the box's centre.
-    let spread = places(&survey.crs, &about_mean, &survey.x, &survey.y)?;
-    let (centre, _) = unit_box(&spread).ok_or_else(|| flat(survey))?;
-    let (mut lon, mut lat) = ([centre[0]], [centre[1]]);
-    about_mean.transform(&globe, &mut lon, &mut lat)?;
-    Crs::local_equal_area(tidy(lon[0]), tidy(lat[0]))
-}
-
-/// Coordinates of `from` on `to`.
-fn places(from: &Crs, to: &Crs, x: &[f64], y: &[f64]) -> Result<Vec<[f64; 2]>> {
-    let (mut x, mut y) = (x.to_vec(), y.to_vec());
-    from.transform(to, &mut x, &mut y)?;
-    if let Some(i) = (0..x.len()).find(|i| !(x[*i].is_finite() && y[*i].is_finite())) {
-        return Err(Error::input("a place has no finite coordinates")
-            .fact("place", format!("number {}", i + 1))
-            .try_this("leave places without coordinates out"));
-    }
-    Ok(x.into_iter().zip(y).map(|(x, y)| [x, y]).collect())
 }
 
 #[cfg(test)]
@@ -228,6 +207,7 @@ mod tests {
             covariates: None,
             dropped: Vec::new(),
             displacement: None,
+            geometry: Geometry::Plane,
             notes: Vec::new(),
         }
     }

@@ -93,6 +93,16 @@ impl Extent {
         }
     }
 
+    /// The part of it, in degrees, that is on the globe.
+    pub fn on_globe(self) -> Self {
+        Extent {
+            west: self.west.max(-180.0),
+            south: self.south.max(-90.0),
+            east: self.east.min(180.0),
+            north: self.north.min(90.0),
+        }
+    }
+
     /// Whether a place lies inside or on the edge.
     pub fn contains(&self, x: f64, y: f64) -> bool {
         (self.west..=self.east).contains(&x) && (self.south..=self.north).contains(&y)
@@ -327,8 +337,17 @@ impl Grid {
             let first = (low / step + 1e-9).floor();
             (first, ((high / step - 1e-9).ceil() - first).max(1.0))
         };
-        let ((left, cols), (bottom, rows)) =
+        let ((left, mut cols), (mut bottom, mut rows)) =
             (cells(extent.west, extent.east), cells(extent.south, extent.north));
+        if crs.is_geographic() {
+            // No place is beyond a pole, and none is twice on a map.
+            let centre = |row: f64| (bottom + row + 0.5) * step;
+            let beyond = |row: &f64| centre(*row).abs() > 90.0;
+            let (under, over) = (beyond(&0.0), rows > 1.0 && beyond(&(rows - 1.0)));
+            bottom += f64::from(u8::from(under));
+            rows -= f64::from(u8::from(under) + u8::from(over));
+            cols = cols.min((360.0 / step + 1e-9).floor().max(1.0));
+        }
         let facts = |error: Error| {
             let size = |v: f64| format!("{:.4}", v / step);
             error

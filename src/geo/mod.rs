@@ -2,11 +2,13 @@
 //! model.
 
 pub mod areas;
+pub mod around;
 pub mod covariates;
 pub mod cover;
 pub mod crs;
 pub mod displacement;
 pub mod frame;
+pub mod geometry;
 pub mod geotiff;
 pub mod grid;
 pub mod people;

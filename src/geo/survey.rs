@@ -12,6 +12,7 @@ use super::{
     covariates::Covariates,
     crs::{self, Crs},
     displacement::{self, Displacement, Law},
+    geometry::{Choice, Geometry},
     table::{Column, Columns, Keep, Loaded, Points, load},
 };
 use crate::error::{Error, Result};
@@ -149,6 +150,8 @@ pub struct Survey {
     pub dropped: Vec<Dropped>,
     /// How far from where they were recorded the sites may stand; nothing where they are there.
     pub displacement: Option<Displacement>,
+    /// What distances between the sites are measured on.
+    pub geometry: Geometry,
     /// What was guessed or noticed, to be printed: one sentence each.
     pub notes: Vec<String>,
 }
@@ -184,6 +187,8 @@ pub struct SurveyOptions {
     pub displacement: Option<String>,
     /// Column of urban or rural (`--urban-rural`), for the rule of the DHS.
     pub urban_rural: Option<String>,
+    /// What distances are measured on.
+    pub distance: Choice,
 }
 
 /// Spellings of columns, compared without case and without anything but letters and digits.
@@ -263,6 +268,7 @@ impl Survey {
             rows: sites.iter().map(|i| self.rows[*i]).collect(),
             dropped: self.dropped.clone(),
             displacement: self.displacement.as_ref().map(|moved| moved.subset(sites)),
+            geometry: self.geometry.clone(),
             notes: self.notes.clone(),
         }
     }
@@ -713,11 +719,14 @@ impl Reading<'_> {
             rows: rows.iter().map(|i| i + 1).collect(),
             dropped,
             displacement: self.displacement(&rows)?,
+            geometry: Geometry::Plane,
             notes: Vec::new(),
         };
         self.enough(&survey)?;
         self.in_unit(&survey)?;
         self.in_area(&survey)?;
+        let (geometry, said) = Geometry::of(&self.options.distance, &survey)?;
+        self.notes.extend(said);
         if let Outcome::Cases { cases, exposure, per } = &survey.outcome
             && per == "person"
         {
@@ -730,7 +739,7 @@ impl Reading<'_> {
                 ));
             }
         }
-        Ok(Survey { notes: self.notes, ..survey })
+        Ok(Survey { geometry, notes: self.notes, ..survey })
     }
 
     /// How the sites in `rows` (from 0) were moved.

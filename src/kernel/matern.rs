@@ -3,7 +3,7 @@
 //! Source: Rasmussen & Williams (2006), eq. 4.14–4.17; Stein (1999) on why smoothness matters.
 
 use super::{Entry, Kernel, Metric};
-use crate::fused::simd;
+use crate::{fused::simd, predictive::normal_cdf};
 
 /// Order ν of a Matérn kernel: surfaces are differentiable ⌈ν⌉ − 1 times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -120,15 +120,30 @@ impl Kernel for Matern {
         };
         let turn = turn.map(|v| v / self.length_scale);
         squares(at, turn, x, y, out);
-        match self.smoothness {
-            Smoothness::Half => half(self.sill, out),
-            Smoothness::ThreeHalves => three_halves(self.sill, out),
-            Smoothness::FiveHalves => five_halves(self.sill, out),
-            Smoothness::Infinite => infinite(self.sill, out),
+        self.at_squares(out);
+    }
+    fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
+        if self.metric != Metric::Euclidean {
+            out.iter_mut().zip(places).for_each(|(out, place)| *out = self.covariance(place, at));
+            return;
         }
+        let scale = self.length_scale.powi(-2);
+        for (out, place) in out.iter_mut().zip(places) {
+            *out = scale * place.iter().zip(at).map(|(a, b)| (a - b) * (a - b)).sum::<f64>();
+        }
+        self.at_squares(out);
     }
     fn sill(&self) -> f64 {
         self.sill
+    }
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        match self.metric {
+            Metric::Anisotropic { angle, ratio } => {
+                let (sin, cos) = angle.sin_cos();
+                Some([cos, sin, -ratio * sin, ratio * cos])
+            }
+            _ => None,
+        }
     }
     /// Rasmussen & Williams (2006), eq. 4.15: a bivariate t with 2ν degrees of freedom.
     fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
@@ -149,6 +164,54 @@ impl Kernel for Matern {
                 Some([cos * x - ratio * sin * y, sin * x + ratio * cos * y])
             }
             Metric::GreatCircle => None,
+        }
+    }
+    fn matern(&self) -> Option<Matern> {
+        Some(*self)
+    }
+    /// The same in three dimensions. With r = √(2ν) tan θ the distribution function of the length is a sum
+    /// of sines, and is turned round by halving.
+    fn frequency_in_space(&self, share: f64, direction: [f64; 3]) -> Option<[f64; 3]> {
+        let freedom = match self.smoothness {
+            Smoothness::Half => 1.0f64,
+            Smoothness::ThreeHalves => 3.0,
+            Smoothness::FiveHalves => 5.0,
+            Smoothness::Infinite => 0.0,
+        };
+        let shorter = |a: f64| -> f64 {
+            let sum = match self.smoothness {
+                Smoothness::Half => a - (2.0 * a).sin() / 2.0,
+                Smoothness::ThreeHalves => a - (4.0 * a).sin() / 4.0,
+                Smoothness::FiveHalves => {
+                    a + (2.0 * a).sin() / 4.0 - (4.0 * a).sin() / 4.0 - (6.0 * a).sin() / 12.0
+                }
+                // Maxwell's distribution, at the tangent.
+                Smoothness::Infinite => {
+                    let r = a.tan();
+                    let density = (2.0 / std::f64::consts::PI).sqrt() * r * (-0.5 * r * r).exp();
+                    return 2.0 * normal_cdf(r) - 1.0 - density;
+                }
+            };
+            sum / std::f64::consts::FRAC_PI_2
+        };
+        let (mut low, mut high) = (0.0, std::f64::consts::FRAC_PI_2);
+        for _ in 0..60 {
+            let middle = 0.5 * (low + high);
+            if shorter(middle) < share { low = middle } else { high = middle }
+        }
+        let out = low.tan() * if freedom > 0.0 { freedom.sqrt() } else { 1.0 } / self.length_scale;
+        (self.metric == Metric::Euclidean).then(|| direction.map(|d| out * d))
+    }
+}
+
+impl Matern {
+    /// Covariances at squared distances in length scales, in place.
+    fn at_squares(&self, out: &mut [f64]) {
+        match self.smoothness {
+            Smoothness::Half => half(self.sill, out),
+            Smoothness::ThreeHalves => three_halves(self.sill, out),
+            Smoothness::FiveHalves => five_halves(self.sill, out),
+            Smoothness::Infinite => infinite(self.sill, out),
         }
     }
 }

@@ -9,12 +9,14 @@ pub mod displaced;
 pub mod matern;
 pub mod metric;
 pub mod periodic;
+pub mod varying;
 
 pub use combine::{Product, Sum};
 pub use displaced::Displaced;
 pub use matern::{Matern, Smoothness};
 pub use metric::Metric;
 pub use periodic::Periodic;
+pub use varying::{Local, Varying};
 
 /// A covariance: symmetric, positive semi-definite, largest at zero lag. Registered ones are
 /// stationary too.
@@ -33,9 +35,20 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
         }
     }
 
+    /// The same among places of any number of coordinates.
+    fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
+        out.iter_mut().zip(places).for_each(|(out, place)| *out = self.covariance(place, at));
+    }
+
     /// Variance of the surface anywhere: the covariance at zero lag, outcome². It is the partial
-    /// sill of geostatistics, since no kernel here holds a nugget.
+    /// sill of geostatistics, since no kernel here holds a nugget. The largest, where it varies.
     fn sill(&self) -> f64;
+
+    /// A linear map of the plane, row by row, after which sites that are near are alike, whatever the
+    /// direction. Nothing where they are as they stand, or nearly.
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        None
+    }
 
     /// A frequency of the plane's spectral distribution, of which the covariance is the expected
     /// cosine: `covariance(h) = sill · E cos(ω·h)`. `share` in (0, 1) says how far out it lies, as a
@@ -45,6 +58,16 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
     /// # Units
     /// Radians per unit of the sites.
     fn frequency(&self, _share: f64, _turn: f64) -> Option<[f64; 2]> {
+        None
+    }
+
+    /// The Matérn kernel that this is, if it is one: what networks that read covariances learn from.
+    fn matern(&self) -> Option<Matern> {
+        None
+    }
+
+    /// The same of the spectral distribution in three dimensions, in this direction (a unit vector).
+    fn frequency_in_space(&self, _share: f64, _direction: [f64; 3]) -> Option<[f64; 3]> {
         None
     }
 }
@@ -57,11 +80,23 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
         (**self).column(at, x, y, out);
     }
+    fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
+        (**self).column_of(at, places, out);
+    }
     fn sill(&self) -> f64 {
         (**self).sill()
     }
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        (**self).unstretch()
+    }
     fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
         (**self).frequency(share, turn)
+    }
+    fn matern(&self) -> Option<Matern> {
+        (**self).matern()
+    }
+    fn frequency_in_space(&self, share: f64, direction: [f64; 3]) -> Option<[f64; 3]> {
+        (**self).frequency_in_space(share, direction)
     }
 }
 

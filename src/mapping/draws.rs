@@ -25,6 +25,7 @@ use crate::{
         frame::Frame,
         grid::{Grid, Window},
     },
+    kernel::Metric,
     likelihood::Likelihood,
     predictive::{Link, Marginals, Of, normal_cdf},
     process::{Field, Posterior, Process},
@@ -57,7 +58,7 @@ pub fn dependence(
     Ok(match (context.len() <= EXACT_SITES, &context.sites.x) {
         (true, _) => Box::new(ExactGp::fit(context, likelihood)?),
         (false, None) => Box::new(NearestGp::fit(context, likelihood)?),
-        (false, Some(_)) => Box::new(Regressed::nearest(context, likelihood)?.0),
+        (false, Some(_)) => Box::new(Regressed::nearest(context, likelihood, false)?.0),
     })
 }
 
@@ -217,7 +218,7 @@ pub fn extent(grid: &Grid, frame: &Frame) -> f64 {
     let longest = apart.map_or(0.0, |sites| {
         let sites = &sites[0];
         let from = |a: &Vec<f64>| {
-            sites.iter().map(|b| (a[0] - b[0]).hypot(a[1] - b[1])).fold(0.0, f64::max)
+            sites.iter().map(|b| Metric::Euclidean.distance(a, b)).fold(0.0, f64::max)
         };
         sites.iter().map(from).fold(0.0, f64::max)
     });

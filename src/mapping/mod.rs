@@ -16,6 +16,7 @@ use crate::{
 pub mod areas;
 pub mod displaced;
 pub mod draws;
+pub mod machine;
 mod near;
 mod nearest;
 pub mod next;
@@ -23,6 +24,7 @@ mod part;
 mod pipeline;
 pub mod plan;
 pub mod record;
+pub mod windows;
 
 pub use part::Part;
 pub use pipeline::in_parts;

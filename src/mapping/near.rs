@@ -1,6 +1,6 @@
 //! Whether any site is within [`REACH`] of a place.
 
-use super::REACH;
+use super::{REACH, nearest::Nearest};
 use crate::{error::Result, sites::Observations};
 
 /// Cells along [`REACH`].
@@ -19,6 +19,8 @@ pub(super) struct Near {
     cells: Vec<Vec<[f64; 2]>>,
     /// Cells that may hold a site within reach, seen from a place's own: nearest first.
     around: Vec<[i64; 2]>,
+    /// Where sites are on no plane, and cells say less.
+    space: Option<Nearest>,
 }
 
 fn cell(site: [f64; 2]) -> [i64; 2] {
@@ -27,12 +29,16 @@ fn cell(site: [f64; 2]) -> [i64; 2] {
 
 impl Near {
     pub fn new(context: &Observations) -> Result<Self> {
-        let sites: Vec<[f64; 2]> =
-            context.sites.host()?.iter().flatten().map(|s| [s[0], s[1]]).collect();
+        let plane = context.sites.s.dims().last().is_none_or(|dim| *dim <= 2);
+        let space = if plane { None } else { Some(Nearest::new(context)?) };
+        let sites: Vec<[f64; 2]> = match plane {
+            true => context.sites.host()?.iter().flatten().map(|s| [s[0], s[1]]).collect(),
+            false => Vec::new(),
+        };
         let axis = |d: usize| sites.iter().map(move |s| cell(*s)[d]);
         let first = [0, 1].map(|d| axis(d).min().unwrap_or(0));
         let size = [0, 1].map(|d| axis(d).max().unwrap_or(-1) - first[d] + 1);
-        let mut near = Near { first, size, cells: Vec::new(), around: Vec::new() };
+        let mut near = Near { first, size, cells: Vec::new(), around: Vec::new(), space };
         near.cells.resize((size[0] * size[1]) as usize, Vec::new());
         for site in sites {
             if let Some(at) = near.place(cell(site)) {
@@ -54,7 +60,11 @@ impl Near {
         inside.then(|| (row * self.size[0] + col) as usize)
     }
 
-    pub fn reaches(&self, x: f64, y: f64) -> bool {
+    pub fn reaches(&self, place: &[f64]) -> bool {
+        if let Some(space) = &self.space {
+            return space.distance(place) <= REACH;
+        }
+        let [x, y] = [place[0], place[1]];
         let [col, row] = cell([x, y]);
         self.around.iter().any(|[i, j]| {
             let at = [col + i, row + j];
@@ -92,7 +102,7 @@ mod tests {
             let nearest =
                 sites.iter().map(|s| (s[0] - x).hypot(s[1] - y)).fold(f64::INFINITY, f64::min);
             if (nearest - REACH).abs() > 1e-6 {
-                assert_eq!(near.reaches(x, y), nearest < REACH, "{x} {y}: {nearest}");
+                assert_eq!(near.reaches(&[x, y]), nearest < REACH, "{x} {y}: {nearest}");
                 counts[usize::from(nearest < REACH)] += 1;
             }
         }

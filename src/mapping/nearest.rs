@@ -1,21 +1,21 @@
 //! The distance from a place to the nearest site, exactly.
 
-use crate::{error::Result, sites::Observations};
+use crate::{error::Result, kernel::Metric, sites::Observations};
 
-/// Sites in square cells, about one to a cell, searched in rings around a place's own.
+/// Sites in square cells of their first two coordinates, about one to a cell, searched in rings around
+/// a place's own. Further coordinates only make sites farther.
 pub(super) struct Nearest {
     first: [f64; 2],
     side: f64,
     size: [i64; 2],
-    /// Row-major.
-    cells: Vec<Vec<[f64; 2]>>,
+    /// Row-major: coordinates of the sites of each, one after the other.
+    cells: Vec<Vec<f64>>,
 }
 
 impl Nearest {
     /// Of the first row of a context, of at least one site.
     pub fn new(context: &Observations) -> Result<Self> {
-        let sites: Vec<[f64; 2]> =
-            context.sites.host()?.first().into_iter().flatten().map(|s| [s[0], s[1]]).collect();
+        let sites: Vec<Vec<f64>> = context.sites.host()?.into_iter().next().unwrap_or_default();
         let end = |d: usize, pick: fn(f64, f64) -> f64, from: f64| {
             sites.iter().map(|s| s[d]).fold(from, pick)
         };
@@ -28,20 +28,20 @@ impl Nearest {
         let mut nearest = Nearest { first, side, size, cells: Vec::new() };
         nearest.cells.resize((size[0] * size[1]) as usize, Vec::new());
         for site in sites {
-            let [col, row] = nearest.cell(site);
+            let [col, row] = nearest.cell(&site);
             let at = (row.clamp(0, size[1] - 1) * size[0] + col.clamp(0, size[0] - 1)) as usize;
-            nearest.cells[at].push(site);
+            nearest.cells[at].extend(site);
         }
         Ok(nearest)
     }
 
-    fn cell(&self, place: [f64; 2]) -> [i64; 2] {
+    fn cell(&self, place: &[f64]) -> [i64; 2] {
         [0, 1].map(|d| ((place[d] - self.first[d]) / self.side).floor() as i64)
     }
 
     /// Distance from a place to the nearest site, in units of the sites; infinite without sites.
-    pub fn distance(&self, x: f64, y: f64) -> f64 {
-        let [col, row] = self.cell([x, y]);
+    pub fn distance(&self, place: &[f64]) -> f64 {
+        let [col, row] = self.cell(place);
         // Rings that miss the box of the sites are empty.
         let gap = |at: i64, size: i64| (-at).max(at - size + 1).max(0);
         let reach = |at: i64, size: i64| at.abs().max((size - 1 - at).abs());
@@ -61,7 +61,9 @@ impl Nearest {
                 while i <= col + ring {
                     if (0..self.size[0]).contains(&i) {
                         let here = &self.cells[(j * self.size[0] + i) as usize];
-                        best = here.iter().map(|s| (s[0] - x).hypot(s[1] - y)).fold(best, f64::min);
+                        let each = here.chunks_exact(place.len());
+                        best =
+                            each.map(|s| Metric::Euclidean.distance(s, place)).fold(best, f64::min);
                     } else if whole && i < 0 {
                         i = -1; // the next is the first of the row
                     } else if whole {
@@ -86,26 +88,30 @@ mod tests {
     #[test]
     fn rings_find_the_nearest_site() {
         let mut rng = Stream::new(3, "nearest", 0);
-        for shape in 0..4 {
-            let sites: Vec<[f64; 2]> = (0..90)
-                .map(|i| match shape {
-                    0 => [rng.uniform(-1.0, 1.0), rng.uniform(-0.4, 0.4)],
-                    1 => [(i % 3) as f64 + 0.01 * rng.normal(), 0.01 * rng.normal()],
-                    2 => [rng.uniform(-1.0, 1.0), 0.25],
-                    _ => [0.5, -0.5],
+        for (shape, dim) in (0..4).flat_map(|shape| [(shape, 2), (shape, 3)]) {
+            let sites: Vec<f64> = (0..90)
+                .flat_map(|i| {
+                    let [x, y] = match shape {
+                        0 => [rng.uniform(-1.0, 1.0), rng.uniform(-0.4, 0.4)],
+                        1 => [(i % 3) as f64 + 0.01 * rng.normal(), 0.01 * rng.normal()],
+                        2 => [rng.uniform(-1.0, 1.0), 0.25],
+                        _ => [0.5, -0.5],
+                    };
+                    [x, y, rng.normal()].into_iter().take(dim)
                 })
                 .collect();
-            let plane = Sites::plane(&sites, &Device::Cpu).unwrap();
+            let sites = Sites::flat(&sites, dim, &Device::Cpu).unwrap();
             let y = Tensor::zeros((1, 90, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
-            let context = Observations::new(plane, y, None).unwrap();
+            let context = Observations::new(sites, y, None).unwrap();
             let nearest = Nearest::new(&context).unwrap();
             let held = &context.sites.host().unwrap()[0];
             for _ in 0..500 {
                 let far = if rng.unit() < 0.3 { 30.0 } else { 1.3 };
-                let [x, y] = [rng.uniform(-far, far), rng.uniform(-far, far)];
-                let plain =
-                    held.iter().map(|s| (s[0] - x).hypot(s[1] - y)).fold(f64::INFINITY, f64::min);
-                assert_eq!(nearest.distance(x, y), plain, "shape {shape} at {x}, {y}");
+                let place: Vec<f64> = (0..dim).map(|_| rng.uniform(-far, far)).collect();
+                let square =
+                    |s: &Vec<f64>| s.iter().zip(&place).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+                let plain = held.iter().map(square).fold(f64::INFINITY, f64::min).sqrt();
+                assert_eq!(nearest.distance(&place), plain, "shape {shape} at {place:?}");
             }
         }
     }

@@ -294,9 +294,10 @@ impl Stage<'_> {
             return Err(Error::axis("targets asked and answered", sites.len(), marginals.len()));
         }
         let host = sites.host()?;
-        let km = self.nearest.iter().flat_map(|nearest| {
-            host[0].iter().map(|s| self.frame.km(nearest.distance(s[0], s[1])))
-        });
+        let km = self
+            .nearest
+            .iter()
+            .flat_map(|nearest| host[0].iter().map(|s| self.frame.km(nearest.distance(s))));
         let around = Around { km: km.collect(), spread: self.spread };
         let values = self.specs.iter().map(|spec| spec.values(&marginals, &around)).collect();
         let mut tally = Tally { pixels: sites.len(), ..Tally::NONE };
@@ -305,7 +306,7 @@ impl Stage<'_> {
             tally.highest = mean.max(tally.highest);
             tally.total += mean;
         }
-        tally.far = host[0].iter().filter(|s| !self.near.reaches(s[0], s[1])).count();
+        tally.far = host[0].iter().filter(|s| !self.near.reaches(s)).count();
         Ok((values, tally))
     }
 

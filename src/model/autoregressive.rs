@@ -56,6 +56,10 @@ impl Process for Autoregressive<'_> {
         Ok(Box::new(Conditioned { model: self, inner, context: context.clone() }))
     }
 
+    fn any_dimension(&self) -> bool {
+        self.process.any_dimension()
+    }
+
     fn memory(&self, sites: usize) -> Memory {
         self.process.memory(sites + self.coarse)
     }

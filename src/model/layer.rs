@@ -173,6 +173,11 @@ impl Mlp {
         }
     }
 
+    /// Where its weights are, and in what precision.
+    pub fn place(&self) -> (&Device, DType) {
+        self.last().place()
+    }
+
     /// Features that the last layer gives.
     pub fn outputs(&self) -> usize {
         self.last().bias.elem_count()

@@ -26,6 +26,7 @@ pub mod family;
 pub mod gnp;
 pub mod head;
 pub mod joint;
+pub mod kriging;
 pub mod latent;
 pub mod layer;
 pub mod lbanp;
@@ -101,6 +102,7 @@ pub const MODELS: &[Entry] = &[
     convcnp::ENTRY,
     convcnp_grid::ENTRY,
     gnp::ENTRY,
+    kriging::ENTRY,
     lbanp::ENTRY,
     maml::ENTRY,
     cavia::ENTRY,

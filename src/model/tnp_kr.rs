@@ -858,6 +858,12 @@ impl Process for TnpKr {
         Ok(Box::new(Conditioned { model: self, caches }))
     }
 
+    fn any_dimension(&self) -> bool {
+        let softmax = |b: &Block| matches!(b.attention, Attention::Softmax { .. });
+        let plane = self.config.metric == Metric::Euclidean;
+        plane && !self.config.embed_location && self.blocks.iter().all(softmax)
+    }
+
     fn memory(&self, sites: usize) -> Memory {
         let c = &self.config;
         let performer = matches!(self.blocks[0].attention, Attention::Performer { .. });

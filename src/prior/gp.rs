@@ -245,6 +245,13 @@ impl Kernel for Scaled {
     fn sill(&self) -> f64 {
         self.sill * self.shape.sill()
     }
+    fn matern(&self) -> Option<Matern> {
+        let shape = self.shape.matern()?;
+        Some(Matern { sill: self.sill * shape.sill, ..shape })
+    }
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        self.shape.unstretch()
+    }
 }
 
 impl Prior for Gp {

@@ -11,6 +11,7 @@ use crate::{
 
 pub mod gp;
 pub mod hyper;
+pub mod lattice;
 pub mod mixture;
 pub mod sawtooth;
 pub mod sine;

@@ -8,16 +8,18 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Error, Result},
     geo::{covariates::Lattice, displacement},
-    kernel::Kernel,
+    kernel::{Kernel, Matern, Metric, Smoothness},
     likelihood::{self, Kind, Likelihood},
     prior::{self, Prior, Rule, hyper::Law},
     rng::Stream,
     settings,
-    sites::{Observations, Sites, Task, log_rate, mean_sd, unit_box},
+    sites::{HYPER, Observations, Sites, Task, log_rate, mean_sd, unit_box},
 };
 
+pub mod continent;
 pub mod covariates;
 pub mod design;
+pub mod gaps;
 
 use covariates::{Both, Effects, Seen};
 use design::{Design, Layout};
@@ -140,12 +142,36 @@ impl Batch {
                 target: self.task.target.rows(start, len)?,
                 surface: part(&self.task.surface)?,
                 noisy: part(&self.task.noisy)?,
+                hyper: self.task.hyper.as_ref().map(part).transpose()?,
             },
             rules: self.rules[start..start + len].to_vec(),
             frames: self.frames[start..start + len].to_vec(),
             dispersions: self.dispersions[start..start + len].to_vec(),
         })
     }
+}
+
+/// What ruled a row, as [`Task::hyper`] has it.
+fn hyper(rule: &Rule) -> [f32; HYPER] {
+    let matern = rule.kernel.as_ref().and_then(|kernel| kernel.matern());
+    let Some(Matern { smoothness, length_scale, sill, metric }) = matern else {
+        return [0.0; HYPER];
+    };
+    let (angle, ratio) = match metric {
+        Metric::Euclidean => (0.0, 1.0f64),
+        Metric::Anisotropic { angle, ratio } => (angle, ratio),
+        Metric::GreatCircle => return [0.0; HYPER],
+    };
+    let order = Smoothness::all().iter().position(|s| *s == smoothness).unwrap_or(0);
+    // A nugget that is none is one too small to matter.
+    let nugget = rule.nugget.max(1e-6 * sill);
+    let (sin, cos) = (2.0 * angle).sin_cos();
+    let length = length_scale / ratio.sqrt();
+    let all = [1.0, order as f64, length.ln(), sill.ln(), nugget.ln()];
+    let turned = [ratio.ln() * cos, ratio.ln() * sin];
+    let mut out = [0.0; HYPER];
+    all.iter().chain(&turned).zip(&mut out).for_each(|(v, out)| *out = *v as f32);
+    out
 }
 
 /// The same sites with nothing seen at them.
@@ -172,6 +198,11 @@ impl Kernel for Reframed {
     }
     fn sill(&self) -> f64 {
         self.scale * self.kernel.sill()
+    }
+    fn matern(&self) -> Option<Matern> {
+        let wide = self.kernel.matern()?;
+        let length_scale = wide.length_scale / self.unit;
+        Some(Matern { length_scale, sill: self.scale * wide.sill, ..wide })
     }
 }
 
@@ -437,6 +468,7 @@ impl Tasks {
         }
         let n = first + targets;
         let cpu = &Device::Cpu;
+        let hyper: Vec<f32> = rules.iter().flat_map(hyper).collect();
         let s = Tensor::from_vec(s, (rows, n, dim), cpu)?;
         let y = Tensor::from_vec(y, (rows, n, 1), cpu)?;
         let trials = if counts { Some(Tensor::from_vec(trials, (rows, n), cpu)?) } else { None };
@@ -457,6 +489,7 @@ impl Tasks {
                 target: part(first, targets)?,
                 surface: Tensor::from_vec(latent, (rows, targets, 1), cpu)?,
                 noisy: Tensor::from_vec(noisy, (rows, targets, 1), cpu)?,
+                hyper: Some(Tensor::from_vec(hyper, (rows, HYPER), cpu)?),
             },
             rules,
             frames,

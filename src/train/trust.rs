@@ -355,7 +355,14 @@ pub fn trained_sites(tasks: &Tasks) -> Option<[usize; 2]> {
 /// # Errors
 /// As [`Judge::judge`].
 pub fn examine(judge: Option<&Judge>, survey: &Survey, frame: &Frame) -> Result<Verdict> {
-    let observations = frame.observations(survey, &Device::Cpu)?;
+    // Figures of training are of a plane: on a wide one they are off as its distances are.
+    let observations = match frame.geometry.is_plane() {
+        true => frame.observations(survey, &Device::Cpu)?,
+        false => {
+            let flat = Survey { geometry: Default::default(), ..survey.clone() };
+            Frame::fit(&flat)?.observations(&flat, &Device::Cpu)?
+        }
+    };
     let mut verdict = match judge {
         Some(judge) => judge.judge(&Context::of(&observations, 0)?)?,
         None => Verdict {
@@ -372,7 +379,7 @@ pub fn examine(judge: Option<&Judge>, survey: &Survey, frame: &Frame) -> Result<
         && !(least..=most).contains(&survey.len())
     {
         findings.push(Finding {
-            about: "number of sites".into(),
+            about: SITES_FINDING.into(),
             text: format!(
                 "the model was trained on {least} to {most} sites and the survey has {}: compare with \
                  --model {}",
@@ -384,6 +391,9 @@ pub fn examine(judge: Option<&Judge>, survey: &Survey, frame: &Frame) -> Result<
     findings.append(&mut verdict.findings);
     Ok(Verdict { findings, ..verdict })
 }
+
+/// What a finding is about that speaks of too few or too many sites.
+pub const SITES_FINDING: &str = "number of sites";
 
 /// Farther apart than any two places on earth, km.
 const IMPOSSIBLE_KM: f64 = 20_038.0;

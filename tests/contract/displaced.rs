@@ -208,7 +208,7 @@ fn fitting_does_not_take_displacement_for_nugget() -> Result<()> {
     let fitted = ExactGp::fit_as(&marked, likelihood, &of)?;
     println!("nugget {NUGGET}: ignored {}, fitted {}", ignored.nugget, fitted.nugget);
     assert!(fitted.nugget < 0.6 * ignored.nugget, "{} of {}", fitted.nugget, ignored.nugget);
-    let nearest = NearestGp::fit_as(&marked, likelihood, &of)?;
+    let nearest = NearestGp::fit_as(&marked, likelihood, &of, false)?;
     let gap = (nearest.log_marginal.unwrap() - fitted.log_marginal.unwrap()).abs();
     assert!(gap < 2.0, "the nearest-neighbour process is {gap} nats off");
     let surfaces = [

@@ -279,6 +279,7 @@ fn intervals_of_districts_with_a_covariate_hold_what_they_should() -> Result<()>
     const DRAWS: usize = 150;
     let frame = Frame {
         plane: Crs::from_user("local:m")?,
+        geometry: Default::default(),
         centre: [0.0, 0.0],
         metres_per_unit: 1000.0,
         y_mean: 0.0,
@@ -324,7 +325,7 @@ fn a_fitted_dependence_knows_the_covariates() -> Result<()> {
     let context = seen(&at, false, &mut rng);
     let fitted = dependence(&context, likelihood::find("gaussian")?)?;
     let (few, near) = (fitted.condition(&context)?, {
-        Regressed::nearest(&context, likelihood::find("gaussian")?)?.0
+        Regressed::nearest(&context, likelihood::find("gaussian")?, false)?.0
     });
     let many = near.condition(&context)?;
     for posterior in [&few, &many] {

@@ -219,7 +219,8 @@ fn grid(rows: usize, cols: usize) -> Grid {
 fn frame() -> Frame {
     Frame {
         plane: Crs::from_user("local:m").unwrap(),
-        centre: [0.0, 0.0],
+        geometry: Default::default(),
+        centre: vec![0.0, 0.0],
         metres_per_unit: 1000.0,
         y_mean: 0.0,
         y_sd: 1.0,

@@ -2,7 +2,7 @@
 
 use isopleth::{
     Stream,
-    kernel::{KERNELS, Kernel, Matern, Metric, Product, Smoothness, Sum, matrix},
+    kernel::{KERNELS, Kernel, Local, Matern, Metric, Product, Smoothness, Sum, Varying, matrix},
     registry::Named,
 };
 
@@ -155,4 +155,69 @@ fn the_exponential_is_positive_definite_on_the_globe() {
     // London to Paris, by the angle between unit vectors (numpy), R = 6371.0088 km.
     let d = Metric::GreatCircle.distance(&[-0.1278, 51.5074], &[2.3522, 48.8566]);
     assert!((d - 343.556_534_880_883_36).abs() < 1e-6, "{d}");
+}
+
+/// Length scale over a factor of 50, direction all around, a sill of 0 to 2, and a jump.
+fn varied(smoothness: Smoothness) -> Varying {
+    Varying::new(smoothness, 2.0, |s: &[f64]| Local {
+        length_scale: 0.1 * (1.0 + s[0].abs()).powi(3) * if s[1] > 0.7 { 2.0 } else { 1.0 },
+        ratio: 1.0 + 3.0 * (0.5 + 0.5 * s[1].sin()),
+        angle: 2.0 * s[0] - s[1],
+        sill: 1.0 + (3.0 * s[0]).cos(),
+    })
+}
+
+#[test]
+fn a_varying_kernel_is_a_kernel() {
+    for smoothness in Smoothness::all() {
+        let kernel = varied(smoothness);
+        // Sites that stand close, where a kernel that is none shows first.
+        let mut sites = sites(60, 7);
+        sites.iter_mut().take(30).flatten().for_each(|c| *c *= 0.1);
+        for a in &sites {
+            let sill = 1.0 + (3.0 * a[0]).cos();
+            assert!((kernel.covariance(a, a) - sill).abs() < 1e-12, "sill at zero lag");
+            for b in &sites {
+                assert!((kernel.covariance(a, b) - kernel.covariance(b, a)).abs() < 1e-13);
+                let bound = (sill * kernel.covariance(b, b)).sqrt() * (1.0 + 1e-12);
+                assert!(kernel.covariance(a, b).abs() <= bound, "{smoothness:?}: {a:?} {b:?}");
+            }
+        }
+        let smallest = smallest_eigenvalue(&kernel, &sites);
+        assert!(smallest > -1e-12 * 2.0 * 60.0, "{smoothness:?}: smallest eigenvalue {smallest:e}");
+        let [x, y] = [0, 1].map(|d| sites.iter().map(|p| p[d]).collect::<Vec<f64>>());
+        let mut out = vec![f64::NAN; 60];
+        kernel.column([0.2, -0.4], &x, &y, &mut out);
+        for (out, site) in out.iter().zip(&sites) {
+            assert!((out - kernel.covariance(site, &[0.2, -0.4])).abs() < 1e-14);
+        }
+    }
+}
+
+/// What is the same everywhere is the plain kernel, in any direction.
+#[test]
+fn a_varying_kernel_that_does_not_vary_is_the_plain_one() {
+    for smoothness in Smoothness::all() {
+        for (ratio, angle) in [(1.0, 0.0), (1.0, 0.9), (3.5, 0.9), (2.0, -1.2)] {
+            let metric = Metric::Anisotropic { angle, ratio };
+            let plain = Matern { smoothness, length_scale: 0.7, sill: 1.3, metric };
+            let varying = Varying::new(smoothness, 1.3, move |_: &[f64]| Local {
+                length_scale: 0.7,
+                ratio,
+                angle,
+                sill: 1.3,
+            });
+            for (a, b) in sites(20, 8).iter().zip(&sites(20, 9)) {
+                let (one, other) = (plain.covariance(a, b), varying.covariance(a, b));
+                assert!((one - other).abs() < 1e-13, "{smoothness:?} {ratio} {angle}");
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "a local kernel needs")]
+fn a_local_kernel_that_is_none_makes_no_map() {
+    let kernel = Varying::new(Smoothness::Half, 1.0, |s: &[f64]| Local::round(s[0].sqrt(), 1.0));
+    kernel.covariance(&[-1.0, 0.0], &[1.0, 0.0]);
 }

@@ -119,6 +119,7 @@ fn task(rows: usize, context: usize, targets: usize) -> Result<Task> {
         target: observed(some(targets)?, &truth)?,
         surface: truth.clone(),
         noisy: truth,
+        hyper: None,
     })
 }
 

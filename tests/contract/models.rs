@@ -384,7 +384,8 @@ fn learning(model: &Model, batch: &Batch, dtype: DType) -> Result<Objective> {
         trials: target.trials.as_ref().map(cast).transpose()?,
     };
     let (surface, noisy) = (cast(&batch.task.surface)?, cast(&batch.task.noisy)?);
-    let task = Task { context, target, surface, noisy };
+    let hyper = batch.task.hyper.as_ref().map(cast).transpose()?;
+    let task = Task { context, target, surface, noisy, hyper };
     objective(&**model, &task, Reward::Both, &mut Stream::new(5, "objective", 0))
 }
 

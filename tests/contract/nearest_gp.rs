@@ -5,7 +5,7 @@ use candle_core::{Device, Tensor};
 use isopleth::{
     Link, Observations, Of, Process, Result, Sites, Stream,
     baseline::{ExactGp, NearestGp},
-    kernel::{Kernel, Matern, Metric, Smoothness},
+    kernel::{Kernel, Local, Matern, Metric, Smoothness, Varying},
     likelihood,
     likelihood::Likelihood,
     linalg::lower,
@@ -439,5 +439,175 @@ fn memory_is_linear_and_the_exact_process_points_here() -> Result<()> {
     let many = seen(&scattered(n, "many"), &vec![0.0; n], None);
     let error = exact.condition(&many).err().expect("too many").to_string();
     assert!(error.contains("too many sites"), "{error}");
+    Ok(())
+}
+
+/// Counts that say little, or nothing, or too much, and places that are one, read by all of them: what the
+/// exact process makes of the same.
+#[test]
+fn odd_counts_are_read_as_the_exact_process_reads_them() -> Result<()> {
+    let mut places = scattered(80, "sites");
+    (60..70).for_each(|i| places[i] = places[3].clone()); // a crowd of places that are one
+    (70..75).for_each(|i| places[i] = vec![places[i - 50][0] + 1e-9, places[i - 50][1]]);
+    places[79] = vec![4e3, -7e3];
+    let at: Vec<Vec<f64>> = scattered(12, "targets")
+        .into_iter()
+        .chain([places[3].clone(), places[79].clone()])
+        .collect();
+    let one = vec![1.0; 80];
+    let mixed: Vec<f64> = (0..80).map(|i| (1 + i % 5) as f64).collect();
+    let crowds: Vec<f64> = (0..80).map(|i| if i % 7 == 0 { 5000.0 } else { 1.0 }).collect();
+    for smoothness in [Smoothness::Half, Smoothness::FiveHalves] {
+        let kernel = matern(smoothness, 0.4, Metric::Euclidean);
+        let latent = drawn(&kernel, 0.3, &scattered(80, "sites"))?;
+        for tested in [&one, &mixed, &crowds] {
+            let positive = counted(&latent, tested);
+            let none = vec![0.0; 80];
+            for y in [&positive, &none, tested] {
+                let context = seen(&places, y, Some(tested));
+                for (nugget, doubt) in [(0.3, 25.0), (0.0, 25.0), (40.0, 0.0)] {
+                    let (exact, nearest) = both(kernel, nugget, -0.5, doubt, binomial())?;
+                    let nearest = nearest.neighbours(80, 80);
+                    let (a, b) = (ask(&nearest, &context, &at)?, ask(&exact, &context, &at)?);
+                    let what = format!("{smoothness:?}, nugget {nugget}, first of {:?}", &y[..3]);
+                    for i in 0..3 {
+                        near(&what, &a[i], &b[i], 1e-5);
+                    }
+                    let logs = [nearest.log_marginals(&context)?, exact.log_marginals(&context)?];
+                    near(&what, &logs[0], &logs[1], 1e-4);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Few of many neighbours, one to five tested: the surface of the exact process, its spread and its
+/// evidence.
+#[test]
+fn few_neighbours_of_small_counts_come_close_to_the_exact_process() -> Result<()> {
+    let places = scattered(900, "sites");
+    let at = scattered(200, "targets");
+    let tested: Vec<f64> = (0..900).map(|i| (1 + i % 5) as f64).collect();
+    for (smoothness, nugget) in [(Smoothness::Half, 0.2), (Smoothness::ThreeHalves, 2.0)] {
+        let kernel = matern(smoothness, 0.5, Metric::Euclidean);
+        let latent = drawn(&kernel, nugget, &places)?;
+        let context = seen(&places, &counted(&latent, &tested), Some(&tested));
+        let (exact, nearest) = both(kernel, nugget, -0.5, 25.0, binomial())?;
+        let (a, b) = (ask(&nearest, &context, &at)?, ask(&exact, &context, &at)?);
+        let off: Vec<f64> = (0..200).map(|i| (a[0][i] - b[0][i]) / b[1][i]).collect();
+        let off = (off.iter().map(|v| v * v).sum::<f64>() / 200.0).sqrt();
+        let wide: Vec<f64> = (0..200).map(|i| (a[1][i] / b[1][i]).ln()).collect();
+        let wide = (wide.iter().map(|v| v * v).sum::<f64>() / 200.0).sqrt();
+        let logs = [nearest.log_marginals(&context)?[0], exact.log_marginals(&context)?[0]];
+        assert!(off < 0.03, "{smoothness:?}: the mean is {off} sds off");
+        // An sd found from 128 draws alone is off by one sixteenth; what the nearest say sharpens it.
+        assert!(wide < 1.0 / 16.0, "{smoothness:?}: the sd is off by {wide}");
+        assert!((logs[0] - logs[1]).abs() < 0.5, "{smoothness:?}: {logs:?}");
+    }
+    Ok(())
+}
+
+/// Slopes along the coordinates are the exact process's covariates.
+#[test]
+fn a_trend_is_universal_kriging() -> Result<()> {
+    let places = scattered(60, "sites");
+    let at: Vec<Vec<f64>> =
+        scattered(9, "targets").into_iter().chain([vec![5.0, -3.0], vec![-40.0, 0.0]]).collect();
+    let kernel = matern(Smoothness::ThreeHalves, 0.4, Metric::Euclidean);
+    let surface = drawn(&kernel, 0.3, &places)?;
+    let latent: Vec<f64> =
+        surface.iter().zip(&places).map(|(v, p)| v + 1.5 * p[0] - 0.7 * p[1]).collect();
+    let tested: Vec<f64> = (0..60).map(|i| [1.0, 5.0, 80.0][i % 3]).collect();
+    let with = |mut sites: Sites| {
+        sites.x = Some(sites.s.clone());
+        sites
+    };
+    for (context, likelihood) in [
+        (seen(&places, &latent, None), gaussian()),
+        (seen(&places, &counted(&latent, &tested), Some(&tested)), binomial()),
+    ] {
+        let (exact, nearest) = both(kernel, 0.3, 0.25, 9.0, likelihood)?;
+        let (exact, nearest) = (exact.with_covariates(2, 4.0)?, nearest.sloped(4.0)?);
+        let nearest = nearest.neighbours(60, 60);
+        let mut told = context.clone();
+        told.sites = with(told.sites);
+        let posterior = exact.condition(&told)?.at(&with(sites(&at, 2)))?;
+        let surface = posterior.marginals(0, Of::Surface)?;
+        let [mean, sd, _] = ask(&nearest, &context, &at)?;
+        near("mean", &mean, &surface.mean, 1e-6);
+        near("sd", &sd, &surface.sd, 1e-6);
+        near("evidence", &nearest.log_marginals(&context)?, &exact.log_marginals(&told)?, 1e-7);
+        // Far beyond the sites nobody knows where a slope leads.
+        assert!(sd[10] > 3.0 * sd[9] && sd[9] > sd[0], "{sd:?}");
+    }
+    // Fitted, it goes on where a level mean comes back, and says how sure it is of that.
+    let (places, surface) = line(1500, 20.0);
+    let rising: Vec<f64> = places.iter().zip(&surface).map(|(p, v)| 0.02 * p[0] + v).collect();
+    let context = seen(&places, &rising, None);
+    let beyond = [vec![2000.0]];
+    let plain = |kernel| Ok(Box::new(kernel) as Box<dyn Kernel>);
+    let fitted = NearestGp::fit_as(&context, gaussian(), &plain, true)?;
+    let [mean, sd, _] = ask(&fitted, &context, &beyond)?;
+    assert!((mean[0] - 40.0).abs() < 3.0 * sd[0] && sd[0] < 3.0, "{mean:?} ± {sd:?}, not 40");
+    assert!(NearestGp::fit(&context, gaussian())?.sloped(f64::NAN).is_err());
+    Ok(())
+}
+
+/// A kernel that is another everywhere, and one with a direction: as the exact process has them.
+#[test]
+fn any_kernel_is_conditioned_as_the_exact_process_does() -> Result<()> {
+    let places = scattered(500, "sites");
+    let at = scattered(60, "targets");
+    let varying = || {
+        Box::new(Varying::new(Smoothness::ThreeHalves, 1.7, |s: &[f64]| Local {
+            length_scale: 0.15 * (1.0 + s[0]).exp(),
+            ratio: 2.0,
+            angle: s[1],
+            sill: 1.2 + 0.5 * s[1],
+        }))
+    };
+    let turned = Metric::Anisotropic { angle: 0.6, ratio: 8.0 };
+    let stretched = || Box::new(matern(Smoothness::Half, 1.5, turned));
+    let tested: Vec<f64> = (0..500).map(|i| (1 + i % 5) as f64).collect();
+    let kernels: [&dyn Fn() -> Box<dyn Kernel>; 2] = [&|| varying(), &|| stretched()];
+    for (which, kernel) in kernels.iter().enumerate() {
+        let latent = drawn(&*kernel(), 0.1, &places)?;
+        for (context, likelihood) in [
+            (seen(&places, &latent, None), gaussian()),
+            (seen(&places, &counted(&latent, &tested), Some(&tested)), binomial()),
+        ] {
+            let exact = ExactGp::new(kernel(), 0.1, 0.2, likelihood)?;
+            let nearest = NearestGp::new(kernel(), 0.1, 0.2, likelihood)?.neighbours(40, 120);
+            let (a, b) = (ask(&nearest, &context, &at)?, ask(&exact, &context, &at)?);
+            let off: Vec<f64> = (0..60).map(|i| (a[0][i] - b[0][i]) / b[1][i]).collect();
+            let off = (off.iter().map(|v| v * v).sum::<f64>() / 60.0).sqrt();
+            let logs = [nearest.log_marginals(&context)?[0], exact.log_marginals(&context)?[0]];
+            assert!(off < 0.06, "kernel {which}: {off} sds off");
+            assert!((logs[0] - logs[1]).abs() < 1.5, "kernel {which}: {logs:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn threads_change_no_digit() -> Result<()> {
+    let places = scattered(700, "sites");
+    let at = scattered(50, "targets");
+    let kernel = matern(Smoothness::ThreeHalves, 0.3, Metric::Euclidean);
+    let latent = drawn(&kernel, 0.2, &places)?;
+    let tested: Vec<f64> = (0..700).map(|i| (1 + i % 5) as f64).collect();
+    let context = seen(&places, &counted(&latent, &tested), Some(&tested));
+    let (_, process) = both(kernel, 0.2, 0.1, 4.0, binomial())?;
+    let answer = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+        pool.install(|| -> Result<_> {
+            let posterior = process.condition(&context)?;
+            let drawn = posterior.field(9, 1, 3.0)?.at(&sites(&at, 2))?;
+            Ok((ask(&process, &context, &at)?, process.log_marginals(&context)?, drawn))
+        })
+    };
+    let one = answer(1)?;
+    assert_eq!(one, answer(3)?);
     Ok(())
 }

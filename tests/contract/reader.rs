@@ -185,6 +185,40 @@ fn reading_equals_full_attention() {
     }
 }
 
+/// Places of the globe in three dimensions are read like any others: straight lines are chords. With them
+/// antipodes, places met twice, and those either side of the date line.
+#[test]
+fn places_in_space_are_read_as_full_attention_reads_them() {
+    let mut rng = Stream::new(12, "space", 0);
+    for terms in BIASES {
+        let mut case = case(&mut rng, &USUAL, terms, Metric::Euclidean);
+        let mut places = |n: usize| {
+            let mut all: Vec<f64> = Vec::new();
+            for i in 0..USUAL.batch * n {
+                let place = match i % 7 {
+                    5 if i > 5 => [0, 1, 2].map(|d| -all[3 * (i - 5) + d]),
+                    6 => [-1.0, if i % 2 == 0 { 1e-3 } else { -1e-3 }, 0.0],
+                    _ => {
+                        let p = rng.normals(3);
+                        let length = p.iter().map(|c| c * c).sum::<f64>().sqrt();
+                        [0, 1, 2].map(|d| p[d] / length)
+                    }
+                };
+                all.extend(place.map(|c| f64::from(c as f32)));
+            }
+            Tensor::from_vec(all, (USUAL.batch, n, 3), &CPU).unwrap()
+        };
+        (case.asked, case.sites) = (places(USUAL.targets), places(USUAL.context));
+        for lose in [0.0, 1e-3] {
+            let reading = Reading { lose, ..Default::default() };
+            let found = gap(&case.read(&case.reader(reading)), &case.reference());
+            // 2 ε of the largest value may be lost.
+            let most = of_f32(terms) + 2.0 * lose;
+            assert!(found < most, "{terms:?}, lose {lose}: {found:e}");
+        }
+    }
+}
+
 /// The score of a key, by its number.
 type Scores = fn(usize) -> f64;
 

@@ -53,6 +53,7 @@ fn survey(crs: &str, x: Vec<f64>, y: Vec<f64>) -> Survey {
         outcome: Outcome::Values(x.clone()),
         covariates: None,
         displacement: None,
+        geometry: Default::default(),
         x,
         y,
         dropped: Vec::new(),

@@ -12,6 +12,8 @@ mod covariates;
 mod displacement;
 #[cfg(feature = "gdal")]
 mod family;
+#[cfg(feature = "gdal")]
+mod geometry;
 #[cfg(target_os = "linux")]
 mod gpu;
 mod inspect;
@@ -26,10 +28,13 @@ mod refusals;
 #[cfg(feature = "gdal")]
 mod report;
 mod sample;
+mod scale;
 #[cfg(feature = "gdal")]
 mod trust;
 #[cfg(feature = "gdal")]
 mod validate;
+#[cfg(feature = "gdal")]
+mod windows;
 mod words;
 
 /// The command, run where `data/` is, with no terminal to ask.

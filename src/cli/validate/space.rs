@@ -51,18 +51,17 @@ pub(super) fn parse(text: &str, survey: &Survey, seed: u64) -> Result<Option<Fol
     }
 }
 
-/// Sites on the survey's plane, km.
-fn places(survey: &Survey) -> Result<Vec<[f64; 2]>> {
+/// Sites in the survey's geometry, km.
+fn places(survey: &Survey) -> Result<Vec<Vec<f64>>> {
     let frame = Frame::fit(survey)?;
-    let sites = frame.sites_of(survey, &Device::Cpu)?.host()?;
-    Ok(sites[0].iter().map(|s| [frame.km(s[0]), frame.km(s[1])]).collect())
+    frame.places_km(&frame.sites_of(survey, &Device::Cpu)?)
 }
 
-fn square(a: &[f64; 2], b: &[f64; 2]) -> f64 {
-    (a[0] - b[0]).powi(2) + (a[1] - b[1]).powi(2)
+fn square(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum()
 }
 
-fn nearest(centres: &[[f64; 2]], to: &[f64; 2]) -> usize {
+fn nearest(centres: &[Vec<f64>], to: &[f64]) -> usize {
     let by = |a: &usize, b: &usize| square(&centres[*a], to).total_cmp(&square(&centres[*b], to));
     (0..centres.len()).min_by(by).unwrap_or(0)
 }
@@ -70,7 +69,8 @@ fn nearest(centres: &[[f64; 2]], to: &[f64; 2]) -> usize {
 /// `n` compact areas: k-means (Lloyd 1982) from spread-out starts (Arthur & Vassilvitskii 2007).
 fn areas(n: usize, survey: &Survey, seed: u64) -> Result<Folds> {
     let xy = places(survey)?;
-    let mut distinct: Vec<[u64; 2]> = xy.iter().map(|p| p.map(f64::to_bits)).collect();
+    let bits = |p: &Vec<f64>| p.iter().map(|c| c.to_bits()).collect::<Vec<u64>>();
+    let mut distinct: Vec<Vec<u64>> = xy.iter().map(bits).collect();
     distinct.sort_unstable();
     distinct.dedup();
     if !(2..=distinct.len()).contains(&n) {
@@ -80,7 +80,7 @@ fn areas(n: usize, survey: &Survey, seed: u64) -> Result<Folds> {
             .try_this("five to ten are usual: --folds blocks:10"));
     }
     let mut rng = Stream::new(seed, "blocks", 0);
-    let mut centres = vec![xy[rng.below(xy.len())]];
+    let mut centres = vec![xy[rng.below(xy.len())].clone()];
     while centres.len() < n {
         let gaps: Vec<f64> = xy.iter().map(|p| square(p, &centres[nearest(&centres, p)])).collect();
         let mut left = rng.unit() * gaps.iter().sum::<f64>();
@@ -90,7 +90,7 @@ fn areas(n: usize, survey: &Survey, seed: u64) -> Result<Folds> {
         });
         // Rounding may leave nobody: then the farthest.
         let farthest = || (0..xy.len()).max_by(|a, b| gaps[*a].total_cmp(&gaps[*b])).unwrap_or(0);
-        centres.push(xy[next.unwrap_or_else(farthest)]);
+        centres.push(xy[next.unwrap_or_else(farthest)].clone());
     }
     let mut of: Vec<usize> = Vec::new();
     for _ in 0..100 {
@@ -100,11 +100,11 @@ fn areas(n: usize, survey: &Survey, seed: u64) -> Result<Folds> {
         }
         of = now;
         for (k, centre) in centres.iter_mut().enumerate() {
-            let own = xy.iter().zip(&of).filter(|(_, f)| **f == k).map(|(p, _)| p);
-            let (count, x, y) =
-                own.fold((0.0, 0.0, 0.0), |(n, x, y), p| (n + 1.0, x + p[0], y + p[1]));
+            let own = || xy.iter().zip(&of).filter(|(_, f)| **f == k).map(|(p, _)| p);
+            let count = own().count() as f64;
             if count > 0.0 {
-                *centre = [x / count, y / count];
+                let mean = |d: usize| own().fold(0.0, |sum, p| sum + p[d]) / count;
+                *centre = (0..centre.len()).map(mean).collect();
             }
         }
     }
@@ -115,8 +115,10 @@ fn areas(n: usize, survey: &Survey, seed: u64) -> Result<Folds> {
 fn squares(side: f64, survey: &Survey, seed: u64, text: &str) -> Result<Folds> {
     let xy = places(survey)?;
     let mut rng = Stream::new(seed, "blocks", 1);
-    let from = [rng.unit() * side, rng.unit() * side];
-    let cell = |p: &[f64; 2]| [0, 1].map(|d| ((p[d] - from[d]) / side).floor() as i64);
+    let from: Vec<f64> = xy[0].iter().map(|_| rng.unit() * side).collect();
+    let cell = |p: &Vec<f64>| -> Vec<i64> {
+        p.iter().zip(&from).map(|(c, from)| ((c - from) / side).floor() as i64).collect()
+    };
     several(numbered(xy.iter().map(cell)), text, "blocks", "a smaller side")
 }
 
@@ -124,8 +126,8 @@ fn squares(side: f64, survey: &Survey, seed: u64, text: &str) -> Result<Folds> {
 fn together(gap: f64, survey: &Survey, text: &str) -> Result<Folds> {
     let xy = places(survey)?;
     // A lattice of cells as wide as the gap, so that only neighbouring cells are looked at.
-    let cell = |p: &[f64; 2]| p.map(|v| (v / gap).floor() as i64);
-    let mut cells = std::collections::HashMap::<[i64; 2], Vec<usize>>::new();
+    let cell = |p: &[f64]| p.iter().map(|v| (v / gap).floor() as i64).collect::<Vec<_>>();
+    let mut cells = std::collections::HashMap::<Vec<i64>, Vec<usize>>::new();
     for (i, p) in xy.iter().enumerate() {
         cells.entry(cell(p)).or_default().push(i);
     }
@@ -138,8 +140,10 @@ fn together(gap: f64, survey: &Survey, text: &str) -> Result<Folds> {
         let mut open = vec![start];
         of[start] = clusters;
         while let Some(i) = open.pop() {
-            let [col, row] = cell(&xy[i]);
-            let around = (-1..=1).flat_map(|a| (-1..=1).map(move |b| [col + a, row + b]));
+            let own = cell(&xy[i]);
+            let around = (0..3i64.pow(own.len() as u32)).map(|shift| -> Vec<i64> {
+                (0..own.len()).map(|d| own[d] + shift / 3i64.pow(d as u32) % 3 - 1).collect()
+            });
             for j in around.filter_map(|at| cells.get(&at)).flatten() {
                 if of[*j] == usize::MAX && square(&xy[i], &xy[*j]) < gap * gap {
                     of[*j] = clusters;
@@ -153,7 +157,7 @@ fn together(gap: f64, survey: &Survey, text: &str) -> Result<Folds> {
 }
 
 /// Numbers from 0 for labels, in the order in which they come.
-fn numbered(labels: impl Iterator<Item = [i64; 2]>) -> Vec<usize> {
+fn numbered(labels: impl Iterator<Item = Vec<i64>>) -> Vec<usize> {
     let mut seen = std::collections::HashMap::new();
     labels
         .map(|label| {
@@ -212,6 +216,7 @@ mod tests {
             covariates: None,
             dropped: Vec::new(),
             displacement: None,
+            geometry: Default::default(),
             notes: Vec::new(),
             x,
             y,

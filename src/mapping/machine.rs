@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::mapping::plan;
+use super::plan;
 
 /// Processor time of all threads since the start, in seconds and steps of 10 ms; none where the
 /// system has no /proc.
@@ -18,6 +18,12 @@ pub fn cpu_seconds() -> Option<f64> {
 /// The most memory that this process ever held, MiB; none where the system has no /proc.
 pub fn peak_rss_mib() -> Option<f64> {
     plan::usage().map(|usage| usage.peak.mebibytes())
+}
+
+/// Makes [`peak_rss_mib`] the most that is held from now on. Whether the system does that: Linux, where
+/// it is allowed.
+pub fn forget_peak() -> bool {
+    fs::write("/proc/self/clear_refs", "5").is_ok()
 }
 
 #[cfg(all(test, target_os = "linux"))]
