@@ -126,6 +126,7 @@ fn frame() -> Result<Frame> {
         metres_per_unit: 1000.0,
         y_mean: 0.0,
         y_sd: 1.0,
+        clock: None,
         covariates: None,
     })
 }
@@ -173,7 +174,8 @@ fn by_gp(index: u64, draws: usize, known: bool) -> Result<Held> {
 /// A country of the prior that a model was trained on.
 fn by_model(checkpoint: &Checkpoint, index: u64, draws: usize) -> Result<Held> {
     let mut rng = Stream::new(1, "country of a prior", index);
-    let layout = Layout { xy: places(&mut rng), context: VILLAGES, first_target: VILLAGES };
+    let layout =
+        Layout { xy: places(&mut rng), t: Vec::new(), context: VILLAGES, first_target: VILLAGES };
     let tasks = checkpoint.recipe()?.tasks()?;
     let task = tasks.pack(tasks.draws_at(&layout, 1, &mut rng)?)?.task;
     let process = checkpoint.process(&Device::Cpu)?;
@@ -226,7 +228,10 @@ fn by_covariate(index: u64, draws: usize, mapped: Mapped) -> Result<Held> {
     let tested = 50.0;
     let positive: Vec<f32> = surface[..VILLAGES]
         .iter()
-        .map(|f| rng.binomial(50, Link::Logit.outcome(f + nugget.sqrt() * rng.normal())) as f32)
+        .map(|f| {
+            let p = Link::Logit.outcome(f + nugget.sqrt() * rng.normal());
+            rng.binomial(50, p) as f32
+        })
         .collect();
     let cpu = &Device::Cpu;
     let sites = |from: usize, to: usize| -> Result<Sites> {

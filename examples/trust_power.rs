@@ -244,8 +244,12 @@ fn tasks(recipe: &str, prior: Prior) -> Result<Tasks> {
 fn clean(tasks: &Tasks, rng: &mut Stream) -> Result<Clean> {
     let n = rng.log_uniform(15.0, 151.0) as usize;
     let layout = tasks.design().layout(n, rng);
-    let only =
-        isopleth::task::design::Layout { xy: layout.xy[..n].to_vec(), context: n, first_target: n };
+    let only = isopleth::task::design::Layout {
+        xy: layout.xy[..n].to_vec(),
+        t: Vec::new(),
+        context: n,
+        first_target: n,
+    };
     let Draw { xy, noisy, trials, .. } = tasks.draws_at(&only, 1, rng)?.swap_remove(0);
     let half = rng.log_uniform(10.0, 1000.0);
     let km = xy.iter().map(|p| [half * p[0], half * p[1]]).collect();
@@ -286,6 +290,7 @@ fn main() -> Result<()> {
                 outcome,
                 dropped: Vec::new(),
                 covariates: None,
+                times: None,
                 displacement: None,
                 geometry: Default::default(),
                 notes: Vec::new(),

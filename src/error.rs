@@ -57,6 +57,16 @@ pub enum Error {
     /// The process predicts each target on its own and cannot draw jointly.
     #[error("this process predicts each target on its own and cannot draw surfaces jointly")]
     NoJointDraws,
+    /// A model that reads time at every site, and sites without.
+    #[error("the checkpoint expects time at every site; the observations have none")]
+    MissingTime {
+        /// The model, as it was named.
+        checkpoint: String,
+        /// The table of observations.
+        observations: PathBuf,
+        /// Its columns.
+        columns: String,
+    },
     /// A file could not be read or written.
     #[error("could not {action} {}: {source}", .path.display())]
     Io {
@@ -140,6 +150,10 @@ impl Error {
         match self {
             Error::Input(report) => report.facts.clone(),
             Error::Unknown { known, .. } => vec![("known".into(), known.join(", "))],
+            Error::MissingTime { checkpoint, observations, columns } => vec![
+                ("checkpoint".into(), checkpoint.clone()),
+                ("observations".into(), format!("{}  columns: {columns}", observations.display())),
+            ],
             _ => Vec::new(),
         }
     }
@@ -154,6 +168,10 @@ impl Error {
             Error::Unknown { kind, .. } => {
                 Some(format!("`isopleth list {kind}s` shows what there is"))
             }
+            Error::MissingTime { .. } => Some(
+                "name the time column with --time <COLUMN>, or use a checkpoint trained without time"
+                    .into(),
+            ),
             Error::NoJointDraws => {
                 Some("use a process with joint draws, such as `--model gp`".into())
             }

@@ -22,7 +22,10 @@ fn main() -> ExitCode {
 /// 2 when the input must change, as for a mistyped flag; 1 when the machine or this crate failed.
 fn exit_code(error: &Error) -> u8 {
     match error {
-        Error::Input(_) | Error::Unknown { .. } | Error::NoJointDraws => 2,
+        Error::Input(_)
+        | Error::Unknown { .. }
+        | Error::MissingTime { .. }
+        | Error::NoJointDraws => 2,
         Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => 2,
         _ => 1,
     }

@@ -22,6 +22,7 @@ use crate::{
 
 pub mod curves;
 pub mod panels;
+pub mod series;
 
 /// Width and height of the map itself, pixels, at most.
 const LARGEST: [f64; 2] = [900.0, 780.0];

@@ -147,11 +147,31 @@ impl Recipe {
     }
 
     /// The law of tasks.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for tables that make none, and for a model that reads times where the design has
+    /// none, or the other way round.
     pub fn tasks(&self) -> Result<Tasks> {
         let tasks = Tasks::new(&self.table)?;
-        match &self.lattice {
-            Some(lattice) => tasks.on(lattice.clone()),
-            None => Ok(tasks),
+        let model = self.table.get("model").and_then(|m| m.as_table());
+        let terms = model.and_then(|m| m.get("time_bias")).and_then(|t| t.as_array());
+        let reads = terms.is_some_and(|terms| !terms.is_empty());
+        match (reads, tasks.design().has_times()) {
+            (true, false) => Err(Error::input("the model reads times, and the design has none")
+                .try_this(
+                    "write `times = {}` under [design], or leave `time_bias` under [model] out",
+                )),
+            (false, true) if model.is_some() => Err(Error::input(
+                "the design has times, and the model reads none",
+            )
+            .try_this(
+                "write `time_bias = [\"exponential\", \"scalar\"]` under [model], or leave `times` \
+                     under [design] out",
+            )),
+            _ => match &self.lattice {
+                Some(lattice) => tasks.on(lattice.clone()),
+                None => Ok(tasks),
+            },
         }
     }
 

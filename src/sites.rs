@@ -71,14 +71,15 @@ impl Sites {
         self.map(|x| Ok(x.narrow(0, start, len)?.contiguous()?))
     }
 
-    /// The same places with covariates as further coordinates, behind their own.
+    /// The same places with times and covariates as further coordinates, behind their own, where there
+    /// are covariates.
     pub fn joined(&self) -> Result<Self> {
         let Some(x) = &self.x else { return Ok(self.clone()) };
-        Ok(Sites {
-            s: Tensor::cat(&[&self.s, &x.to_dtype(self.s.dtype())?], 2)?,
-            t: self.t.clone(),
-            x: None,
-        })
+        let mut all = vec![self.s.clone()];
+        for behind in self.t.iter().chain([x]) {
+            all.push(behind.to_dtype(self.s.dtype())?);
+        }
+        Ok(Sites::new(Tensor::cat(&all, 2)?))
     }
 
     /// Coordinates on the host in f64: `[batch][site][dimension]`.
@@ -247,6 +248,23 @@ pub fn span(places: &[f64], dim: usize) -> Option<(Vec<f64>, f64)> {
     let unit = 0.5 * (0..dim).map(|d| high[d] - low[d]).fold(f64::NEG_INFINITY, f64::max);
     let centre = (0..dim).map(|d| 0.5 * (low[d] + high[d])).collect();
     (unit.is_finite() && unit > 0.0).then_some((centre, unit))
+}
+
+/// The affine map that brings times to model units: the time that is 0, and how long a unit is. Times span
+/// [−1, 1]; where all are one, a unit is what it was. Training and mapping both use this function.
+///
+/// ```
+/// assert_eq!(isopleth::sites::unit_time(&[3.0, 9.0, 5.0]), [6.0, 3.0]);
+/// assert_eq!(isopleth::sites::unit_time(&[3.0, 3.0]), [3.0, 1.0]);
+/// ```
+pub fn unit_time(times: &[f64]) -> [f64; 2] {
+    let (first, last) =
+        times.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), t| (a.min(*t), b.max(*t)));
+    let half = 0.5 * (last - first);
+    match half > 0.0 && half.is_finite() {
+        true => [0.5 * (first + last), half],
+        false => [times.first().copied().unwrap_or(0.0), 1.0],
+    }
 }
 
 /// Log of the overall rate of `cases` in their exposures: what rates of a frame are relative to.

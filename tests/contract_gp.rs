@@ -18,6 +18,8 @@ mod geometry;
 mod integrated_gp;
 #[path = "contract/kernels.rs"]
 mod kernels;
+#[path = "contract/kriging.rs"]
+mod kriging;
 #[path = "contract/likelihoods.rs"]
 mod likelihoods;
 #[path = "contract/nearest_gp.rs"]
@@ -26,6 +28,8 @@ mod nearest_gp;
 mod next;
 #[path = "contract/scores.rs"]
 mod scores;
+#[path = "contract/space_time.rs"]
+mod space_time;
 #[cfg(feature = "gdal")]
 #[path = "golden/surveys.rs"]
 mod surveys;

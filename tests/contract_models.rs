@@ -16,6 +16,8 @@ mod latent;
 mod models;
 #[path = "contract/reader.rs"]
 mod reader;
+#[path = "contract/time_bias.rs"]
+mod time_bias;
 
 /// The same loops are compiled for several instruction sets. A machine with the best of them would
 /// never run the others, so the laws that hold them to their f64 twins are run again in a child.

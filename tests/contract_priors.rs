@@ -238,16 +238,18 @@ fn told(batch: &Batch, row: usize, likelihood: &str) -> Result<ExactGp> {
 /// their own: for them the frame's centre matters too.
 #[test]
 fn the_frame_moves_no_prediction() -> Result<()> {
-    for (likelihood, line, zones) in [
-        ("gaussian", false, 0.0),
-        ("binomial", false, 0.0),
-        ("gaussian", true, 0.0),
-        ("gaussian", false, 1.0),
-        ("gaussian", true, 1.0),
+    for (likelihood, line, zones, times) in [
+        ("gaussian", false, 0.0, ""),
+        ("binomial", false, 0.0, ""),
+        ("gaussian", true, 0.0, ""),
+        ("gaussian", false, 1.0, ""),
+        ("gaussian", true, 1.0, ""),
+        ("gaussian", false, 1.0, ", times = {}"),
+        ("binomial", false, 0.0, ", times = { continuous = 1.0 }"),
     ] {
         let task = |frame: &str| {
             tasks(&format!(
-                "design = {{ targets = 12, line = {line} }}\n\
+                "design = {{ targets = 12, line = {line}{times} }}\n\
                  task = {{ likelihood = '{likelihood}', frame = '{frame}' }}\n\
                  prior = {{ kind = 'gp', nugget_sd = 0.4, nugget_absent = 0.0, zones = {zones} }}"
             ))
@@ -285,35 +287,37 @@ fn the_frame_moves_no_prediction() -> Result<()> {
 fn the_yardstick_is_calibrated_on_tasks() -> Result<()> {
     const TASKS: usize = 300;
     const TARGETS: usize = 16;
-    let tasks = tasks(&format!(
-        "task = {{ likelihood = 'gaussian', share = 1 }}\ndesign = {{ targets = {TARGETS} }}"
-    ));
-    let mut inside = [[0.0; 2]; 2];
-    let mut squares = [0.0; 2];
-    for index in 0..TASKS {
-        let batch = tasks.batch(9, index as u64, 1, 5 + index % 40)?;
-        let at = told(&batch, 0, "gaussian")?;
-        let predictive = at.condition(&batch.task.context)?.at(&batch.task.target.sites)?;
-        for (o, of) in [Of::Surface, Of::Observation].into_iter().enumerate() {
-            let truth = values(if o == 0 { &batch.task.surface } else { &batch.task.noisy });
-            let m = predictive.marginals(0, of)?;
-            for (i, y) in truth.iter().enumerate() {
-                let z = ((y - m.mean[i]) / m.sd[i]).abs();
-                squares[o] += z * z;
-                inside[o][0] += f64::from(z < 0.674_490);
-                inside[o][1] += f64::from(z < 1.959_964);
+    for times in ["", ", times = {}"] {
+        let tasks = tasks(&format!(
+            "task = {{ likelihood = 'gaussian', share = 1 }}\ndesign = {{ targets = {TARGETS}{times} }}"
+        ));
+        let mut inside = [[0.0; 2]; 2];
+        let mut squares = [0.0; 2];
+        for index in 0..TASKS {
+            let batch = tasks.batch(9, index as u64, 1, 5 + index % 40)?;
+            let at = told(&batch, 0, "gaussian")?;
+            let predictive = at.condition(&batch.task.context)?.at(&batch.task.target.sites)?;
+            for (o, of) in [Of::Surface, Of::Observation].into_iter().enumerate() {
+                let truth = values(if o == 0 { &batch.task.surface } else { &batch.task.noisy });
+                let m = predictive.marginals(0, of)?;
+                for (i, y) in truth.iter().enumerate() {
+                    let z = ((y - m.mean[i]) / m.sd[i]).abs();
+                    squares[o] += z * z;
+                    inside[o][0] += f64::from(z < 0.674_490);
+                    inside[o][1] += f64::from(z < 1.959_964);
+                }
             }
         }
-    }
-    let n = (TASKS * TARGETS) as f64;
-    // Targets of one task err together, so 4,800 of them are worth some 1,000.
-    for (what, [half, most], square) in
-        [("surface", inside[0], squares[0]), ("observation", inside[1], squares[1])]
-    {
-        let (half, most, square) = (half / n, most / n, square / n);
-        assert!((most - 0.95).abs() < 0.02, "{what}: the 95 % interval holds {most}");
-        assert!((half - 0.5).abs() < 0.05, "{what}: the 50 % interval holds {half}");
-        assert!((square - 1.0).abs() < 0.1, "{what}: mean squared z is {square}");
+        let n = (TASKS * TARGETS) as f64;
+        // Targets of one task err together, so 4,800 of them are worth some 1,000.
+        for (what, [half, most], square) in
+            [("surface", inside[0], squares[0]), ("observation", inside[1], squares[1])]
+        {
+            let (half, most, square) = (half / n, most / n, square / n);
+            assert!((most - 0.95).abs() < 0.02, "{what}: the 95 % interval holds {most}");
+            assert!((half - 0.5).abs() < 0.05, "{what}: the 50 % interval holds {half}");
+            assert!((square - 1.0).abs() < 0.1, "{what}: mean squared z is {square}");
+        }
     }
     Ok(())
 }
@@ -517,4 +521,82 @@ fn a_displaced_design_moves_the_context_alone() {
     assert!(far.iter().any(|far| *far > 0.05), "{far:?}");
     assert!(tasks("displacement = -1.0").is_err());
     assert!(tasks("displacement = 0.1\npool = 30\ngrid = 0").is_err());
+}
+
+/// Surfaces that change have the rule's correlation over places and times, and the rule's sill.
+#[test]
+fn moments_in_time_match_the_rule() -> Result<()> {
+    let text =
+        "kind = 'gp'\nstatic_share = { uniform = [0, 1] }\ntime_scale = { log-uniform = [0.2, 3] }";
+    let prior = prior::build(&table(text))?;
+    let times = [-1.0, -0.5, 0.0, 1.0, 3.0];
+    let mut lags: Vec<Balance> = PLACES.iter().map(|_| Balance::default()).collect();
+    for draw in 0..3000 {
+        let mut rng = Stream::new(3, "moments in time", draw);
+        let (rule, surface) = prior.surfaces_in_time(&PLACES, &times, 1, &mut rng)?.swap_remove(0);
+        let kernel = rule.kernel.unwrap();
+        assert!(kernel.change().is_some());
+        let z: Vec<f64> =
+            surface.latent.iter().map(|v| (v - rule.mean) / kernel.sill().sqrt()).collect();
+        let at = |i: usize| [PLACES[i][0], PLACES[i][1], times[i]];
+        for (i, lag) in lags.iter_mut().enumerate() {
+            let rho = kernel.covariance(&at(0), &at(i)) / kernel.sill();
+            lag.add(z[0] * z[i] - rho, 1.0 + rho * rho);
+        }
+    }
+    lags.iter().for_each(|lag| lag.assert("gp", "correlation in space and time"));
+    Ok(())
+}
+
+/// Visits come in rounds that span −1 to 1; forecasts are asked about what lies after all visits, and
+/// places that are visited again are the same in every round.
+#[test]
+fn visits_are_in_rounds() -> Result<()> {
+    let design = |times: &str| {
+        let text = format!("design = {{ targets = 20, times = {{ {times} }} }}");
+        tasks(&text).design().clone()
+    };
+    let draw = |of: &Design, i: u64| of.layout(40, &mut Stream::new(4, "visits", i));
+    let even = design("rounds = 5, continuous = 0.0, uneven = 0.0, ahead = 0.0, revisited = 0.0");
+    let ahead = design("rounds = 5, continuous = 0.0, ahead = 1.0, revisited = 1.0");
+    let spread = design("continuous = 1.0");
+    for i in 0..50 {
+        let layout = draw(&even, i);
+        assert_eq!(layout.t.len(), layout.xy.len());
+        let seen = &layout.t[..layout.context];
+        assert!(seen.iter().all(|t| [-1.0, -0.5, 0.0, 0.5, 1.0].contains(t)), "{seen:?}");
+        let layout = draw(&ahead, i);
+        let (seen, asked) = layout.t.split_at(layout.context);
+        let last = seen.iter().copied().fold(f64::MIN, f64::max);
+        assert!(asked.iter().all(|t| *t > last && *t == asked[0]), "{last} {asked:?}");
+        // 40 sites over four rounds: ten places, each visited in all of them.
+        for k in 10..40 {
+            assert_eq!(layout.xy[k], layout.xy[k % 10]);
+            assert_ne!(layout.t[k], layout.t[k % 10]);
+        }
+        let layout = draw(&spread, i);
+        let mut times = layout.t[..layout.context].to_vec();
+        times.sort_by(f64::total_cmp);
+        times.dedup();
+        assert_eq!(times.len(), 40, "a time of its own each");
+    }
+    Ok(())
+}
+
+/// What does not go together is said, with what to do.
+#[test]
+fn times_and_priors_that_know_none_are_refused() {
+    let error = |text: &str| Tasks::new(&table(text)).map(|t| t.batch(1, 0, 1, 5).map(|_| ()));
+    let sawtooth = error("design = { times = {} }\nprior = { kind = 'sawtooth' }").unwrap();
+    assert!(sawtooth.unwrap_err().help().unwrap().contains("gp"));
+    for (text, words) in [
+        ("design = { times = {}, line = true }\nprior = { kind = 'gp' }", "line"),
+        ("prior = { kind = 'gp', static_share = 1.5 }", "share"),
+        ("prior = { kind = 'gp', static_share = { normal = [0.5, 1] } }", "share"),
+        ("design = { times = { ahead = 2.0 } }\nprior = { kind = 'gp' }", "ahead"),
+    ] {
+        let Err(error) = error(text) else { panic!("{text}") };
+        let all = format!("{error} {}", error.help().unwrap());
+        assert!(all.contains(words), "{text}: {all}");
+    }
 }

@@ -397,6 +397,7 @@ fn survey(outcome: survey::Outcome) -> Survey {
         outcome,
         covariates: None,
         dropped: Vec::new(),
+        times: None,
         displacement: None,
         geometry: Default::default(),
         notes: Vec::new(),

@@ -3,7 +3,7 @@
 use candle_core::{D, Tensor};
 
 use super::{
-    Bias, Keys,
+    Bias, InTime, Keys,
     bias::{geometry, squared_distances},
 };
 use crate::error::Result;
@@ -17,6 +17,17 @@ use crate::error::Result;
 /// # Units
 /// Sites of both sides in model units, or degrees where the bias measures great circles.
 pub fn full(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> Result<Tensor> {
+    full_in_time(q, sites, keys, bias, None)
+}
+
+/// As [`full`], with a bias on time beside that on distance.
+pub fn full_in_time(
+    q: &Tensor,
+    sites: &Tensor,
+    keys: &Keys,
+    bias: Option<&Bias>,
+    time: Option<InTime>,
+) -> Result<Tensor> {
     let (batch, targets, heads, d) = q.dims4()?;
     let width = keys.value_width();
     if keys.is_empty() {
@@ -26,6 +37,10 @@ pub fn full(q: &Tensor, sites: &Tensor, keys: &Keys, bias: Option<&Bias>) -> Res
     let k = keys.k()?.transpose(1, 2)?.contiguous()?;
     let v = keys.v()?.transpose(1, 2)?.contiguous()?;
     let scores = (q.matmul(&k.transpose(2, 3)?.contiguous()?)? / (d as f64).sqrt())?;
+    let scores = match time {
+        Some(time) => (scores + time.scores(0, keys.len())?)?,
+        None => scores,
+    };
     let mask = keys.mask.reshape((batch, 1, 1, keys.len()))?; // 1 = observed
     let (scores, mask) = match bias {
         Some(bias) => {

@@ -13,15 +13,17 @@ mod performer;
 mod reader;
 mod scan;
 mod table;
+pub mod time;
 
 pub use bias::{Bias, Metric, Radial, Term};
 pub(crate) use cuda::DeepKernel;
-pub use full::full;
+pub use full::{full, full_in_time};
 pub use ordered::ordered;
 pub use performer::{Performer, Summed};
 pub use reader::{Precision, Reader, Reading, Tally};
 pub(crate) use scan::scan_joined;
-pub use scan::{CHUNK, Start, scan};
+pub use scan::{CHUNK, Start, scan, scan_in_time};
+pub use time::{InTime, ROUNDS, Rounds};
 
 /// The context as attention sees it: keys and values packed side by side, sites and mask.
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CudaStorage, Layout, Result as CandleResult, Shape
 use rayon::prelude::*;
 
 use super::{
-    Bias, Keys, Metric, Precision, Radial, Term,
+    Bias, InTime, Keys, Metric, Precision, Radial, Term,
     backward::Backward,
     bias::{arcs, geometry},
     cuda,
@@ -79,9 +79,27 @@ pub fn scan(
                 .fact("widths of keys and values", format!("{} and {}", keys.width, shape.3))
                 .try_this("use --precision f32"));
         }
-        return composed(q, sites, keys, bias, chunk, start);
+        return composed(q, sites, keys, bias, chunk, start, None);
     }
     Ok(scan_joined(&q.flatten_from(2)?, sites, keys, bias)?.reshape(shape)?)
+}
+
+/// As [`scan`], with a bias on time: of any times, from tensor operations, on any device. A context of few
+/// different times is read faster by way of [`Rounds`](super::Rounds).
+pub fn scan_in_time(
+    q: &Tensor,
+    sites: &Tensor,
+    keys: &Keys,
+    bias: Option<&Bias>,
+    chunk: usize,
+    time: InTime,
+) -> Result<Tensor> {
+    let (batch, targets, heads, _) = q.dims4()?;
+    if keys.is_empty() || targets == 0 {
+        let shape = (batch, targets, heads, keys.value_width());
+        return Ok(Tensor::zeros(shape, q.dtype(), q.device())?);
+    }
+    composed(q, sites, keys, bias, chunk, Start::Exact, Some(time))
 }
 
 /// [`scan`] from the exact start, where there is a kernel for it, with heads joined: `q` `[batch, target,
@@ -138,6 +156,7 @@ fn composed(
     bias: Option<&Bias>,
     chunk: usize,
     start: Start,
+    time: Option<InTime>,
 ) -> Result<Tensor> {
     let (batch, targets, heads, d) = q.dims4()?;
     let (floor, epsilon) = start.values();
@@ -159,7 +178,10 @@ fn composed(
     for first in (0..keys.len()).step_by(chunk.max(1)) {
         let len = chunk.max(1).min(keys.len() - first);
         let part = k.narrow(2, first, len)?.transpose(2, 3)?.contiguous()?;
-        let scores = q.matmul(&part)?;
+        let mut scores = q.matmul(&part)?;
+        if let Some(time) = &time {
+            scores = (scores + time.scores(first, len)?)?;
+        }
         let mask = keys.mask.narrow(1, first, len)?.reshape((batch, 1, 1, len))?;
         let (scores, mask) = match bias {
             Some(bias) => biased(&scores, &mask, bias, &sites, &places.narrow(1, first, len)?)?,

@@ -8,6 +8,8 @@
 //! of the likelihood once the coefficients are integrated out: ridge regression with its penalty by
 //! restricted likelihood.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 use faer::{Accum, Mat, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
@@ -16,7 +18,7 @@ use super::{field, nelder_mead::minimise, regression::Coefficients};
 pub use crate::likelihood::binomial_log_pmf;
 use crate::{
     error::{Error, Result},
-    kernel::{Kernel, Matern, Metric, Smoothness},
+    kernel::{Kernel, Matern, Metric, Smoothness, SpaceTime},
     likelihood::{Kind, Likelihood},
     linalg::Cholesky,
     predictive::{Draws, Of, Predictive},
@@ -64,7 +66,7 @@ pub type MadeOf<'a> = &'a (dyn Fn(Matern) -> Result<Box<dyn Kernel>> + Sync);
 
 /// One row of a context on the host, padding removed.
 pub(crate) struct Row {
-    /// Coordinates, and behind them the covariates.
+    /// Coordinates, behind them the time where it is read, and behind that the covariates.
     pub sites: Vec<Vec<f64>>,
     pub y: Vec<f64>,
     /// Number tested, or exposure; empty for values.
@@ -175,6 +177,9 @@ impl ExactGp {
     /// size of negative binomial counts. Where sites have covariates, their coefficients are integrated
     /// out too, under the prior that makes the context most likely.
     ///
+    /// Where sites have times, the surface changes with them ([`SpaceTime`]): a length scale in time and
+    /// the share of the sill that never changes are found too, and the smoothness in time, 1/2 or 3/2.
+    ///
     /// Weak log-normal penalties keep parameters that the data do not inform in sane ranges. Above
     /// [`FIT_SITES`] sites, the likelihood is that of an evenly spread subset of the rows.
     ///
@@ -196,12 +201,12 @@ impl ExactGp {
         likelihood: &'static dyn Likelihood,
         of: MadeOf,
     ) -> Result<Self> {
-        let features = width(&context.sites);
-        let rows = rows(context, likelihood, features)?;
+        let (features, timed) = (width(&context.sites), context.sites.t.is_some());
+        let rows = rows(context, likelihood, features, timed)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
         };
-        let extent = extent(&row.sites, features);
+        let extent = extent(&row.sites, features + usize::from(timed));
         if row.sites.len() < 3 || !(extent > 0.0 && extent.is_finite()) {
             return Err(Error::input("a Gaussian process needs three sites in different places")
                 .fact("sites", row.sites.len())
@@ -218,13 +223,22 @@ impl ExactGp {
         if sized {
             belief.push((5.0, 2.0));
         }
+        if timed {
+            // The span of a survey's times is 2 model units; the other are the odds of what stays.
+            belief.extend([(1.0, 1.5), (1.0, 1.5)]);
+        }
         if features > 0 {
             belief.push((0.2 * variance, 1.5));
         }
-        let process = |smoothness: Smoothness, p: &[f64]| -> Result<ExactGp> {
+        type Smooth = (Smoothness, Smoothness); // in space, in time
+        let process = |(smoothness, in_time): Smooth, p: &[f64]| -> Result<ExactGp> {
             let (length_scale, sill) = (p[0].exp(), p[1].exp());
             let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
-            let gp = ExactGp::new(of(kernel)?, p[2].exp(), centre, likelihood)?;
+            let kernel = match timed {
+                true => changing(of(kernel)?, in_time, &p[3 + usize::from(sized)..]),
+                false => of(kernel)?,
+            };
+            let gp = ExactGp::new(kernel, p[2].exp(), centre, likelihood)?;
             let gp = gp.uncertain_mean(mean_variance);
             let coefficients = if features > 0 { p[p.len() - 1].exp() } else { 0.0 };
             let gp = gp.with_covariates(features, coefficients)?;
@@ -234,8 +248,17 @@ impl ExactGp {
             let terms = p.iter().zip(&belief).map(|(x, (c, sd))| ((x - c.ln()) / sd).powi(2));
             0.5 * terms.sum::<f64>()
         };
-        let mut best: Option<(f64, Vec<f64>, Smoothness)> = None;
-        for smoothness in [Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves] {
+        let mut best: Option<(f64, Vec<f64>, Smooth)> = None;
+        // Two parameters more, and no need to know the peak to the last digit.
+        let close = if timed { 1e-2 } else { 1e-4 };
+        // At last, a smoother change with time for the best.
+        let spaces = [Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves];
+        for space in spaces.map(Some).into_iter().chain([None]) {
+            let smoothness = match (space, &best) {
+                (Some(space), _) => (space, Smoothness::Half),
+                (None, Some((.., (space, _)))) if timed => (*space, Smoothness::ThreeHalves),
+                (None, _) => continue,
+            };
             // Newton starts where it last ended: neighbouring parameters have neighbouring modes.
             let mut latent = vec![0.0; row.sites.len()];
             let mut cost = |p: &[f64]| {
@@ -254,13 +277,15 @@ impl ExactGp {
                     .map(|part| {
                         let size = if sized { Some(5.0) } else { None };
                         let last = if features > 0 { Some(0.1 * variance) } else { None };
+                        let time = if timed { &[1.0, 1.0][..] } else { &[] };
                         let start = [part * extent, 0.7 * variance, 0.2 * variance];
-                        start.into_iter().chain(size).chain(last).map(f64::ln).collect()
+                        let start = start.into_iter().chain(size).chain(time.to_vec()).chain(last);
+                        start.map(f64::ln).collect()
                     })
                     .to_vec(),
             };
             for start in starts {
-                let (p, value) = minimise(&mut cost, &start, 0.6, 1e-4, 200);
+                let (p, value) = minimise(&mut cost, &start, 0.6, close, 200);
                 if best.as_ref().is_none_or(|(least, ..)| value < *least) {
                     best = Some((value, p, smoothness));
                 }
@@ -284,7 +309,7 @@ impl ExactGp {
     /// As [`ExactGp::fit`].
     pub fn regression(context: &Observations, likelihood: &'static dyn Likelihood) -> Result<Self> {
         let features = width(&context.sites);
-        let rows = rows(context, likelihood, features)?;
+        let rows = rows(context, likelihood, features, false)?;
         let [row] = &rows[..] else {
             return Err(Error::axis("rows to fit one regression to", rows.len(), 1));
         };
@@ -328,7 +353,7 @@ impl ExactGp {
     }
 
     fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
-        let rows = rows(context, self.likelihood, self.features)?;
+        let rows = rows(context, self.likelihood, self.features, self.reads_time())?;
         if let Some(row) = rows.iter().find(|row| row.sites.len() > MOST_SITES) {
             return Err(Error::input("too many sites for an exact Gaussian process")
                 .fact("sites", row.sites.len())
@@ -336,6 +361,16 @@ impl ExactGp {
                 .try_this("use --model vecchia, which reads each site's neighbours only"));
         }
         rows.par_iter().map(|row| self.absorb(row, &vec![0.0; row.sites.len()])).collect()
+    }
+
+    /// Whether sites are told apart by their times; if not, those that sites have are passed over.
+    fn reads_time(&self) -> bool {
+        self.kernel.change().is_some()
+    }
+
+    /// `[batch][site][dimension + time + feature]`.
+    fn places(&self, sites: &Sites) -> Result<Vec<Vec<Vec<f64>>>> {
+        places(sites, self.features, self.reads_time())
     }
 
     /// Whether observations are counts, whose noise is Laplace's.
@@ -355,8 +390,7 @@ impl ExactGp {
     /// [`Error::Axis`] for several rows; else as conditioning.
     pub fn belief(&self, context: &Observations, targets: &Sites) -> Result<[Vec<f64>; 2]> {
         let conditioned = Conditioned { gp: self, rows: self.absorb_all(context)? };
-        let ([row], [places]) = (&conditioned.rows[..], &places(targets, self.features)?[..])
-        else {
+        let ([row], [places]) = (&conditioned.rows[..], &self.places(targets)?[..]) else {
             return Err(Error::axis("rows of a belief", conditioned.rows.len(), 1));
         };
         let (mean, covariance) = conditioned.posterior(row, places);
@@ -528,9 +562,30 @@ pub(super) fn width(sites: &Sites) -> usize {
     sites.x.as_ref().map_or(0, |x| x.dims().last().copied().unwrap_or(0))
 }
 
-/// Coordinates and, behind them, covariates, on the host: `[batch][site][dimension + feature]`.
-pub(super) fn places(sites: &Sites, features: usize) -> Result<Vec<Vec<Vec<f64>>>> {
+/// The kernel after which a surface changes with time: `p` are logarithms of the time scale and of the
+/// odds of what stays.
+pub(super) fn changing(
+    space: Box<dyn Kernel>,
+    smoothness: Smoothness,
+    p: &[f64],
+) -> Box<dyn Kernel> {
+    let static_share = 1.0 / (1.0 + (-p[1]).exp());
+    let space: Arc<dyn Kernel> = space.into();
+    Box::new(SpaceTime { space, smoothness, time_scale: p[0].exp(), static_share })
+}
+
+/// Coordinates and, behind them, times and covariates, on the host:
+/// `[batch][site][dimension + time + feature]`.
+pub(super) fn places(sites: &Sites, features: usize, timed: bool) -> Result<Vec<Vec<Vec<f64>>>> {
     let mut places = sites.host()?;
+    if timed {
+        let Some(t) = &sites.t else {
+            return Err(Error::axis("times of sites and of the process", "without", "with"));
+        };
+        for (row, t) in places.iter_mut().zip(t.to_dtype(DType::F64)?.to_vec3::<f64>()?) {
+            row.iter_mut().zip(t).for_each(|(place, t)| place.extend(t));
+        }
+    }
     if features == 0 {
         return Ok(places);
     }
@@ -544,13 +599,15 @@ pub(super) fn places(sites: &Sites, features: usize) -> Result<Vec<Vec<Vec<f64>>
     Ok(places)
 }
 
-/// Rows of a context on the host, padding removed, with `features` covariates behind coordinates.
+/// Rows of a context on the host, padding removed, with times, where `timed`, and `features` covariates
+/// behind coordinates.
 pub(crate) fn rows(
     context: &Observations,
     likelihood: &dyn Likelihood,
     features: usize,
+    timed: bool,
 ) -> Result<Vec<Row>> {
-    let sites = places(&context.sites, features)?;
+    let sites = places(&context.sites, features, timed)?;
     let host = |x: &Tensor| -> Result<Vec<Vec<f64>>> { Ok(x.to_dtype(DType::F64)?.to_vec2()?) };
     if context.y.dims().last() != Some(&1) {
         return Err(Error::axis("outcomes per site", format!("{:?}", context.y.dims()), 1));
@@ -630,9 +687,9 @@ impl Row {
     }
 }
 
-/// Longest side of the box around the sites, whose last numbers are covariates.
-fn extent(sites: &[Vec<f64>], features: usize) -> f64 {
-    let dimensions = sites.first().map_or(0, |site| site.len() - features);
+/// Longest side of the box around the sites, whose last numbers are no coordinates.
+fn extent(sites: &[Vec<f64>], last: usize) -> f64 {
+    let dimensions = sites.first().map_or(0, |site| site.len() - last);
     (0..dimensions)
         .map(|d| {
             let (low, high) = sites
@@ -719,7 +776,7 @@ impl Posterior for Conditioned<'_> {
         let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
         // Far below what any observation could resolve, and above zero, which is no density.
         let least = 1e-12 * (self.gp.kernel.sill() + self.gp.nugget).max(f64::MIN_POSITIVE);
-        for (row, sites) in self.rows.iter().zip(places(targets, self.gp.features)?) {
+        for (row, sites) in self.rows.iter().zip(self.gp.places(targets)?) {
             let chunks: Vec<_> = sites
                 .par_chunks(CHUNK)
                 .map(|chunk| {
@@ -803,7 +860,7 @@ impl Posterior for Conditioned<'_> {
             let log_tau = (2.0 * std::f64::consts::PI).ln();
             Ok(-0.5 * (square + factor.log_det() + n as f64 * log_tau))
         };
-        let rows = self.rows.iter().zip(places(targets, self.gp.features)?).zip(values);
+        let rows = self.rows.iter().zip(self.gp.places(targets)?).zip(values);
         let densities = rows.map(density).collect::<Result<Vec<f64>>>()?;
         Ok(Some(Tensor::from_vec(densities, targets.batch(), targets.s.device())?))
     }
@@ -815,7 +872,7 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of targets to draw surfaces over", self.rows.len(), 1));
         };
-        let sites = places(targets, self.gp.features)?.swap_remove(0);
+        let sites = self.gp.places(targets)?.swap_remove(0);
         let (mean, covariance) = self.posterior(row, &sites);
         let factor = Cholesky::factor(covariance)?;
         let mut values = Vec::with_capacity(n * sites.len());
@@ -833,6 +890,10 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
+        if self.gp.reads_time() {
+            return Err(Error::input("joint draws over a map do not take times yet")
+                .try_this("leave --draws out, or --time"));
+        }
         Ok(Box::new(field::Dense::new(self, self.gp, row, draws, seed, extent)?))
     }
 }

@@ -79,7 +79,7 @@ fn features(targets: &Sites, features: usize) -> Result<Mat<f64>> {
     if features == 0 {
         return Ok(Mat::zeros(0, targets.len()));
     }
-    let rows = exact_gp::places(targets, features)?;
+    let rows = exact_gp::places(targets, features, false)?;
     let places = rows.first().map_or(&[][..], Vec::as_slice);
     Ok(behind(places, features))
 }

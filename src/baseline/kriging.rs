@@ -188,8 +188,9 @@ impl Ordered {
         Asked { place: self.site(i), neighbours: lists.of(i), fade: &[] }
     }
 
-    /// A length that the sites span, which a few far ones do not stretch.
-    pub fn extent(&self) -> f64 {
+    /// A length that the sites span, which a few far ones do not stretch; their `last` numbers are no
+    /// coordinates.
+    pub fn extent(&self, last: usize) -> f64 {
         let side = |d: usize| {
             let mut c: Vec<f64> = (0..self.len()).map(|i| self.site(i)[d]).collect();
             c.sort_by(f64::total_cmp);
@@ -198,7 +199,7 @@ impl Ordered {
             let most = c.get(c.len().saturating_sub(1 + cut)).zip(c.get(cut));
             (most.map_or(0.0, |(b, a)| b - a), whole)
         };
-        let sides: Vec<(f64, f64)> = (0..self.dim).map(side).collect();
+        let sides: Vec<(f64, f64)> = (0..self.dim.saturating_sub(last)).map(side).collect();
         let most = sides.iter().map(|s| s.0).fold(0.0, f64::max);
         if most > 0.0 { most } else { sides.iter().map(|s| s.1).fold(0.0, f64::max) }
     }
@@ -208,6 +209,8 @@ impl Ordered {
 fn map(unstretch: Option<[f64; 4]>, place: &[f64]) -> Vec<f64> {
     match (unstretch, place) {
         (Some([xx, xy, yx, yy]), [x, y]) => vec![xx * x + xy * y, yx * x + yy * y],
+        // A time stands behind the coordinates.
+        (Some([xx, xy, yx, yy]), [x, y, t]) => vec![xx * x + xy * y, yx * x + yy * y, *t],
         _ => place.to_vec(),
     }
 }

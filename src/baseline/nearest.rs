@@ -25,6 +25,10 @@
 //! mean may be linear in the coordinates ([`NearestGp::sloped`]): its slopes are integrated out, which is
 //! universal kriging.
 //!
+//! **Time.** Where the kernel changes with time, sites have a third coordinate: their time, stretched so
+//! that one length scale in time is as long as one in space (Datta et al. 2016, doi:10.1214/16-AOAS931).
+//! The mean's slopes are along the plane alone.
+//!
 //! With as many neighbours as sites, all of it equals [`ExactGp`](super::ExactGp).
 
 use candle_core::Tensor;
@@ -33,7 +37,7 @@ use rayon::prelude::*;
 
 use super::{
     elimination::{LANES, LEVELS, Lane, row_of},
-    exact_gp::{MadeOf, Row, check_levels, rows},
+    exact_gp::{MadeOf, Row, changing, check_levels, places, rows},
     field,
     kriging::{
         CHUNK, Heard, Kriging, Levels, Lists, Ordered, Room, Shift, Weights, dot, levels, spaced,
@@ -62,6 +66,10 @@ const MOST_NEAR: usize = 160;
 /// is another at every step.
 const SOME: usize = 5_000;
 const SOME_COUNTS: usize = 4_000;
+/// Observations on which it is found how far times are stretched, at most.
+const SOME_TIMES: usize = 1_000;
+/// Smoothnesses that fitting chooses from.
+const ALL: &[Smoothness] = &[Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves];
 /// Places far apart around which half of these sites stand together, so that short distances are seen too.
 const CLUSTERS: usize = 12;
 /// Sd of a trend's rise over the sites' extent, in sds of what is seen: broad.
@@ -83,6 +91,8 @@ pub struct NearestGp {
     /// Variance of our belief in a slope along each coordinate of the plane, whose mean is 0, link
     /// scale² per model unit²: 0 is a level mean, large is universal kriging.
     pub slope_variance: f64,
+    /// What times are multiplied by, so that they count as distances.
+    pub stretch: f64,
     /// Neighbours that each site's density is conditioned on, at most.
     pub previous: usize,
     /// Neighbours that each target is kriged from, at most.
@@ -222,6 +232,7 @@ impl NearestGp {
             mean,
             mean_variance: 0.0,
             slope_variance: 0.0,
+            stretch: 1.0,
             previous: PREVIOUS,
             near: NEAR,
             log_marginal: None,
@@ -247,6 +258,41 @@ impl NearestGp {
         Ok(NearestGp { slope_variance: variance, ..self })
     }
 
+    /// The same process with times stretched by this factor: its kernel takes them so.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for what is no factor.
+    pub fn stretched(self, stretch: f64) -> Result<Self> {
+        match stretch > 0.0 && stretch.is_finite() {
+            true => Ok(NearestGp { stretch, ..self }),
+            false => {
+                Err(Error::input("times are stretched by a factor above 0")
+                    .fact("stretch", stretch))
+            }
+        }
+    }
+
+    /// Whether sites are told apart by their times; if not, those that sites have are passed over.
+    fn reads_time(&self) -> bool {
+        self.kernel.change().is_some()
+    }
+
+    /// Refuses joint draws of a surface that changes with time.
+    pub(super) fn refuse_times(&self) -> Result<()> {
+        if self.reads_time() {
+            return Err(Error::input("joint draws over a map do not take times yet")
+                .try_this("leave --draws out, or --time"));
+        }
+        Ok(())
+    }
+
+    /// Rows of a context, their times stretched.
+    fn rows(&self, context: &Observations) -> Result<Vec<Row>> {
+        let timed = self.reads_time();
+        let rows = rows(context, self.likelihood, 0, timed)?.into_iter();
+        Ok(rows.map(|row| if timed { stretched(row, self.stretch) } else { row }).collect())
+    }
+
     /// The same process with other numbers of neighbours: `previous` for the density, `near` for
     /// predictions.
     pub fn neighbours(self, previous: usize, near: usize) -> Self {
@@ -256,6 +302,10 @@ impl NearestGp {
     /// The Matérn process that makes the context most likely: length scale, sill, nugget, and
     /// smoothness among 1/2, 3/2 and 5/2, with the mean integrated out under a broad prior; and as
     /// many neighbours as predictions need.
+    ///
+    /// Where sites have times, the surface changes with them as that of
+    /// [`ExactGp::fit`](super::ExactGp::fit) does, roughly in time. How far times are stretched is found by
+    /// a search of its own, on a thousand sites.
     ///
     /// The penalties are those of [`ExactGp::fit`](super::ExactGp::fit). A first search looks at a part:
     /// 5,000 of the densities, evenly spread, each given its neighbours among all sites; or 4,000 of the
@@ -282,12 +332,14 @@ impl NearestGp {
         of: MadeOf,
         trend: bool,
     ) -> Result<Self> {
-        let rows = rows(context, likelihood, 0)?;
-        let [row] = &rows[..] else {
+        let timed = context.sites.t.is_some();
+        let mut rows = rows(context, likelihood, 0, timed)?;
+        if rows.len() != 1 {
             return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
-        };
-        let ordered = Ordered::of(row, &ROUND, likelihood.counts());
-        let extent = ordered.extent();
+        }
+        let row = rows.swap_remove(0);
+        let mut ordered = Ordered::of(&row, &ROUND, likelihood.counts());
+        let extent = ordered.extent(usize::from(timed));
         if row.sites.len() < 3 || !(extent > 0.0 && extent.is_finite()) {
             return Err(Error::input("a Gaussian process needs three sites in different places")
                 .fact("sites", row.sites.len())
@@ -295,26 +347,41 @@ impl NearestGp {
         }
         let (centre, variance) = row.centre(likelihood);
         let mean_variance = if likelihood.counts() { 25.0 } else { 100.0 * variance };
-        let search = Search {
+        let mut search = Search {
             of,
             likelihood,
             centre,
             mean_variance,
             slope_variance: if trend { (RISE / extent).powi(2) * variance } else { 0.0 },
-            belief: [(0.25 * extent, 1.25), (variance, 1.5), (0.2 * variance, 2.0)],
+            belief: vec![(0.25 * extent, 1.25), (variance, 1.5), (0.2 * variance, 2.0)],
+            stretch: timed.then_some(1.0),
         };
-        let starts = [0.05, 0.3].map(|part| {
+        let mut starts = [0.05, 0.3].map(|part| {
             [(part * extent).ln(), (0.7 * variance).ln(), (0.2 * variance).ln()].to_vec()
         });
+        if timed {
+            // The span of a survey's times is 2 model units; the other are the odds of what stays.
+            search.belief.extend([(1.0, 1.5), (1.0, 1.5)]);
+            starts.iter_mut().for_each(|start| start.extend([0.0, 0.0]));
+            let some = Ordered::of(&thinned(&ordered, SOME_TIMES), &ROUND, likelihood.counts());
+            let rough = search.smoothnesses(&some, SOME_TIMES, &starts, &ALL[..1]);
+            let at = rough[0].at.clone();
+            let stretch = (at[0] - at[3]).exp().clamp(0.01, 100.0);
+            search.stretch = Some(stretch);
+            search.belief[3].0 = stretch;
+            ordered = Ordered::of(&stretched(row, stretch), &ROUND, likelihood.counts());
+            starts = starts.map(|_| [&at[..3], &[at[3] + stretch.ln(), at[4]]].concat());
+        }
+        let starts = if timed { &starts[..1] } else { &starts[..] };
         let few = if likelihood.counts() { SOME_COUNTS } else { SOME };
         let found = if ordered.len() <= few {
-            search.smoothnesses(&ordered, few, &starts)
+            search.smoothnesses(&ordered, few, starts, ALL)
         } else if likelihood.counts() {
             let some = Ordered::of(&clustered(&ordered, few), &ROUND, true);
-            let first = search.smoothnesses(&some, few, &starts);
+            let first = search.smoothnesses(&some, few, starts, ALL);
             search.polish(&ordered, first, 1.0, 0.15)
         } else {
-            let first = search.smoothnesses(&ordered, few, &starts);
+            let first = search.smoothnesses(&ordered, few, starts, ALL);
             search.polish(&ordered, first, ordered.len() as f64 / few as f64, 0.1)
         };
         let best = found.into_iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
@@ -371,7 +438,7 @@ impl NearestGp {
 
     /// Approximate log marginal likelihood of each row of `context`, in nats.
     pub fn log_marginals(&self, context: &Observations) -> Result<Vec<f64>> {
-        let rows = rows(context, self.likelihood, 0)?;
+        let rows = self.rows(context)?;
         let log = |row: &Row| {
             let ordered = self.ordered(row);
             self.settle(&ordered, &ordered.lists(self.previous), None, &mut Start::default(), 1e-5)
@@ -405,7 +472,7 @@ impl NearestGp {
     }
 
     pub(super) fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
-        let rows = rows(context, self.likelihood, 0)?;
+        let rows = self.rows(context)?;
         rows.iter().map(|row| self.absorb(self.ordered(row))).collect()
     }
 
@@ -612,6 +679,18 @@ const ROUND: Matern = Matern {
     metric: Metric::Euclidean,
 };
 
+/// A row with times multiplied by a factor.
+fn stretched(mut row: Row, stretch: f64) -> Row {
+    row.sites.iter_mut().for_each(|site| site[2] *= stretch);
+    row
+}
+
+/// At most `most` of the observations, evenly spread.
+fn thinned(ordered: &Ordered, most: usize) -> Row {
+    let kept: Vec<usize> = spaced(ordered.y.len(), most).into_iter().map(|i| i as usize).collect();
+    picked(ordered, &kept)
+}
+
 /// At most `most` of the observations: half of them evenly spread, half around a few places.
 fn clustered(ordered: &Ordered, most: usize) -> Row {
     let mut kept = vec![false; ordered.len()];
@@ -623,6 +702,11 @@ fn clustered(ordered: &Ordered, most: usize) -> Row {
     }
     let seen = |i: &usize| kept[ordered.at[*i] as usize];
     let kept: Vec<usize> = (0..ordered.y.len()).filter(seen).collect();
+    picked(ordered, &kept)
+}
+
+/// Some of the observations, where they were made.
+fn picked(ordered: &Ordered, kept: &[usize]) -> Row {
     let pick = |x: &[f64]| kept.iter().filter_map(|i| x.get(*i).copied()).collect();
     Row {
         sites: kept.iter().map(|i| ordered.site(ordered.at[*i] as usize).to_vec()).collect(),
@@ -638,11 +722,14 @@ struct Search<'f> {
     centre: f64,
     mean_variance: f64,
     slope_variance: f64,
-    /// Centre and sd of the log-normal penalties on length scale, sill and nugget.
-    belief: [(f64, f64); 3],
+    /// Centre and sd of the log-normal penalties on length scale, sill and nugget, and then on the time
+    /// scale and the odds of what stays.
+    belief: Vec<(f64, f64)>,
+    /// What times are multiplied by, where sites have some; then the last two parameters are of time.
+    stretch: Option<f64>,
 }
 
-/// Where a search ended: logarithms of length scale, sill and nugget.
+/// Where a search ended: logarithms of length scale, sill and nugget, time scale and odds.
 #[derive(Clone)]
 struct Ended {
     smoothness: Smoothness,
@@ -654,8 +741,13 @@ impl Search<'_> {
     fn process(&self, smoothness: Smoothness, p: &[f64]) -> Result<NearestGp> {
         let (length_scale, sill) = (p[0].exp(), p[1].exp());
         let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
-        let gp = NearestGp::new((self.of)(kernel)?, p[2].exp(), self.centre, self.likelihood)?;
-        gp.uncertain_mean(self.mean_variance).sloped(self.slope_variance)
+        let mut kernel = (self.of)(kernel)?;
+        if self.stretch.is_some() {
+            kernel = changing(kernel, Smoothness::Half, &p[3..]);
+        }
+        let gp = NearestGp::new(kernel, p[2].exp(), self.centre, self.likelihood)?;
+        let gp = gp.uncertain_mean(self.mean_variance).sloped(self.slope_variance)?;
+        gp.stretched(self.stretch.unwrap_or(1.0))
     }
 
     fn penalty(&self, p: &[f64]) -> f64 {
@@ -689,18 +781,27 @@ impl Search<'_> {
         }
     }
 
-    /// The best of every smoothness by at most `most` densities, from `starts` and from one another.
-    fn smoothnesses(&self, ordered: &Ordered, most: usize, starts: &[Vec<f64>]) -> Vec<Ended> {
+    /// The best of each smoothness by at most `most` densities, from `starts` and from one another.
+    fn smoothnesses(
+        &self,
+        ordered: &Ordered,
+        most: usize,
+        starts: &[Vec<f64>],
+        which: &[Smoothness],
+    ) -> Vec<Ended> {
         let lists = ordered.lists(PREVIOUS);
         let terms = spaced(ordered.len(), most);
         let part = ordered.len() as f64 / terms.len() as f64;
         let mut found: Vec<Ended> = Vec::new();
-        for smoothness in [Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves] {
+        // Two parameters more, and no need to know the peak to the last digit.
+        let close = if self.stretch.is_some() { 1e-2 } else { 1e-3 };
+        for &smoothness in which {
             let mut cost = self.cost(ordered, &lists, &terms, smoothness);
             // Rougher kernels have explored: begin at the best answer so far.
             let best = found.iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
             let starts = best.map_or(starts.to_vec(), |best| vec![best.at.clone()]);
-            let ends = starts.iter().map(|start| minimise(&mut cost, start, 0.6, 1e-3 * part, 200));
+            let ends =
+                starts.iter().map(|start| minimise(&mut cost, start, 0.6, close * part, 200));
             let end = ends.min_by(|a, b| a.1.total_cmp(&b.1));
             found.extend(end.map(|(at, cost)| Ended { smoothness, at, cost }));
         }
@@ -725,7 +826,12 @@ impl Search<'_> {
         };
         // One look at each, then the best for as long as it takes; and for values, where a look is
         // cheap, the second best too.
-        let (look, kept, limit) = if counts { (6, 1, 20) } else { (12, 2, 80) };
+        let (look, kept, limit) = match (counts, self.stretch) {
+            (true, None) => (6, 1, 20),
+            // A simplex of two parameters more.
+            (true, Some(_)) => (9, 1, 30),
+            (false, _) => (12, 2, 80),
+        };
         if first.len() == 1 {
             return vec![run(&first[0], limit)];
         }
@@ -743,6 +849,7 @@ impl std::fmt::Debug for NearestGp {
             .field("mean", &self.mean)
             .field("mean_variance", &self.mean_variance)
             .field("slope_variance", &self.slope_variance)
+            .field("stretch", &self.stretch)
             .field("previous", &self.previous)
             .field("near", &self.near)
             .field("likelihood", &self.likelihood.name())
@@ -790,7 +897,12 @@ impl<G: std::ops::Deref<Target = NearestGp> + Send + Sync> Posterior for Conditi
         let gp: &NearestGp = &self.gp;
         let shape = (targets.batch(), targets.len(), 1);
         let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
-        for (row, sites) in self.rows.iter().zip(targets.host()?) {
+        let timed = gp.reads_time();
+        let mut places = places(targets, 0, timed)?;
+        if timed {
+            places.iter_mut().flatten().for_each(|place| place[2] *= gp.stretch);
+        }
+        for (row, sites) in self.rows.iter().zip(places) {
             let wide = sites.first().map_or(row.ordered.dim(), Vec::len);
             if row.ordered.len() > 0 && wide != row.ordered.dim() {
                 return Err(Error::axis(
@@ -829,6 +941,7 @@ impl<G: std::ops::Deref<Target = NearestGp> + Send + Sync> Posterior for Conditi
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
+        self.gp.refuse_times()?;
         Ok(Box::new(field::Local::new(&self.gp, row, None, (draws, seed), extent)?))
     }
 }

@@ -279,7 +279,7 @@ impl Conditioned<'_> {
         let (context, likelihood) = (&self.context, self.whole.likelihood);
         let left = less(context, &shift(&context.sites, &law.mean)?, likelihood)?;
         let (mut absorbed, given) =
-            (gp.absorb_all(&left)?, rows(context, likelihood, law.mean.len())?);
+            (gp.absorb_all(&left)?, rows(context, likelihood, law.mean.len(), false)?);
         let (Some(row), [given]) = (absorbed.pop(), &given[..]) else {
             return Err(Error::axis("rows of the context to draw surfaces of", given.len(), 1));
         };
@@ -403,6 +403,7 @@ impl Posterior for Conditioned<'_> {
     /// Laplace's pseudo-values is that at the coefficients' mean.
     fn field(&self, draws: usize, seed: u64, extent: f64) -> Result<Box<dyn Field + '_>> {
         let Some((gp, law)) = &self.whole.joint else { return Err(Error::NoJointDraws) };
+        gp.refuse_times()?;
         let (row, x) = self.middle(gp, law)?;
         Ok(Box::new(field::Local::new(gp, row, Some((law, x)), (draws, seed), extent)?))
     }

@@ -111,7 +111,7 @@ pub fn posteriors(path: &Path, task: &Task, definition: &Definition, cells: &[Ce
             let context = (low as f64 + share * (high - low) as f64).round() as usize;
             let mut xy = tasks.design().layout(context, &mut rng).xy[..context].to_vec();
             xy.extend((0..PLACES).map(|i| [at(i), 0.0]));
-            let layout = Layout { xy, context, first_target: context };
+            let layout = Layout { xy, t: Vec::new(), context, first_target: context };
             tasks.pack(tasks.draws_at(&layout, 1, &mut rng)?)
         })
         .collect::<Result<_>>()?;

@@ -13,7 +13,6 @@ use crate::{
     process::{Process, Reward},
     rng::Stream,
     score::crps,
-    sites::Sites,
     task::{Batch, Tasks},
 };
 
@@ -171,7 +170,7 @@ impl Fixed {
         let one = batch.rows(row, 1)?.task;
         let gp = ExactGp::new(Box::new(kernel.clone()), rule.nugget, rule.mean, likelihood)?;
         let posterior = gp.condition(&one.context)?;
-        let sites = Sites::new(one.target.sites.s.to_dtype(DType::F64)?);
+        let sites = one.target.sites.map(|x| Ok(x.to_dtype(DType::F64)?))?;
         let marginals = posterior.at(&sites)?.marginals(0, self.of)?;
         let truth = values(self.truth(batch), row)?;
         let mut scores = pointwise(&marginals, &truth);

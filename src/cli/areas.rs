@@ -184,6 +184,10 @@ pub fn run(args: &Args) -> Result<()> {
     geotiff::cache(plan::cache(budget));
 
     told.covariates.for_maps()?;
+    if told.survey.columns.time.is_some() {
+        return Err(Error::input("means of districts are of surveys without times yet")
+            .try_this("leave --time out of the map's flags: all times are then read as one"));
+    }
     let layer = told.survey.columns.layer.as_deref();
     let survey = told.covariates.attach(told.survey.read()?, layer)?;
     let frame = Frame::fit(&survey)?;

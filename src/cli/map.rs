@@ -18,7 +18,8 @@ use super::{
     reading::ReadingArgs,
     report::{self, Findings},
     say,
-    survey::{SurveyArgs, agree, at_home, default_model},
+    survey::{SurveyArgs, agree, agree_in_time, at_home, default_model},
+    times::{self, TimeArgs},
     trust::{self, StrictArgs},
     windows::{self, WindowArgs},
 };
@@ -36,6 +37,7 @@ use crate::{
         grid::{Extent, Grid, Resolution},
         survey::{self, Survey},
         table::Columns,
+        time::Moment,
     },
     kernel::{Displaced, Kernel},
     likelihood::{self, Likelihood},
@@ -43,10 +45,10 @@ use crate::{
         self, Plan,
         displaced::{self, Expected, Placed},
         plan::{self, Bytes, Needs},
-        record::{self, ProductNote, Record},
+        record::{self, ProductNote, Record, TimeNote},
         windows::{Cut, Windows},
     },
-    picture::{Palette, Picture},
+    picture::{Palette, Picture, series},
     predictive::{Link, Of},
     process::{Memory, Posterior, Process},
     product::{self, Outcome, Scale, Spec},
@@ -62,6 +64,8 @@ pub struct Args {
     pub(super) survey: SurveyArgs,
     #[command(flatten)]
     pub(super) covariates: CovariateArgs,
+    #[command(flatten)]
+    pub(super) times: TimeArgs,
     /// Any GeoTIFF on the grid to predict over; its pixels without data stay without
     #[arg(long, value_name = "GRID.tif", conflicts_with_all = ["resolution", "crs_out"])]
     pub(super) like: Option<PathBuf>,
@@ -143,6 +147,10 @@ pub fn run(args: &Args) -> Result<()> {
     // What costs nothing to check comes first.
     let specs = specs(args)?;
     args.covariates.for_maps()?;
+    if args.draws.is_some() && args.survey.columns.time.is_some() {
+        return Err(Error::input("joint draws over a map do not take times yet")
+            .try_this("leave --draws out, or --time"));
+    }
     if args.draws.is_some() && args.of != "surface" {
         return Err(Error::input(
             "draws are of the surface: new sites have no joint law to draw from",
@@ -160,6 +168,7 @@ pub fn run(args: &Args) -> Result<()> {
 
     let layer = args.survey.columns.layer.as_deref();
     let survey = args.covariates.attach(args.survey.read()?, layer)?;
+    let moments = args.times.of(&survey)?;
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let outcome = outcome(args, &survey);
@@ -175,10 +184,14 @@ pub fn run(args: &Args) -> Result<()> {
     let processes = model.with(&others);
     // What judging takes comes after, and is given back for the map to use.
     let resident = plan::usage().map_or(plan::RESIDENT, |usage| usage.now.0);
-    let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let called = args.model.as_deref().unwrap_or(default_model(&survey));
     let verdict = model.suits(trust::examine(called, &survey, &frame)?);
     args.strict.settle(called, &survey, &verdict)?;
     tell_input(&survey, &grid, &frame, &model)?;
+    let labels: Vec<String> = moments.iter().map(|m| m.label.clone()).collect();
+    if !labels.is_empty() {
+        line("times", shown(&labels))?;
+    }
 
     let mut plan = Plan { of: outcome.of, ..Plan::on(cards.devices.clone()) };
     plan.tile = args.tile.unwrap_or(plan.tile);
@@ -202,20 +215,33 @@ pub fn run(args: &Args) -> Result<()> {
         plan = plan.within_cards(room, &model.process.memory(survey.len()));
     }
     let tags = [("MODEL".to_string(), model.name.clone())];
-    let mut products = product::open(&specs, &outcome, &grid, output.scratch(), &tags)?;
+    let mut products = product::open_at(&specs, &outcome, &grid, output.scratch(), &tags, &labels)?;
     let posteriors = plan.condition_each(&processes, &context)?;
     let asked: Vec<&dyn Posterior> = posteriors.iter().map(|p| &**p).collect();
     let mut bar = Bar::new();
-    let summary = mapping::run_each(
-        &asked,
-        &context,
-        &grid,
-        &frame,
-        &mut products,
-        &plan,
-        &mut |done, of| bar.show(done, of),
-    )?;
+    // One pass over the grid for each time; a survey without times is one pass.
+    let passes: Vec<Option<&Moment>> = match &moments[..] {
+        [] => vec![None],
+        moments => moments.iter().map(Some).collect(),
+    };
+    let mut found = Vec::with_capacity(passes.len());
+    for (band, moment) in passes.iter().enumerate() {
+        let now = moment.map(|m| frame.on(m.period.middle())).transpose()?;
+        products.iter_mut().for_each(|product| product.turn_to(band));
+        found.push(mapping::run_each(
+            &asked,
+            &context,
+            &grid,
+            now.as_ref().unwrap_or(&frame),
+            &mut products,
+            &plan,
+            &mut |done, of| bar.show(band * of + done, passes.len() * of),
+        )?);
+    }
     bar.clear();
+    let summary = mapping::Summary::over(&found)?;
+    let seen = |m: &Moment| survey.times.as_ref().map_or(0, |t| m.period.count(&t.days));
+    let each = moments.iter().zip(&found).map(|(m, s)| TimeNote::new(m, s, seen(m))).collect();
     let tallies = asked.iter().filter_map(|p| p.tally());
     let left_out = tallies.reduce(|a, b| [a[0] + b[0], a[1] + b[1]]);
     let left_out = left_out.map(|[read, all]| Tally { read, all }.skipped());
@@ -264,7 +290,10 @@ pub fn run(args: &Args) -> Result<()> {
             };
             // Only a map of levels has the colours of what was observed.
             let look = (title, spec.entry.scale, spec.entry.name == "mean");
-            files.push(picture(&files[0], look, &outcome, &survey, &grid, &model.name)?);
+            files.push(match &moments[..] {
+                [] => picture(&files[0], look, &outcome, &survey, &grid, &model.name)?,
+                times => pictures(&files[0], look, times, &outcome, &survey, &grid, &model.name)?,
+            });
         }
         let band = outcome.band(&spec);
         made.push(ProductNote {
@@ -293,9 +322,11 @@ pub fn run(args: &Args) -> Result<()> {
             cover.as_ref().map_or_else(Vec::new, Cover::warnings),
             trust::warnings(&verdict),
             warnings(&survey, &grid, &frame, inside, &summary),
+            times::warnings(&survey, &moments),
         ]
         .concat(),
         summary,
+        times: each,
         covariates: cover,
         trust: Some(json!(verdict)),
         reading,
@@ -504,6 +535,22 @@ impl Model {
         Verdict { findings: verdict.findings.into_iter().filter(right).collect(), ..verdict }
     }
 
+    /// Writes into the card how fast the surface changes, in days.
+    fn note_change(&mut self, frame: &Frame) {
+        if let (Some(clock), Some(scale)) = (&frame.clock, self.card["time"]["scale"].as_f64()) {
+            self.card["time"]["days"] = json!(scale * clock.days_per_unit);
+        }
+    }
+
+    /// How fast the surface changes, where that was fitted.
+    pub fn tell_change(&self) -> Result<()> {
+        let number = |key: &str| self.card.get("time").and_then(|time| time[key].as_f64());
+        let (Some(days), Some(share)) = (number("days"), number("static_share")) else {
+            return Ok(());
+        };
+        line("change", times::change(days, share))
+    }
+
     /// The effects, a line each, and how they came in.
     pub fn tell_effects(&self) -> Result<()> {
         let each = self.card.get("coefficients").and_then(Value::as_array);
@@ -554,16 +601,18 @@ pub(super) fn open_model(
     (reading, windows): (Reading, &WindowArgs),
 ) -> Result<Model> {
     let likelihood = survey.outcome.likelihood();
-    let name = name.unwrap_or(default_model(&survey.outcome));
+    let name = name.unwrap_or(default_model(survey));
     let wanted: &'static dyn Likelihood = likelihood::find(likelihood)?;
     let moved = survey.displacement.as_ref().map(|moved| frame.displacement(moved));
-    if let Some(classical) = classical(name, context, wanted, reading, moved.as_ref())? {
+    if let Some(mut classical) = classical(name, context, wanted, reading, moved.as_ref())? {
         windows.refused(name)?;
+        classical.note_change(frame);
         return Ok(classical);
     }
     let checkpoint = Checkpoint::resolve(name)?;
     agree(name, checkpoint.likelihood()?, survey)?;
     let tasks = checkpoint.recipe()?.tasks()?;
+    agree_in_time(name, tasks.design().has_times(), survey)?;
     if tasks.dim() != 2 {
         return Err(Error::input("the model was trained on sites along a line, not on a plane")
             .fact("model", name)
@@ -666,6 +715,7 @@ pub(super) fn fit(
             ("nugget", json!(gp.nugget)),
             ("log_marginal", json!(gp.log_marginal)),
         ];
+        facts.extend(in_time(&*gp.kernel, 1.0));
         if covariates {
             facts.push(("coefficient_variance", json!(gp.coefficient_variance)));
         }
@@ -673,12 +723,14 @@ pub(super) fn fit(
         return Ok(Fitted { process: Box::new(gp), about, coefficients });
     }
     let facts = |gp: &NearestGp| {
-        vec![
+        let mut facts = vec![
             ("kernel", json!(format!("{:?}", gp.kernel))),
             ("nugget", json!(gp.nugget)),
             ("log_marginal", json!(gp.log_marginal)),
             ("neighbours", json!({ "fitting": gp.previous, "predicting": gp.near })),
-        ]
+        ];
+        facts.extend(in_time(&*gp.kernel, gp.stretch));
+        facts
     };
     let trend = name == TREND;
     let what = match trend {
@@ -694,6 +746,13 @@ pub(super) fn fit(
         let about = (what, facts(&gp));
         Fitted { process: Box::new(gp), about, coefficients: None }
     })
+}
+
+/// How a fitted kernel changes with time, in model units of time that were stretched by a factor.
+fn in_time(kernel: &dyn Kernel, stretch: f64) -> Option<(&'static str, Value)> {
+    let change = kernel.change()?;
+    let scale = change.time_scale / stretch;
+    Some(("time", json!({ "scale": scale, "static_share": change.static_share })))
 }
 
 /// A trained process whose context is displaced: it has learned to read it, or is asked about places.
@@ -809,6 +868,9 @@ pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
         }
     }
     survey.notes.iter().try_for_each(|n| line("note", n))?;
+    if let Some(times) = &survey.times {
+        line("visited", format!("{} ({})", times.about(), times.column))?;
+    }
     match &survey.displacement {
         None => Ok(()),
         Some(moved) => line("displaced", format!("{moved}: integrated over")),
@@ -843,8 +905,12 @@ pub(super) fn tell_input(survey: &Survey, grid: &Grid, frame: &Frame, model: &Mo
     let what = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
     line("model", format!("{}: {what}", model.name))?;
     model.tell_windows(survey.len())?;
+    model.tell_change()?;
     model.tell_effects()
 }
+
+/// Times of which a line is printed.
+const LISTED: usize = 12;
 
 fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) -> Result<()> {
     let s = &record.summary;
@@ -862,6 +928,17 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
             range(low, high)
         ),
     )?;
+    for time in record.times.iter().take(LISTED) {
+        let average = format!("on average {}", round(time.average));
+        let sites = format!("{} site{} visited then", time.sites, plural(time.sites));
+        line(
+            "",
+            format!("{}: {average}, {}; {sites}", time.time, range(time.lowest, time.highest)),
+        )?;
+    }
+    if record.times.len() > LISTED {
+        line("", format!("and {} more times, in {}", record.times.len() - LISTED, record::FILE))?;
+    }
     record.warnings.iter().try_for_each(|w| line("warning", w))?;
     line("files", format!("in {}", out.display()))?;
     // A picture lies beside its raster and differs in the ending only.
@@ -892,6 +969,66 @@ pub(super) fn plural(n: usize) -> &'static str {
     if n == 1 { "" } else { "s" }
 }
 
+/// Labels in one line, the middle ones left out where there are many.
+fn shown(labels: &[String]) -> String {
+    match labels {
+        [first, second, .., last] if labels.len() > 8 => {
+            format!("{}: {first}, {second} … {last}", labels.len())
+        }
+        _ => labels.join(", "),
+    }
+}
+
+/// Draws every band of a product, each with the sites of its time, side by side.
+fn pictures(
+    file: &Path,
+    (title, scale, coloured): (String, Scale, bool),
+    times: &[Moment],
+    outcome: &Outcome,
+    survey: &Survey,
+    grid: &Grid,
+    model: &str,
+) -> Result<PathBuf> {
+    let shrink = (grid.rows.max(grid.cols) as f64 / 450.0).max(1.0);
+    let [rows, cols] = [grid.rows, grid.cols].map(|n| ((n as f64 / shrink) as usize).max(1));
+    let raster = Raster::open(file)?;
+    let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
+    survey.crs.transform(&grid.crs, &mut x, &mut y)?;
+    let (seen, days) = (survey.outcome.observed(), survey.times.as_ref().map(|t| &t.days));
+    let one = |(band, moment): (usize, &Moment)| -> Result<Picture> {
+        let here: Vec<usize> = (0..x.len())
+            .filter(|i| days.is_some_and(|days| moment.period.covers(days[*i])))
+            .collect();
+        let pick = |v: &[f64]| here.iter().map(|i| v[*i]).collect::<Vec<f64>>();
+        let values = raster.thumbnail_of(band, rows, cols)?;
+        let picture = Picture::new(&moment.label, values).on(grid);
+        let seen = pick(&seen);
+        let mut picture = picture.with_sites(grid, &pick(&x), &pick(&y), coloured.then_some(&seen));
+        picture.legend = match coloured {
+            true => format!("survey site of that time, coloured by observed {}", outcome.name),
+            false => "survey site of that time".into(),
+        };
+        (picture.palette, picture.range) = colours(scale);
+        Ok(picture)
+    };
+    let all = (1..).zip(times).map(one).collect::<Result<Vec<_>>>()?;
+    let subtitle =
+        format!("{} sites · pixels of {} · model {model}", survey.len(), grid.resolution());
+    let path = file.with_extension("png");
+    series::save(&title, &subtitle, &all, &path)?;
+    Ok(path)
+}
+
+/// Palette of a scale, and its ends where they are fixed.
+fn colours(scale: Scale) -> (Palette, Option<[f64; 2]>) {
+    match scale {
+        Scale::Level => (Palette::Level, None),
+        Scale::Spread | Scale::Distance => (Palette::Spread, None),
+        Scale::Share => (Palette::Spread, Some([0.0, 1.0])),
+        Scale::Probability => (Palette::Diverging, Some([0.0, 1.0])),
+    }
+}
+
 /// Draws a product beside its GeoTIFF: its title, what its values are, and whether sites are coloured
 /// by what was observed.
 fn picture(
@@ -917,12 +1054,7 @@ fn picture(
     } else {
         "survey site".into()
     };
-    (picture.palette, picture.range) = match scale {
-        Scale::Level => (Palette::Level, None),
-        Scale::Spread | Scale::Distance => (Palette::Spread, None),
-        Scale::Share => (Palette::Spread, Some([0.0, 1.0])),
-        Scale::Probability => (Palette::Diverging, Some([0.0, 1.0])),
-    };
+    (picture.palette, picture.range) = colours(scale);
     let path = file.with_extension("png");
     picture.save(&path)?;
     Ok(path)

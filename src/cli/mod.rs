@@ -25,6 +25,7 @@ pub mod reading;
 mod report;
 pub mod sample;
 pub mod survey;
+pub mod times;
 pub mod train;
 pub mod trust;
 pub mod validate;

@@ -11,6 +11,7 @@ use super::{
     map::{grid_of, line, plural, round, tell_survey},
     output::Output,
     survey::SurveyArgs,
+    times::TimeArgs,
 };
 use crate::{
     baseline::ExactGp,
@@ -42,6 +43,8 @@ pub struct Args {
     survey: SurveyArgs,
     #[command(flatten)]
     covariates: CovariateArgs,
+    #[command(flatten)]
+    times: TimeArgs,
     /// How many sites to propose
     #[arg(long, value_name = "NUMBER", default_value_t = 10)]
     sites: usize,
@@ -94,7 +97,15 @@ pub fn run(args: &Args) -> Result<()> {
     let mut output = Output::prepare(&args.out, args.force)?;
     let layer = args.survey.columns.layer.as_deref();
     let survey = args.covariates.attach(args.survey.read()?, layer)?;
-    let frame = Frame::fit(&survey)?;
+    let frame = match &args.times.of(&survey)?[..] {
+        [] => Frame::fit(&survey)?,
+        [one] => Frame::fit(&survey)?.on(one.period.middle())?,
+        several => {
+            return Err(Error::input("a plan is of one time: when the new sites will be visited")
+                .fact("--at", several.iter().map(|m| &m.label[..]).collect::<Vec<_>>().join(", "))
+                .try_this("name one with --at"));
+        }
+    };
     let likelihood = likelihood::find(survey.outcome.likelihood())?;
     let link = likelihood.link();
     let aim = aim(args, link, &frame)?;

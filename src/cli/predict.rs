@@ -15,6 +15,7 @@ use super::{
     reading::ReadingArgs,
     sample::refuse_existing,
     survey::{ColumnArgs, default_model},
+    times,
     trust::{self, StrictArgs},
     windows::WindowArgs,
 };
@@ -75,6 +76,9 @@ pub struct Args {
     /// Coordinate reference system of the targets; --crs when left out
     #[arg(long, value_name = "CRS")]
     target_crs: Option<String>,
+    /// Column of times of the targets; --time when left out
+    #[arg(long, value_name = "COLUMN", requires = "time")]
+    target_time: Option<String>,
     /// Quantiles to give, each between 0 and 1
     #[arg(long, value_name = "LEVEL", value_delimiter = ',', default_value = "0.025,0.5,0.975")]
     quantiles: Vec<f64>,
@@ -123,6 +127,7 @@ pub fn run(args: &Args) -> Result<()> {
         lon: args.target_lon.clone(),
         lat: args.target_lat.clone(),
         crs: args.target_crs.clone(),
+        time: args.target_time.clone(),
         ..Default::default()
     };
     if let Some(n) = args.new_survey {
@@ -158,21 +163,23 @@ pub fn run(args: &Args) -> Result<()> {
         open_models(args.model.as_deref(), &survey, &frame, &context, &cards.devices, how)?;
     model.note_effects(&frame);
     let processes = model.with(&others);
-    let called = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let called = args.model.as_deref().unwrap_or(default_model(&survey));
     let verdict = model.suits(trust::examine(called, &survey, &frame)?);
     args.strict.settle(called, &survey, &verdict)?;
     tell_survey(&survey)?;
-    let placed = targets.x.iter().filter(|x| !x.is_nan()).count();
+    let placed = (0..targets.len()).filter(|i| targets.is_placed(*i)).count();
     line("targets", format!("{}: {placed} places", args.targets.display()))?;
     targets.notes.iter().try_for_each(|n| line("note", n))?;
     if placed < targets.len() {
         let without = targets.len() - placed;
-        let text = format!("{without} row{} without a place, nothing to predict", plural(without));
+        let what = if targets.times.is_some() { "place or time" } else { "place" };
+        let text = format!("{without} row{} without a {what}, nothing to predict", plural(without));
         line("note", text)?;
     }
     let about = model.card.get("predicts").and_then(Value::as_str).unwrap_or("");
     line("model", format!("{}: {about}", model.name))?;
     model.tell_windows(survey.len())?;
+    model.tell_change()?;
     model.tell_effects()?;
 
     let mut plan = Plan::on(cards.devices.clone());
@@ -191,8 +198,9 @@ pub fn run(args: &Args) -> Result<()> {
     let chunks = targets.chunks(rows)?.map(|chunk| {
         let (len, own) = chunk?;
         let (x, y) = (&targets.x[from..from + len], &targets.y[from..from + len]);
+        let days = targets.times.as_ref().map(|times| &times.days[from..from + len]);
+        let placed: Vec<usize> = (0..len).filter(|i| targets.is_placed(from + i)).collect();
         from += len;
-        let placed: Vec<usize> = (0..len).filter(|i| !x[*i].is_nan()).collect();
         let placed = found.reach(&frame, &targets, [x, y], placed)?;
         let (rows, values) = found.look(&frame, &targets, [x, y], &placed, &own)?;
         let mut columns = Vec::new();
@@ -203,7 +211,13 @@ pub fn run(args: &Args) -> Result<()> {
         let mut answers = vec![vec![f64::NAN; len]; answered];
         if !rows.is_empty() {
             let at = |values: &[f64]| rows.iter().map(|i| values[*i]).collect::<Vec<f64>>();
-            let sites = frame.sites_with(&targets.crs, &at(x), &at(y), &values, &Device::Cpu)?;
+            let sites = match days {
+                None => frame.sites_with(&targets.crs, &at(x), &at(y), &values, &Device::Cpu)?,
+                Some(days) => {
+                    let (places, days) = ([&at(x)[..], &at(y)], at(days));
+                    frame.sites_when(&targets.crs, places, &days, &values, &Device::Cpu)?
+                }
+            };
             let far = |p: &&Vec<f64>| p.iter().any(|v| v.abs() > 1.0 + mapping::REACH);
             beyond += sites.host()?[0].iter().filter(far).count();
             let given = mapping::in_parts(&plan, &part, &sites, |device, sites| {
@@ -221,6 +235,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut warnings = cards.warnings(part.less());
     warnings.extend(trust::warnings(&verdict));
     warnings.extend(found.warnings());
+    warnings.extend(times::beyond(&survey, &targets));
     if beyond > 0 {
         warnings.push(format!(
             "{beyond} target{} more than {} km outside the box of the sites: there a prediction \

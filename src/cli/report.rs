@@ -138,6 +138,7 @@ fn page(found: &Findings) -> Result<String> {
         100.0 * record.summary.far,
         round(record.summary.reach_km),
     );
+    times(w, found);
     held_out(w, found)?;
     if let Some(file) = found.districts {
         districts(w, file)?;
@@ -157,6 +158,26 @@ fn page(found: &Findings) -> Result<String> {
         escape(text)
     );
     Ok(out)
+}
+
+/// What the maps hold time by time.
+fn times(w: &mut String, found: &Findings) {
+    let times = &found.record.times;
+    if times.is_empty() {
+        return;
+    }
+    let _ = writeln!(
+        w,
+        "<p>Each map is of several times, a band of its GeoTIFF each; pictures show the sites visited in each.</p>\n\
+         <div class=\"scroll\"><table>"
+    );
+    row(w, "th", &["", "stands for it", "sites", "average", "lowest", "highest"].map(String::from));
+    for time in times {
+        let values = [time.average, time.lowest, time.highest].map(round);
+        let cells = [time.time.clone(), time.day.clone(), time.sites.to_string()];
+        row(w, "td", &[&cells[..], &values[..]].concat());
+    }
+    let _ = writeln!(w, "</table></div>");
 }
 
 /// The first letter large.
@@ -208,9 +229,8 @@ fn held_out(w: &mut String, found: &Findings) -> Result<()> {
 /// Semivariance of what the model did not foretell, against distance.
 fn variogram(report: &Report, found: &Findings, file: &Path) -> Result<String> {
     let (order, steps) = report.first();
-    let Survey { crs, x, y, .. } = found.survey;
     let frame = &found.record.frame;
-    let places = frame.places_km(&frame.sites(crs, x, y, &Device::Cpu)?)?;
+    let places = frame.places_km(&frame.sites_of(found.survey, &Device::Cpu)?)?;
     let places: Vec<&[f64]> = order.iter().map(|i| &places[*i][..]).collect();
     let mut rng = Stream::new(1, "variogram", 0);
     let score: Vec<f64> = pit::randomised(steps, &mut rng)
@@ -347,6 +367,9 @@ fn data(w: &mut String, found: &Findings) {
         line("Counted, of", format!("{positive} of {tested}"));
     }
     line("Coordinates", note.crs.clone());
+    if let Some(times) = &note.times {
+        line("Times", times.clone());
+    }
     line("Extent", format!("{} km", round(found.record.frame.extent_km())));
     line("Rows left out", note.dropped.len().to_string());
     let _ = writeln!(w, "</table>");
@@ -386,9 +409,27 @@ fn methods(found: &Findings) -> String {
             card("predicts")
         ),
     };
+    let time = |key: &str| record.model.get("time").and_then(|time| time[key].as_f64());
+    let change = match (&record.survey.times, time("days"), time("static_share")) {
+        (None, ..) => String::new(),
+        (Some(_), Some(days), Some(share)) => format!(
+            " Sites were visited at different times, and the covariance is separable in space and time, with a part \
+             that no time changes: {}.",
+            super::times::change(days, share)
+        ),
+        (Some(_), ..) => {
+            " Sites were visited at different times, which the model reads beside their places."
+                .into()
+        }
+    };
+    let mapped: Vec<&str> = record.times.iter().map(|t| t.time.as_str()).collect();
+    let mapped = match mapped[..] {
+        [] => String::new(),
+        _ => format!(" Maps are of {}.", mapped.join(", ")),
+    };
     let products: Vec<&str> = record.products.iter().map(|p| p.product.as_str()).collect();
     format!(
-        "{} was mapped from {} sites{people} by {process}. Distances were measured on {}, on which the sites span {} km. \
+        "{} was mapped from {} sites{people} by {process}.{change}{mapped} Distances were measured on {}, on which the sites span {} km. \
          The map has {} × {} pixels, {} of them inside the area; mapped were {}. Intervals are equal-tailed; \
          exceedance is the posterior probability that the {} lies above the threshold. Calibration was checked by {FOLDS}-fold \
          cross-validation with proper scores [4] and the probability integral transform for counts [5]. Software: Isopleth {}.",

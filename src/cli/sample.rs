@@ -43,6 +43,9 @@ pub struct Args {
 const LATTICE: usize = 48;
 /// Nodes along a drawn curve.
 const LINE: usize = 400;
+/// Times at which a surface that changes is shown, and nodes then: fewer, for all are drawn together.
+const TIMES: [f64; 4] = [-1.0, 0.0, 1.0, 1.5];
+const COARSE: usize = 20;
 /// Most surfaces on one sheet.
 const PANELS: usize = 48;
 
@@ -63,11 +66,15 @@ pub fn run(args: &Args) -> Result<()> {
         }
     };
     refuse_existing(&args.out, args.force)?;
-    let most = if picture { PANELS } else { usize::MAX };
+    let most = match (picture, tasks.design().has_times()) {
+        (true, true) => PANELS / TIMES.len(),
+        (true, false) => PANELS,
+        (false, _) => usize::MAX,
+    };
     if args.count == 0 || args.count > most {
         return Err(Error::input("that many draws cannot be shown")
             .fact("count", args.count)
-            .try_this(format!("a picture holds 1 to {PANELS}, a table any number")));
+            .try_this(format!("a picture holds 1 to {}, a table any number", most.min(PANELS))));
     }
     let pool = tasks.design().pool;
     if args.sites.is_some_and(|n| n < 2 || (pool > 0 && n > pool)) {
@@ -103,7 +110,9 @@ fn begin(args: &Args, tasks: &Tasks, index: usize) -> (Stream, usize) {
 
 /// One row per site. Each draw is a chunk.
 fn write_table(args: &Args, tasks: &Tasks) -> Result<()> {
-    let mut names = vec!["task", "role", "x", "y", "surface", "noisy"];
+    let mut names = vec!["task", "role", "x", "y"];
+    names.extend(tasks.design().has_times().then_some("t"));
+    names.extend(["surface", "noisy"]);
     names.extend(match tasks.likelihood().kind() {
         Kind::Tested | Kind::Single => vec!["positive", "tested"],
         Kind::Exposure => vec!["cases", "exposure"],
@@ -126,10 +135,9 @@ fn write_table(args: &Args, tasks: &Tasks) -> Result<()> {
             Column::Text((0..n).map(|i| role(i).to_string()).collect()),
             Column::Numbers(draw.xy.iter().map(|p| p[0]).collect()),
             Column::Numbers(draw.xy.iter().map(|p| p[1]).collect()),
-            Column::Numbers(draw.latent),
-            Column::Numbers(draw.noisy),
-            Column::Numbers(draw.y),
         ];
+        columns.extend((!draw.t.is_empty()).then_some(Column::Numbers(draw.t)));
+        columns.extend([draw.latent, draw.noisy, draw.y].map(Column::Numbers));
         columns.extend(draw.trials.map(Column::Numbers));
         let covariates = draw.covariates.into_iter().flat_map(|seen| seen.values);
         columns.extend(covariates.map(Column::Numbers));
@@ -139,8 +147,9 @@ fn write_table(args: &Args, tasks: &Tasks) -> Result<()> {
 }
 
 fn draw_sheet(args: &Args, tasks: &Tasks) -> Result<()> {
-    let panels: Vec<Panel> =
-        (0..args.count).into_par_iter().map(|i| panel(args, tasks, i)).collect::<Result<_>>()?;
+    let panels: Vec<Vec<Panel>> =
+        (0..args.count).into_par_iter().map(|i| panels(args, tasks, i)).collect::<Result<_>>()?;
+    let panels = panels.concat();
     let title = format!("Draws from the prior of {}", args.recipe.display());
     let (kind, outcome, scale, dots) = match tasks.likelihood().link() {
         Link::Logit => {
@@ -163,35 +172,71 @@ fn draw_sheet(args: &Args, tasks: &Tasks) -> Result<()> {
     panels::save(&title, [&first, &second], &panels, &args.out)
 }
 
-/// One survey, with its surface drawn jointly on a lattice over the places that it asks about.
-fn panel(args: &Args, tasks: &Tasks, index: usize) -> Result<Panel> {
+/// One survey, with its surface drawn jointly on a lattice over the places that it asks about; at several
+/// times, each with the sites visited nearest to it, where it changes.
+fn panels(args: &Args, tasks: &Tasks, index: usize) -> Result<Vec<Panel>> {
     let (mut rng, sites) = begin(args, tasks, index);
     let layout = tasks.design().layout(sites, &mut rng);
     let (low, high) = bounds(&layout.xy, tasks.dim());
     let mut xy = layout.xy[..layout.context].to_vec();
-    let (view, lattice) = lattice(low, high, tasks.dim());
-    xy.extend(lattice);
-    let joint = Layout { xy, context: sites, first_target: sites };
+    let timed = tasks.design().has_times();
+    let (view, lattice) = lattice(low, high, tasks.dim(), if timed { COARSE } else { LATTICE });
+    let nodes = lattice.len();
+    let mut t = Vec::new();
+    if timed {
+        t.extend(&layout.t[..layout.context]);
+        for time in TIMES {
+            xy.extend(&lattice);
+            t.extend(vec![time; nodes]);
+        }
+    } else {
+        xy.extend(lattice);
+    }
+    let joint = Layout { xy, t, context: sites, first_target: sites };
     let draw = tasks.draws_at(&joint, 1, &mut rng)?.remove(0);
     let link = tasks.likelihood().link();
-    let dots = (0..draw.context)
-        .map(|i| {
-            let tested = draw.trials.as_ref().map(|n| n[i]);
-            Dot {
-                at: draw.xy[i],
-                value: draw.y[i] / tested.unwrap_or(1.0),
-                weight: tested.map_or(0.3, |n| (n.ln() / 1000f64.ln()).clamp(0.0, 1.0)),
+    let dot = |i: usize| {
+        let tested = draw.trials.as_ref().map(|n| n[i]);
+        Dot {
+            at: draw.xy[i],
+            value: draw.y[i] / tested.unwrap_or(1.0),
+            weight: tested.map_or(0.3, |n| (n.ln() / 1000f64.ln()).clamp(0.0, 1.0)),
+        }
+    };
+    let shown = if timed { TIMES.len() } else { 1 };
+    let nearest = |t: f64| {
+        let gap = |k: &usize| (TIMES[*k] - t).abs();
+        (0..TIMES.len()).min_by(|a, b| gap(a).total_cmp(&gap(b)))
+    };
+    let one = |k: usize| {
+        let own = |i: &usize| !timed || nearest(draw.t[*i]) == Some(k);
+        let surface = &draw.latent[draw.context + k * nodes..][..nodes];
+        let [first, second] = caption(&draw, link, tasks.dim());
+        // What rules a draw stands above its maps, one thing above each.
+        let change = draw.rule.kernel.as_ref().and_then(|kernel| kernel.change());
+        let caption = match (timed, k, change) {
+            (false, ..) => [first, second],
+            (true, 0, _) => [format!("t = {}: {first}", TIMES[k]), second],
+            (true, 1, Some(c)) => {
+                let scale = format!("length scale in time {}", round(c.time_scale));
+                [format!("t = {}", TIMES[k]), scale]
             }
-        })
-        .collect();
-    Ok(Panel {
-        caption: caption(&draw, link, tasks.dim()),
-        view,
-        values: draw.latent[draw.context..].iter().map(|v| link.outcome(*v)).collect(),
-        low,
-        high,
-        dots,
-    })
+            (true, 2, Some(c)) => {
+                let share = format!("{:.0} % of the variance stays", 100.0 * c.static_share);
+                [format!("t = {}", TIMES[k]), share]
+            }
+            (true, ..) => [format!("t = {}", TIMES[k]), String::new()],
+        };
+        Panel {
+            caption,
+            view: view.clone(),
+            values: surface.iter().map(|v| link.outcome(*v)).collect(),
+            low,
+            high,
+            dots: (0..draw.context).filter(own).map(dot).collect(),
+        }
+    };
+    Ok((0..shown).map(one).collect())
 }
 
 /// The box of all sites, a little wider, and never so thin that nothing can be seen.
@@ -214,7 +259,7 @@ fn bounds(xy: &[[f64; 2]], dim: usize) -> ([f64; 2], [f64; 2]) {
 }
 
 /// Nodes over a box, row by row from its lower left corner.
-fn lattice(low: [f64; 2], high: [f64; 2], dim: usize) -> (View, Vec<[f64; 2]>) {
+fn lattice(low: [f64; 2], high: [f64; 2], dim: usize, side: usize) -> (View, Vec<[f64; 2]>) {
     let along =
         |d: usize, i: usize, n: usize| low[d] + (high[d] - low[d]) * i as f64 / (n - 1) as f64;
     if dim == 1 {
@@ -222,7 +267,7 @@ fn lattice(low: [f64; 2], high: [f64; 2], dim: usize) -> (View, Vec<[f64; 2]>) {
     }
     let extent = [high[0] - low[0], high[1] - low[1]];
     let longer = extent[0].max(extent[1]);
-    let [cols, rows] = extent.map(|v| ((LATTICE as f64 * v / longer).round() as usize).max(2));
+    let [cols, rows] = extent.map(|v| ((side as f64 * v / longer).round() as usize).max(2));
     let nodes =
         (0..rows * cols).map(|i| [along(0, i % cols, cols), along(1, i / cols, rows)]).collect();
     (View::Surface { rows, cols }, nodes)
@@ -327,7 +372,7 @@ mod tests {
     #[test]
     fn a_lattice_spans_its_box() {
         let (low, high) = bounds(&[[-1.0, 0.0], [1.0, 0.5]], 2);
-        let (view, nodes) = lattice(low, high, 2);
+        let (view, nodes) = lattice(low, high, 2, LATTICE);
         let View::Surface { rows, cols } = view else { panic!("a plane has surfaces") };
         assert_eq!(cols, LATTICE);
         assert_eq!(nodes.len(), rows * cols);

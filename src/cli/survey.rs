@@ -7,6 +7,7 @@ use crate::{
     geo::{
         geometry::Choice,
         survey::{Outcome, Survey, SurveyOptions},
+        table::Columns,
     },
     likelihood::{Kind, Likelihood},
     process::Process,
@@ -82,6 +83,9 @@ pub struct ColumnArgs {
     /// around them
     #[arg(long, value_name = "AREA")]
     pub barrier: Option<PathBuf>,
+    /// Column of times: years, months (2015-03), dates or moments. The model then tells times apart
+    #[arg(long, value_name = "COLUMN")]
+    pub time: Option<String>,
 }
 
 impl ColumnArgs {
@@ -107,15 +111,22 @@ impl ColumnArgs {
                 inside: self.inside.clone(),
                 barrier: self.barrier.clone(),
             },
+            time: self.time.clone(),
         }
     }
 }
 
-/// The model that is used when none is named: a shipped one where there is one for the outcome, else
-/// a Gaussian process fitted to the survey.
-pub fn default_model(outcome: &Outcome) -> &'static str {
-    match outcome {
+/// Sites beyond which values are kriged under covariances that a network reads, for then it scores better
+/// than windows of the other model (docs/large-surveys.md): twice its largest training survey.
+const LARGE: usize = 4_000;
+
+/// The model that is used when none is named: a shipped one where there is one for the outcome, by
+/// the number of sites; else a Gaussian process fitted to the survey.
+pub fn default_model(survey: &Survey) -> &'static str {
+    match &survey.outcome {
+        _ if survey.times.is_some() => "gp",
         Outcome::Counts { .. } => "prevalence",
+        Outcome::Values(_) if survey.len() > LARGE => "kriging-values",
         Outcome::Values(_) => "continuous",
         Outcome::Cases { .. } | Outcome::Positive(_) => "gp",
     }
@@ -169,6 +180,31 @@ pub fn at_home(model: &str, process: &dyn Process, survey: &Survey) -> Result<()
             "use a model that reads distances alone (prevalence, continuous, gp, vecchia), or \
              --distance plane",
         ))
+}
+
+/// Refuses a model that reads time where the survey has none, or the other way round.
+///
+/// # Errors
+/// [`Error::MissingTime`], or [`Error::Input`] with what would do.
+pub fn agree_in_time(model: &str, reads_time: bool, survey: &Survey) -> Result<()> {
+    match (reads_time, &survey.times) {
+        (true, None) => Err(Error::MissingTime {
+            checkpoint: model.to_string(),
+            observations: survey.source.clone(),
+            columns: Columns::read(&survey.source).map_or("?".into(), |c| c.names().join(", ")),
+        }),
+        (false, Some(times)) => Err(Error::input(
+            "the model was trained without time, and the survey has times",
+        )
+        .fact("model", model)
+        .fact("--time", &times.column)
+        .fact("times of the survey", times.about())
+        .try_this(
+            "use --model gp, which is fitted to the survey and its times; or leave --time out, \
+                     and all times are read as one",
+        )),
+        _ => Ok(()),
+    }
 }
 
 impl SurveyArgs {

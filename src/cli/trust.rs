@@ -5,7 +5,7 @@ use serde_json::json;
 use super::{
     map::FITTED,
     note, say,
-    survey::{SurveyArgs, agree, default_model},
+    survey::{SurveyArgs, agree, agree_in_time, default_model},
 };
 use crate::{
     checkpoint::Checkpoint,
@@ -47,7 +47,7 @@ pub struct StrictArgs {
 pub fn run(args: &Args) -> Result<()> {
     let survey = args.survey.read()?;
     survey.notes.iter().for_each(note);
-    let model = args.model.as_deref().unwrap_or(default_model(&survey.outcome));
+    let model = args.model.as_deref().unwrap_or(default_model(&survey));
     let verdict = examine(model, &survey, &Frame::fit(&survey)?)?;
     if args.json {
         let mut object = json!(verdict);
@@ -66,6 +66,8 @@ pub(super) fn examine(model: &str, survey: &Survey, frame: &Frame) -> Result<Ver
         false => {
             let checkpoint = Checkpoint::resolve(model)?;
             agree(model, checkpoint.likelihood()?, survey)?;
+            let timed = checkpoint.recipe()?.tasks()?.design().has_times();
+            agree_in_time(model, timed, survey)?;
             // One that reads windows of any survey was trained on no kind of survey.
             if checkpoint.any_size() { None } else { Judge::of(&checkpoint)? }
         }

@@ -14,7 +14,7 @@ use super::{
     note,
     output::Output,
     say,
-    survey::{SurveyArgs, agree, at_home, default_model},
+    survey::{SurveyArgs, agree, agree_in_time, at_home, default_model},
     trust::{self, StrictArgs},
     windows::{self, WindowArgs},
 };
@@ -41,6 +41,7 @@ use crate::{
     sites::{Observations, Sites},
 };
 
+mod ahead;
 pub(super) mod report;
 mod space;
 
@@ -63,10 +64,11 @@ pub struct Args {
     covariates: CovariateArgs,
     /// How sites are held out: a number of random folds (10); whole areas, as many as you say
     /// (blocks:10) or squares of a size (blocks:100km); whole clusters, sites nearer to each other than
-    /// a length (clusters:5km) or alike in a column (clusters:district); or a table with a column of
-    /// fold labels (FILE:COLUMN), whose rows are those of the survey file, in order or named by a
+    /// a length (clusters:5km) or alike in a column (clusters:district); the last periods of a survey with
+    /// --time, each foretold from what came before it alone (times:3); or a table with a column of fold
+    /// labels (FILE:COLUMN), whose rows are those of the survey file, in order or named by a
     /// column `row` that counts from 0
-    #[arg(long, value_name = "N|blocks:…|clusters:…|FILE:COLUMN")]
+    #[arg(long, value_name = "N|blocks:…|clusters:…|times:N|FILE:COLUMN")]
     folds: String,
     /// Models by name or file, the first compared with all others: `prevalence` for counts and
     /// `continuous` for values when left out; `gp` fits an exact Gaussian process to every fold's
@@ -98,8 +100,11 @@ pub struct Args {
 pub struct Folds {
     /// Label of each fold, in order.
     pub labels: Vec<String>,
-    /// Fold of each site, `[site]`, a position in `labels`.
+    /// Fold of each site, `[site]`, a position in `labels`; [`Folds::NEVER`] for sites that no fold holds out.
     pub of: Vec<usize>,
+    /// Folds follow each other in time, and each is foretold from those before it and from the sites that
+    /// are never held out.
+    pub ahead: bool,
 }
 
 /// What predicts the held-out sites: context in, predictive at targets out.
@@ -194,7 +199,7 @@ fn models(asked: &[String], survey: &Survey) -> Result<Vec<String>> {
         }
     }
     if models.is_empty() {
-        models.push(default_model(&survey.outcome).into());
+        models.push(default_model(survey).into());
     }
     Ok(models)
 }
@@ -227,6 +232,7 @@ fn forecaster(
     agree(model, checkpoint.likelihood()?, survey)?;
     let reads = covariates::reads(model, checkpoint.covariates(), survey)?;
     let design = checkpoint.recipe()?.tasks()?.design().clone();
+    agree_in_time(model, design.has_times(), survey)?;
     let process = checkpoint.process(&Device::Cpu)?;
     at_home(model, &*process, survey)?;
     let cut = windows.of(&checkpoint, survey.len())?;
@@ -288,7 +294,7 @@ pub fn cross_validate(survey: &Survey, folds: &Folds, ask: &Forecaster) -> Resul
     let device = Device::Cpu;
     let fold = |(fold, label): (usize, &String)| {
         let (held, seen): (Vec<usize>, Vec<usize>) =
-            (0..survey.len()).partition(|i| folds.of[*i] == fold);
+            (0..survey.len()).filter(|i| folds.reads(fold, *i)).partition(|i| folds.of[*i] == fold);
         if seen.len() < 3 {
             return Err(Error::input("a fold leaves fewer than 3 sites to learn from")
                 .fact("fold", label)
@@ -347,6 +353,14 @@ fn truths(outcome: &Outcome) -> Vec<Truth> {
 }
 
 impl Folds {
+    /// The fold of sites that are never held out.
+    pub const NEVER: usize = usize::MAX;
+
+    /// Whether site `i` is looked at where `fold` is held out: to be foretold, or to foretell from.
+    fn reads(&self, fold: usize, i: usize) -> bool {
+        !self.ahead || self.of[i] == Self::NEVER || self.of[i] <= fold
+    }
+
     /// What `--folds` means: a number, or FILE:COLUMN.
     ///
     /// # Errors
@@ -359,11 +373,14 @@ impl Folds {
         if let Some(folds) = space::parse(text, survey, seed)? {
             return Ok(folds);
         }
+        if let Some(folds) = ahead::parse(text, survey)? {
+            return Ok(folds);
+        }
         let Some((file, column)) = text.rsplit_once(':') else {
-            return Err(Error::input("--folds is no number, blocks:…, clusters:… or FILE:COLUMN")
+            return Err(Error::input("--folds is no number, blocks:…, clusters:…, times:… or FILE:COLUMN")
                 .fact("--folds", text)
                 .try_this(
-                    "write --folds 10, blocks:10, blocks:100km, clusters:5km, clusters:COLUMN or \
+                    "write --folds 10, blocks:10, blocks:100km, clusters:5km, clusters:COLUMN, times:3 or \
                      folds.csv:fold",
                 ));
         };
@@ -404,7 +421,7 @@ impl Folds {
         let mut of = vec![0; sites];
         let order = Stream::new(seed, "folds", 0).permutation(sites);
         order.iter().enumerate().for_each(|(i, site)| of[*site] = i % n);
-        Ok(Folds { labels: (0..n).map(|i| i.to_string()).collect(), of })
+        Ok(Folds { labels: (0..n).map(|i| i.to_string()).collect(), of, ahead: false })
     }
 
     /// Folds from each site's label, in the order of numbers where the labels are numbers.
@@ -422,7 +439,7 @@ impl Folds {
         }
         let place = |label| labels.iter().position(|l| l == label).expect("collected above");
         let of = each.iter().map(place).collect();
-        Ok(Folds { labels, of })
+        Ok(Folds { labels, of, ahead: false })
     }
 }
 

@@ -15,6 +15,7 @@ use super::{
     displacement::Displacement,
     geometry::{Geometry, plane},
     survey::{Outcome, Survey},
+    time::Clock,
 };
 use crate::{
     error::{Error, Result},
@@ -39,6 +40,9 @@ pub struct Frame {
     pub y_mean: f64,
     /// Sd a continuous outcome, or its logarithm, is divided by; 1 for counts.
     pub y_sd: f64,
+    /// Days and model units, where the survey has times.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Clock>,
     /// How covariates become features of a site, where the survey has some.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub covariates: Option<Design>,
@@ -64,7 +68,8 @@ impl Frame {
         let metres = if geometry.is_plane() { plane.metres_per_unit() } else { 1.0 };
         let metres_per_unit = unit * metres;
         let covariates = survey.covariates.as_ref().map(Design::fit);
-        Ok(Frame { plane, geometry, centre, metres_per_unit, y_mean, y_sd, covariates })
+        let clock = survey.times.as_ref().map(Clock::fit);
+        Ok(Frame { plane, geometry, centre, metres_per_unit, y_mean, y_sd, clock, covariates })
     }
 
     /// A survey in model units: sites `[1, site, 2]`, `y` `[1, site, 1]`, and for counts
@@ -101,15 +106,35 @@ impl Frame {
     /// As [`Frame::sites`]; [`Error::Axis`] if it has other covariates than the frame.
     pub fn sites_of(&self, survey: &Survey, device: &Device) -> Result<Sites> {
         let values = survey.covariates.as_ref().map_or(&[][..], |c| &c.values);
-        self.sites_with(&survey.crs, &survey.x, &survey.y, values, device)
+        let mut sites = self.placed(&survey.crs, &survey.x, &survey.y, values, device)?;
+        sites.t = match (&self.clock, &survey.times) {
+            (Some(clock), Some(times)) => Some(clock.tensor(&times.days, device)?),
+            (None, None) => None,
+            _ => return Err(Error::axis("times of the survey and the frame", "with", "without")),
+        };
+        Ok(sites)
+    }
+
+    /// The same frame at one time: places that have no time of their own are of that day.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a survey without times, which knows none.
+    pub fn on(&self, day: f64) -> Result<Self> {
+        let Some(clock) = self.clock else {
+            return Err(Error::input("the survey has no times to map one of")
+                .try_this("name their column with --time COLUMN"));
+        };
+        Ok(Frame { clock: Some(Clock { now: Some(day), ..clock }), ..self.clone() })
     }
 
     /// Places in model units, `[1, site, 2]`; `x` and `y` in units of `crs`. One transformation
-    /// for all of them; centred and scaled in f64, then cast. Covariates are read from their rasters.
+    /// for all of them; centred and scaled in f64, then cast. Covariates are read from their rasters, and
+    /// the time is the frame's own ([`Frame::on`]).
     ///
     /// # Errors
     /// [`Error::Axis`] if `x` and `y` differ in length; [`Error::Input`] if a place is not
-    /// finite, or cannot be moved to the plane, or has no data for a covariate.
+    /// finite, or cannot be moved to the plane, or has no data for a covariate, or if the survey has
+    /// times and the frame is [`on`](Frame::on) none.
     pub fn sites(&self, crs: &Crs, x: &[f64], y: &[f64], device: &Device) -> Result<Sites> {
         let values = match &self.covariates {
             Some(design) => design.rasters(crs, x, y)?,
@@ -123,6 +148,45 @@ impl Frame {
     /// # Errors
     /// As [`Frame::sites`], and [`Error::Axis`] for more or fewer covariates than the frame's.
     pub fn sites_with(
+        &self,
+        crs: &Crs,
+        x: &[f64],
+        y: &[f64],
+        values: &[Vec<f64>],
+        device: &Device,
+    ) -> Result<Sites> {
+        let mut sites = self.placed(crs, x, y, values, device)?;
+        if let Some(clock) = &self.clock {
+            let now = clock.now.ok_or_else(|| {
+                Error::input("the survey has times, and these places have none")
+                    .try_this("say when with --at, or leave --time out")
+            })?;
+            sites.t = Some(clock.tensor(&vec![now; x.len()], device)?);
+        }
+        Ok(sites)
+    }
+
+    /// The same with a day for each place, whatever the frame's own time.
+    ///
+    /// # Errors
+    /// As [`Frame::sites_with`]; [`Error::Axis`] if a place has no day, or the survey had no times.
+    pub fn sites_when(
+        &self,
+        crs: &Crs,
+        [x, y]: [&[f64]; 2],
+        days: &[f64],
+        values: &[Vec<f64>],
+        device: &Device,
+    ) -> Result<Sites> {
+        let Some(clock) = self.clock.as_ref().filter(|_| days.len() == x.len()) else {
+            return Err(Error::axis("days and places", days.len(), x.len()));
+        };
+        let t = Some(clock.tensor(days, device)?);
+        Ok(Sites { t, ..self.placed(crs, x, y, values, device)? })
+    }
+
+    /// Places with covariates, without times.
+    fn placed(
         &self,
         crs: &Crs,
         x: &[f64],
@@ -204,6 +268,7 @@ mod tests {
             x,
             y,
             outcome,
+            times: None,
             covariates: None,
             dropped: Vec::new(),
             displacement: None,

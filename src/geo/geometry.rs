@@ -107,14 +107,16 @@ impl Geometry {
     /// The geometry of a survey's sites, and what there is to say about it: the globe where a plane's
     /// distances would be off by more than [`MOST_OFF`], unless `choice` says which.
     ///
-    /// Displaced sites are integrated over on a plane, and stay there.
+    /// Displaced sites are integrated over on a plane, and stay there. So do sites with times.
     ///
     /// # Errors
+    /// [`Error::Input`] for sites with times that are to be on the globe or beside a barrier;
     /// [`Error::Input`] for sites on a local plane, or displaced ones, that are to be on the globe; for
     /// displaced ones beside a barrier; else as [`Around::new`].
     pub fn of(choice: &Choice, survey: &Survey) -> Result<(Self, Vec<String>)> {
         let Survey { crs, x, y, .. } = survey;
         let displaced = survey.displacement.is_some();
+        let when = survey.times.as_ref().map(|times| times.column.as_str());
         let asked = match choice.distance.as_deref() {
             None | Some("plane") => false,
             Some("globe") => true,
@@ -133,6 +135,22 @@ impl Geometry {
                     .try_this("give --inside, or --barrier for all that is not inside"));
             }
         };
+        if let Some(column) = when
+            && (asked || barrier.is_some())
+        {
+            let flags = [
+                ("--distance", choice.distance.as_deref().map(str::to_string)),
+                ("--inside", choice.inside.as_ref().map(|file| file.display().to_string())),
+                ("--barrier", choice.barrier.as_ref().map(|file| file.display().to_string())),
+            ];
+            let error = Error::input("sites with times are known on a plane only yet")
+                .fact("survey", survey.source.display())
+                .fact("--time", column);
+            let told = flags.into_iter().filter_map(|(flag, said)| Some((flag, said?)));
+            return Err(told.fold(error, |error, (flag, said)| error.fact(flag, said)).try_this(
+                "leave --time out, or measure on a plane: --distance plane, no barrier",
+            ));
+        }
         if let Some(barrier) = barrier {
             if displaced || asked {
                 let flag = if asked { "--distance globe" } else { "--displacement" };
@@ -169,6 +187,15 @@ impl Geometry {
         let off = off(farthest);
         if !asked && off <= MOST_OFF {
             return Ok((Geometry::Plane, Vec::new()));
+        }
+        if !asked && when.is_some() {
+            let off =
+                if farthest < 2.0 { format!("{:.1}", 100.0 * off) } else { "100 and more".into() };
+            let said = format!(
+                "distances are measured on a plane, off by up to {off} %: sites with times are not known \
+                 on the globe yet"
+            );
+            return Ok((Geometry::Plane, vec![said]));
         }
         let said = format!(
             "distances are measured through the globe: on a plane they would be off by up to {} %{}",

@@ -45,7 +45,7 @@ pub struct Data {
     pub sentinels: usize,
 }
 
-/// What the one band of a map is.
+/// What a band of a map is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Band {
     /// In words: "Mean prevalence".

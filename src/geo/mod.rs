@@ -14,3 +14,4 @@ pub mod grid;
 pub mod people;
 pub mod survey;
 pub mod table;
+pub mod time;

@@ -14,6 +14,7 @@ use super::{
     displacement::{self, Displacement, Law},
     geometry::{Choice, Geometry},
     table::{Column, Columns, Keep, Loaded, Points, load},
+    time::{self, Times},
 };
 use crate::error::{Error, Result};
 
@@ -142,6 +143,8 @@ pub struct Survey {
     pub y: Vec<f64>,
     /// What was seen, `[site]`.
     pub outcome: Outcome,
+    /// When each site was visited, where a column of times was named.
+    pub times: Option<Times>,
     /// What else is known of each site, where covariates were asked for.
     pub covariates: Option<Covariates>,
     /// Data row of the file, from 1, of each site.
@@ -189,6 +192,8 @@ pub struct SurveyOptions {
     pub urban_rural: Option<String>,
     /// What distances are measured on.
     pub distance: Choice,
+    /// Column of times (`--time`), never guessed: years, months, dates or moments.
+    pub time: Option<String>,
 }
 
 /// Spellings of columns, compared without case and without anything but letters and digits.
@@ -264,6 +269,7 @@ impl Survey {
             x: pick(&self.x),
             y: pick(&self.y),
             outcome: self.outcome.subset(sites),
+            times: self.times.as_ref().map(|times| times.subset(sites)),
             covariates: self.covariates.as_ref().map(|c| c.subset(sites)),
             rows: sites.iter().map(|i| self.rows[*i]).collect(),
             dropped: self.dropped.clone(),
@@ -285,6 +291,8 @@ pub struct Targets {
     pub x: Vec<f64>,
     /// Northing or latitude, `[row]`, CRS units; NaN where a row has no place.
     pub y: Vec<f64>,
+    /// Days, `[row]`, NaN where a row has none, where a column of times was named.
+    pub times: Option<Times>,
     /// The places are geometries, which no column of `table` holds.
     pub geometries: bool,
     /// What was guessed or noticed, to be printed: one sentence each.
@@ -310,12 +318,14 @@ impl Targets {
         };
         let coordinate =
             |name: &str| [LONGITUDE, LATITUDE, EASTING, NORTHING].iter().any(|s| spelled(name, s));
+        let time = said.time.as_ref().or(otherwise.time.as_ref());
         let keep = |name: &str| match named(name) || coordinate(name) {
+            _ if time.is_some_and(|time| time.eq_ignore_ascii_case(name)) => Keep::Cells,
             true => Keep::Numbers,
             false => Keep::Kind,
         };
         let loaded = load(path, said.layer.as_deref(), &keep)?;
-        let mut options = said.clone();
+        let mut options = SurveyOptions { time: time.cloned(), ..said.clone() };
         if loaded.points.is_none() {
             if options.lon.is_none() && options.lat.is_none() {
                 (options.lon, options.lat) = (otherwise.lon.clone(), otherwise.lat.clone());
@@ -326,6 +336,7 @@ impl Targets {
         let mut reading = Reading { path, options: &options, table: &loaded.columns, notes };
         let places = reading.places(&loaded)?;
         let (mut x, mut y) = reading.in_range(&places)?;
+        let times = reading.times()?;
         let notes = reading.notes;
         let mut placed = false;
         for (x, y) in x.iter_mut().zip(&mut y) {
@@ -341,7 +352,7 @@ impl Targets {
                 .try_this("check the columns of longitude and latitude"));
         }
         let geometries = loaded.points.is_some() && options.lon.is_none();
-        Ok(Targets { crs: places.crs, x, y, geometries, notes, table: loaded.columns })
+        Ok(Targets { crs: places.crs, x, y, times, geometries, notes, table: loaded.columns })
     }
 
     /// Names of the file's columns of numbers or text.
@@ -364,6 +375,11 @@ impl Targets {
         rows: usize,
     ) -> Result<impl Iterator<Item = Result<(usize, Vec<Column>)>> + use<'_>> {
         self.table.chunks(rows)
+    }
+
+    /// Whether row `i` (from 0) has a place, and a time where times were named.
+    pub fn is_placed(&self, i: usize) -> bool {
+        !self.x[i].is_nan() && self.times.as_ref().is_none_or(|times| !times.days[i].is_nan())
     }
 
     /// Rows.
@@ -690,6 +706,7 @@ impl Reading<'_> {
     fn check(mut self, places: Places, outcome: Raw) -> Result<Survey> {
         let (x, y) = self.in_range(&places)?;
         outcome.check(&self)?;
+        let times = self.times()?;
         let (mut rows, mut dropped) = (Vec::new(), Vec::new());
         let [east, north] = &places.names;
         for i in 0..self.table.len() {
@@ -702,7 +719,10 @@ impl Reading<'_> {
                 }
                 _ => None,
             };
-            match absent.or_else(|| outcome.absent(i)) {
+            let untimed = || {
+                times.as_ref().filter(|t| t.days[i].is_nan()).map(|t| format!("no {}", t.column))
+            };
+            match absent.or_else(|| outcome.absent(i)).or_else(untimed) {
                 Some(reason) => dropped.push(Dropped { row: i + 1, reason }),
                 None => rows.push(i),
             }
@@ -715,6 +735,7 @@ impl Reading<'_> {
             x: rows.iter().map(|i| x[*i]).collect(),
             y: rows.iter().map(|i| y[*i]).collect(),
             outcome: all.subset(&rows),
+            times: times.map(|times| times.subset(&rows)),
             covariates: None,
             rows: rows.iter().map(|i| i + 1).collect(),
             dropped,
@@ -740,6 +761,33 @@ impl Reading<'_> {
             }
         }
         Ok(Survey { geometry, notes: self.notes, ..survey })
+    }
+
+    /// The days of every row, NaN where there is none.
+    fn times(&mut self) -> Result<Option<Times>> {
+        let Some(named) = &self.options.time else { return Ok(None) };
+        if let Some(moved) = &self.options.displacement {
+            return Err(self
+                .refuse("sites that were displaced are not read with their times yet")
+                .fact("--time", named)
+                .fact("--displacement", moved)
+                .try_this("leave one of the two out"));
+        }
+        let column = self.table.names()[self.table.find(named)?].clone();
+        let cells = self.table.column(named)?;
+        match time::read(cells) {
+            Ok((days, note)) => {
+                self.notes.extend(note);
+                Ok(Some(Times { column, days }))
+            }
+            Err((row, error)) => {
+                let told = self
+                    .refuse(format!("a time in column `{column}` cannot be read: {error}"))
+                    .fact("row", self.table.place(row));
+                let told = error.facts().into_iter().fold(told, |told, (k, v)| told.fact(k, v));
+                Err(told.try_this(error.help().unwrap_or_default()))
+            }
+        }
     }
 
     /// How the sites in `rows` (from 0) were moved.

@@ -9,6 +9,7 @@ pub mod displaced;
 pub mod matern;
 pub mod metric;
 pub mod periodic;
+pub mod space_time;
 pub mod varying;
 
 pub use combine::{Product, Sum};
@@ -16,6 +17,7 @@ pub use displaced::Displaced;
 pub use matern::{Matern, Smoothness};
 pub use metric::Metric;
 pub use periodic::Periodic;
+pub use space_time::{Change, SpaceTime};
 pub use varying::{Local, Varying};
 
 /// A covariance: symmetric, positive semi-definite, largest at zero lag. Registered ones are
@@ -66,6 +68,11 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
         None
     }
 
+    /// How the surface changes with time, for kernels of sites with a time; nothing for all others.
+    fn change(&self) -> Option<Change> {
+        None
+    }
+
     /// The same of the spectral distribution in three dimensions, in this direction (a unit vector).
     fn frequency_in_space(&self, _share: f64, _direction: [f64; 3]) -> Option<[f64; 3]> {
         None
@@ -94,6 +101,9 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     }
     fn matern(&self) -> Option<Matern> {
         (**self).matern()
+    }
+    fn change(&self) -> Option<Change> {
+        (**self).change()
     }
     fn frequency_in_space(&self, share: f64, direction: [f64; 3]) -> Option<[f64; 3]> {
         (**self).frequency_in_space(share, direction)
@@ -154,6 +164,7 @@ pub const KERNELS: &[Entry] = &[
     matern::FIVE_HALVES,
     matern::SQUARED_EXPONENTIAL,
     periodic::ENTRY,
+    space_time::ENTRY,
     combine::SUM,
     combine::PRODUCT,
 ];

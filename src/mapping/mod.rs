@@ -59,6 +59,26 @@ pub struct Summary {
     pub cut_to: Option<usize>,
 }
 
+impl Summary {
+    /// Of maps of one grid at several times, taken together.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] for none.
+    pub fn over(times: &[Summary]) -> Result<Self> {
+        let Some(first) = times.first() else {
+            return Err(Error::axis("maps to sum up", 0, "at least one"));
+        };
+        let all = |of: fn(&Summary) -> f64| times.iter().map(of);
+        Ok(Summary {
+            lowest: all(|s| s.lowest).fold(f64::INFINITY, f64::min),
+            average: all(|s| s.average).sum::<f64>() / times.len() as f64,
+            highest: all(|s| s.highest).fold(f64::NEG_INFINITY, f64::max),
+            cut_to: times.iter().filter_map(|s| s.cut_to).min(),
+            ..first.clone()
+        })
+    }
+}
+
 /// Maps the posterior over the wanted pixels of a grid; every product takes every tile.
 ///
 /// `context` is what the posterior was conditioned on, in the frame's model units. `progress` is

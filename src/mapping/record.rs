@@ -18,6 +18,7 @@ use crate::{
         frame::Frame,
         grid::Grid,
         survey::{Dropped, Outcome, Survey},
+        time::{Moment, date},
     },
     predictive::Of,
     whole,
@@ -45,8 +46,11 @@ pub struct Record {
     pub grid: GridNote,
     /// What was made.
     pub products: Vec<ProductNote>,
-    /// What the map holds.
+    /// What the map holds, over all its times.
     pub summary: Summary,
+    /// The times it is of, band by band; nothing for a survey without times.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub times: Vec<TimeNote>,
     /// What the pixels have of the covariates, where there are some; how they are standardised stands
     /// in the frame, and what they do in the model's card.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -94,6 +98,9 @@ pub struct SurveyNote {
     /// How far from where they were recorded the sites were taken to stand.
     #[serde(default)]
     pub displacement: Option<String>,
+    /// Column of times and what it holds, where one was named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub times: Option<String>,
     /// People positive and tested, or cases and their exposure, over all sites; for counts.
     pub people: Option<[f64; 2]>,
 }
@@ -107,6 +114,7 @@ impl From<&Survey> for SurveyNote {
             dropped: survey.dropped.clone(),
             notes: survey.notes.clone(),
             displacement: survey.displacement.as_ref().map(ToString::to_string),
+            times: survey.times.as_ref().map(|t| format!("{}: {}", t.column, t.about())),
             people: match &survey.outcome {
                 Outcome::Counts { positive, tested } => {
                     Some([positive.iter().sum(), tested.iter().sum()])
@@ -179,6 +187,37 @@ pub struct PlanNote {
 impl From<&Plan> for PlanNote {
     fn from(plan: &Plan) -> Self {
         PlanNote { tile: plan.tile, targets: plan.targets, workers: plan.workers }
+    }
+}
+
+/// One time of a map.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TimeNote {
+    /// As it was asked for, and as the band's description says.
+    pub time: String,
+    /// The day that stands for it.
+    pub day: String,
+    /// Sites visited in it.
+    pub sites: usize,
+    /// Smallest posterior mean, outcome units.
+    pub lowest: f64,
+    /// Average posterior mean over pixels, outcome units.
+    pub average: f64,
+    /// Largest posterior mean, outcome units.
+    pub highest: f64,
+}
+
+impl TimeNote {
+    /// What a map at `moment` holds, in which `sites` sites were visited.
+    pub fn new(moment: &Moment, found: &Summary, sites: usize) -> Self {
+        TimeNote {
+            time: moment.label.clone(),
+            day: date(moment.period.middle()),
+            sites,
+            lowest: found.lowest,
+            average: found.average,
+            highest: found.highest,
+        }
     }
 }
 

@@ -676,9 +676,20 @@ impl LocalField {
     }
 }
 
+/// Refuses sites with times.
+fn timeless(context: &Observations) -> Result<()> {
+    match &context.sites.t {
+        None => Ok(()),
+        Some(_) => Err(Error::input("models of kind kriging do not read times yet")
+            .fact("sites with times", context.sites.len())
+            .try_this("leave the times out, or use --model gp, which is fitted to them")),
+    }
+}
+
 impl Process for Kriging {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
-        let each = rows(context, self.likelihood, 0)?;
+        timeless(context)?;
+        let each = rows(context, self.likelihood, 0, false)?;
         let dim = context.sites.s.dims()[2];
         let members = each.iter().enumerate().map(|(b, row)| {
             let alone = context.rows(b, 1)?;
@@ -691,11 +702,16 @@ impl Process for Kriging {
         Ok(Box::new(Conditioned(members.collect::<Result<_>>()?)))
     }
 
+    /// Distances are all it knows of a site; directions are those of a plane.
+    fn any_dimension(&self) -> bool {
+        true
+    }
+
     fn memory(&self, sites: usize) -> Memory {
         // As the nearest-neighbour process, and the features of windows at all levels.
         let held = sites * 200;
         let windows = 2 * sites.div_ceil(self.config.window / 2) * WIDTH * 8;
-        Memory { conditioning: 4 * held + windows + (32 << 20), held, target: 512 }
+        Memory { conditioning: 4 * held + windows + (3 << 20), held, target: 1024 }
     }
 
     /// The log density of the true covariance under what is read of each row's context.
@@ -705,7 +721,8 @@ impl Process for Kriging {
                 .try_this("draw from a prior of kind gp"));
         };
         let hyper = hyper.to_dtype(candle_core::DType::F64)?.to_vec2::<f64>()?;
-        let each = rows(&task.context, self.likelihood, 0)?;
+        timeless(&task.context)?;
+        let each = rows(&task.context, self.likelihood, 0, false)?;
         let mut windows = Vec::new();
         for row in &each {
             let sites: Vec<u32> = (0..row.y.len() as u32).collect();

@@ -6,6 +6,8 @@
 //! with distinct widths (identical ones stay identical for ever), widths are positive, the running
 //! maximum starts at −∞, and a head may have a sink so that it can tell how much data is near.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -20,8 +22,8 @@ use super::{
 };
 use crate::{
     attention::{
-        Bias, CHUNK, DeepKernel, Keys, Metric, Performer, Precision, Reader, Reading, Start,
-        Summed, Term, full, scan, scan_joined,
+        Bias, CHUNK, DeepKernel, InTime, Keys, Metric, Performer, Precision, ROUNDS, Reader,
+        Reading, Rounds, Start, Summed, Term, full_in_time, scan, scan_in_time, scan_joined,
     },
     error::{Error, Result},
     fused::{
@@ -31,6 +33,7 @@ use crate::{
     likelihood::Likelihood,
     predictive::Predictive,
     process::{Memory, Posterior, Process},
+    registry::Named,
     rng::Stream,
     sites::{Observations, Sites},
 };
@@ -142,6 +145,10 @@ pub struct Config {
     pub embed_location: bool,
     /// Terms of the distance bias; none for plain attention.
     pub bias: Vec<Term>,
+    /// Terms of a bias on how far apart in time two sites are, beside that on distance; with some, the
+    /// model reads a time at every site. Neither `sink` nor `wendland`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub time_bias: Vec<Term>,
     /// How the bias measures distance. With `great-circle` sites are (longitude, latitude) in
     /// degrees, and the model must not be told them any other way: longitude has a seam.
     pub metric: Metric,
@@ -180,6 +187,7 @@ impl Default for Config {
             head_widths: vec![256, 64],
             embed_location: false,
             bias: vec![Term::Rbf],
+            time_bias: Vec::new(),
             metric: Metric::Euclidean,
             bias_start: Widths::Spread,
             bias_reach: None,
@@ -291,6 +299,9 @@ impl TnpKr {
                 "width, blocks, heads, key_width, value_width and features must be ≥ 1",
             ));
         }
+        if !config.time_bias.is_empty() {
+            in_time(&config, kind)?;
+        }
         if config.metric == Metric::GreatCircle {
             on_the_globe(&config, kind, problem.dim)?;
         }
@@ -365,6 +376,24 @@ fn squash(x: &Tensor) -> Result<Tensor> {
     Ok(((x.sqr()? + 1.0)?.sqrt()? + size)?.log()?.mul(&x.sign()?)?)
 }
 
+/// Refuses a bias on time that makes no model.
+fn in_time(config: &Config, kind: Kind) -> Result<()> {
+    let refused = |why: &str| {
+        let names: Vec<&str> = config.time_bias.iter().map(|t| t.name()).collect();
+        Error::input(why).fact("time_bias", names.join(", "))
+    };
+    if config.time_bias.iter().any(|t| matches!(t, Term::Sink | Term::Wendland)) {
+        return Err(refused("a bias on time has no sink and no end").try_this(
+            "write for example time_bias = [\"exponential\", \"scalar\"] under [model]",
+        ));
+    }
+    if matches!(kind, Kind::Dka | Kind::Performer) || config.published_start {
+        return Err(refused("an attention by features, or as published, reads no time")
+            .try_this("use kind = \"tnp-kr\", or leave `time_bias` out"));
+    }
+    Ok(())
+}
+
 /// Refuses a model that would measure great circles and yet not be at home on the globe.
 fn on_the_globe(config: &Config, kind: Kind, dim: usize) -> Result<()> {
     let refused = |why: &str| Error::input(why).fact("metric", "great-circle");
@@ -415,14 +444,14 @@ impl Block {
     }
 
     /// Tokens `[batch, site, width]` after reading the context.
-    fn read(&self, tokens: &Tensor, sites: &Tensor, cache: &Cache) -> Result<Tensor> {
+    fn read(&self, tokens: &Tensor, sites: Places, cache: &Cache) -> Result<Tensor> {
         match (&self.attention, cache) {
             (Attention::Dka { phi, norm, .. }, Cache::Kernel(summary)) => {
-                let chain = Chain::new(tokens).keep().norm(&self.before).join(sites);
+                let chain = Chain::new(tokens).keep().norm(&self.before).join(sites.s);
                 self.fed(chain.summary(phi, summary).norm(norm).add_kept())
             }
             (Attention::Dka { norm, .. }, Cache::DeepKernel(kernel)) => {
-                let read = kernel.read(&self.before.forward(tokens)?, sites)?;
+                let read = kernel.read(&self.before.forward(tokens)?, sites.s)?;
                 self.fed(Chain::new(&read).norm(norm).plus(tokens))
             }
             _ => {
@@ -439,8 +468,40 @@ impl Block {
     }
 }
 
+/// Where sites are, and when where that is read.
+#[derive(Clone, Copy)]
+struct Places<'a> {
+    s: &'a Tensor,
+    t: Option<&'a Tensor>,
+}
+
+impl<'a> Places<'a> {
+    fn of(sites: &'a Sites) -> Self {
+        Places { s: &sites.s, t: sites.t.as_ref() }
+    }
+}
+
+/// Times of a context: few, which keys are marked with, or many.
+enum Times {
+    Rounds(Rounds),
+    Each(Tensor),
+}
+
+impl Times {
+    fn of(t: &Tensor, key_width: usize) -> Result<Self> {
+        // On a card keys are no wider than 64.
+        let most = if t.device().is_cpu() { ROUNDS } else { ROUNDS.min(64 - key_width.min(64)) };
+        Ok(match Rounds::of(t, most)? {
+            Some(rounds) => Times::Rounds(rounds),
+            None => Times::Each(t.clone()),
+        })
+    }
+}
+
 /// A layer's context, ready to be read by any number of targets.
 enum Cache {
+    /// With the times of its keys.
+    Timed(Arc<Times>, Box<Cache>),
     Keys(Keys),
     /// Packed to be read and not to be learnt from.
     Reader(Box<Reader>),
@@ -459,6 +520,8 @@ enum Attention {
         out: Dense,
         /// `[head, term, 3]` before constraints, with the mask of what is on the log scale.
         bias: Option<RawBias>,
+        /// The same on time.
+        time: Option<RawBias>,
         heads: usize,
         whole: bool,
         start: Start,
@@ -493,11 +556,13 @@ struct RawBias {
 }
 
 impl RawBias {
-    fn new(scope: &mut Scope, c: &Config) -> Result<Self> {
-        let (heads, terms) = (c.heads, c.bias.len());
+    /// The bias on distance, or that on time.
+    fn new(scope: &mut Scope, c: &Config, in_time: bool) -> Result<Self> {
+        let families = if in_time { &c.time_bias } else { &c.bias };
+        let (heads, terms) = (c.heads, families.len());
         let (mut values, mut logged, mut sign, mut folded) = (vec![], vec![], vec![], vec![]);
         for head in 0..heads {
-            for (j, term) in c.bias.iter().enumerate() {
+            for (j, term) in families.iter().enumerate() {
                 // Position of this head and term on the ladder of scales, 0 = widest.
                 let rank = (head * terms + j) as f64 / (heads * terms).max(2) as f64;
                 let ladder = |widest: f64, finest: f64| widest * (finest / widest).powf(rank);
@@ -509,6 +574,12 @@ impl RawBias {
                 let period = ladder(wide, narrow);
                 let [mut a, mut b, shift] = match (c.bias_start, term) {
                     (_, Term::Sink) => [0.0, 0.0, 0.0],
+                    // Time starts with next to no say: a network that never met it may be gone on with.
+                    (_, Term::Scalar) if in_time => [-0.02 / scale, 0.0, 0.0],
+                    (_, t) if in_time && t.is_log_kernel() => [0.02, 1.0 / scale, 0.0],
+                    (_, Term::Exponential) if in_time => [0.02, 1.0 / scale, 0.0],
+                    (_, Term::Periodic) if in_time => [0.02, 1.0 / period, 0.0],
+                    (_, _) if in_time => [0.02, 1.0 / (scale * scale), 0.0],
                     (Widths::Equal, Term::Scalar) => [-1.0, 0.0, 0.0],
                     (Widths::Equal, _) => [1.0, 1.0, 0.0],
                     (Widths::Spread, Term::Scalar) => [-0.5 / scale, 0.0, 0.0],
@@ -544,12 +615,14 @@ impl RawBias {
                 }
             }
         }
-        let raw = scope.get("bias", &[heads, terms, 3], &Init::Values(values))?;
+        let name = if in_time { "time_bias" } else { "bias" };
+        let raw = scope.get(name, &[heads, terms, 3], &Init::Values(values))?;
         let constant = |v: Vec<f64>| -> Result<Tensor> {
             Ok(Tensor::from_vec(v, (1, terms, 3), raw.device())?.to_dtype(raw.dtype())?)
         };
         let (logged, sign, folded) = (constant(logged)?, constant(sign)?, constant(folded)?);
-        Ok(RawBias { terms: c.bias.clone(), metric: c.metric, raw, logged, sign, folded })
+        let metric = if in_time { Metric::Euclidean } else { c.metric };
+        Ok(RawBias { terms: families.clone(), metric, raw, logged, sign, folded })
     }
 
     fn bias(&self) -> Result<Bias> {
@@ -611,7 +684,8 @@ impl Attention {
             key: Dense::new(&mut scope.at("key"), c.width, keys, init)?,
             value: Mlp::new(&mut scope.at("value"), &through, Activation::Relu, init)?,
             out: Dense::new(&mut scope.at("out"), values, c.width, init)?,
-            bias: if c.bias.is_empty() { None } else { Some(RawBias::new(scope, c)?) },
+            bias: if c.bias.is_empty() { None } else { Some(RawBias::new(scope, c, false)?) },
+            time: if c.time_bias.is_empty() { None } else { Some(RawBias::new(scope, c, true)?) },
             heads: c.heads,
             whole: kind == Kind::Full,
             start: if c.published_start { Start::Published } else { Start::Exact },
@@ -620,7 +694,25 @@ impl Attention {
     }
 
     /// What targets will read: from the context's normalised tokens `[batch, context, width]`.
-    fn cache(&self, normed: &Tensor, sites: &Tensor, mask: &Tensor) -> Result<Cache> {
+    fn cache(
+        &self,
+        normed: &Tensor,
+        sites: &Tensor,
+        mask: &Tensor,
+        times: Option<&Arc<Times>>,
+    ) -> Result<Cache> {
+        let Some(times) = times else { return self.cache_of(normed, sites, mask, None) };
+        let cache = self.cache_of(normed, sites, mask, Some(times))?;
+        Ok(Cache::Timed(times.clone(), Box::new(cache)))
+    }
+
+    fn cache_of(
+        &self,
+        normed: &Tensor,
+        sites: &Tensor,
+        mask: &Tensor,
+        times: Option<&Times>,
+    ) -> Result<Cache> {
         match self {
             Attention::Softmax { key, value, heads, bias, whole, start, reading, .. } => {
                 let split = |x: Tensor| -> Result<Tensor> {
@@ -636,15 +728,23 @@ impl Attention {
                     let (batch, len, _) = normed.dims3()?;
                     let wide = both.outputs() / heads;
                     let packed = both.forward(normed)?.reshape((batch, len, *heads, wide))?;
-                    return Ok(Cache::Keys(Keys::joined(
-                        packed,
-                        key.outputs() / heads,
-                        sites,
-                        mask,
-                    )?));
+                    let d = key.outputs() / heads;
+                    let (packed, d) = match times {
+                        Some(Times::Rounds(rounds)) => {
+                            let [k, v] =
+                                [(0, d), (d, wide - d)].map(|(i, n)| packed.narrow(3, i, n));
+                            (Tensor::cat(&[rounds.mark(&k?)?, v?], 3)?, d + rounds.len())
+                        }
+                        _ => (packed, d),
+                    };
+                    return Ok(Cache::Keys(Keys::joined(packed, d, sites, mask)?));
                 }
-                let (k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
-                if Reader::takes(&k) && !v.track_op() && !whole && *start == Start::Exact {
+                let (mut k, v) = (split(key.forward(normed)?)?, split(value.forward(normed)?)?);
+                if let Some(Times::Rounds(rounds)) = times {
+                    k = rounds.mark(&k)?;
+                }
+                let each = matches!(times, Some(Times::Each(_)));
+                if !each && Reader::takes(&k) && !v.track_op() && !whole && *start == Start::Exact {
                     let bias = bias.as_ref().map(|b| b.bias()?.collapse()).transpose()?;
                     let reader = Reader::new(&k, &v, sites, mask, bias.as_ref(), *reading)?;
                     return Ok(Cache::Reader(Box::new(reader)));
@@ -653,7 +753,7 @@ impl Attention {
                 // Without a gradient: what is learned is learned in f32.
                 let asked = !k.track_op() && !v.track_op();
                 let precision = if asked { reading.precision } else { Precision::F32 };
-                Ok(Cache::Keys(if *whole { keys } else { keys.read_in(precision) }))
+                Ok(Cache::Keys(if *whole || each { keys } else { keys.read_in(precision) }))
             }
             Attention::Performer { key, value, performer, heads, .. } => {
                 let mut total: Option<Tensor> = None;
@@ -684,7 +784,8 @@ impl Attention {
 
     /// Reads the context for normalised tokens `[batch, site, width]` at `sites`: the values of all
     /// heads `[batch, site, head · w]`, and the layer that is to turn them into tokens.
-    fn read(&self, normed: Chain, sites: &Tensor, cache: &Cache) -> Result<(Tensor, &Dense)> {
+    fn read(&self, normed: Chain, places: Places, cache: &Cache) -> Result<(Tensor, &Dense)> {
+        let sites = places.s;
         if let (Attention::Performer { query, out, performer, heads, .. }, Cache::Summed(summed)) =
             (self, cache)
         {
@@ -692,19 +793,38 @@ impl Attention {
             let read = performer.read(&cut(&q, *heads)?, summed)?;
             return Ok((read.flatten_from(2)?, out));
         }
-        let Attention::Softmax { query, out, bias, heads, whole, start, .. } = self else {
+        let Attention::Softmax { query, out, bias, time, heads, whole, start, .. } = self else {
             unreachable!("a cache is read by the attention that made it")
         };
-        let q = normed.dense(query).run()?;
-        let (batch, len, width) = q.dims3()?;
-        let split = || q.reshape((batch, len, *heads, width / heads));
+        let mut q = normed.dense(query).run()?;
+        let in_time = time.as_ref().map(RawBias::bias).transpose()?;
+        let (mut each, mut cache) = (None, cache);
+        if let (Cache::Timed(times, inner), Some(in_time), Some(t)) = (cache, &in_time, places.t) {
+            cache = inner;
+            match &**times {
+                Times::Rounds(rounds) => {
+                    q = rounds.ask(&cut(&q, *heads)?, t, in_time)?.flatten_from(2)?;
+                }
+                Times::Each(context) => {
+                    each = Some(InTime { bias: in_time, targets: t, context });
+                }
+            }
+        }
+        let split = || cut(&q, *heads);
         let read = match cache {
+            Cache::Timed(..) => {
+                return Err(Error::axis("times of targets and of the context", "without", "with"));
+            }
             Cache::Keys(keys) => {
                 let bias = bias.as_ref().map(RawBias::bias).transpose()?;
                 let bias = bias.as_ref();
                 let fused = fused::applies(&q) && *start == Start::Exact && !keys.is_empty();
                 match whole {
-                    true => full(&split()?, sites, keys, bias)?.flatten_from(2)?,
+                    true => full_in_time(&split()?, sites, keys, bias, each)?.flatten_from(2)?,
+                    false if each.is_some() => {
+                        let each = each.expect("just asked");
+                        scan_in_time(&split()?, sites, keys, bias, CHUNK, each)?.flatten_from(2)?
+                    }
                     false if fused => scan_joined(&q, sites, keys, bias)?,
                     false => scan(&split()?, sites, keys, bias, CHUNK, *start)?.flatten_from(2)?,
                 }
@@ -808,6 +928,17 @@ fn in_parts(
 }
 
 impl TnpKr {
+    /// The times of a context, for a model that reads them; those that others have are passed over.
+    fn times(&self, sites: &Sites) -> Result<Option<Arc<Times>>> {
+        if self.config.time_bias.is_empty() {
+            return Ok(None);
+        }
+        let Some(t) = &sites.t else {
+            return Err(Error::axis("times of sites and of the model", "without", "with"));
+        };
+        Ok(Some(Arc::new(Times::of(t, self.config.key_width)?)))
+    }
+
     /// What targets will read of a context; with `tokens`, also the context's own tokens after the
     /// last block, normalised: `[batch, context, width]`.
     pub(super) fn encode(
@@ -822,15 +953,16 @@ impl TnpKr {
             self.tokens(&context.sites.narrow(start, len)?, Some(&part))
         })?;
         let sites = &context.sites.s;
+        let times = self.times(&context.sites)?;
         let mut caches = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
             let normed = block.before.forward(&x)?;
-            let cache = block.attention.cache(&normed, sites, &context.mask)?;
+            let cache = block.attention.cache(&normed, sites, &context.mask, times.as_ref())?;
             // Targets do not read the context's tokens after the last block.
             if tokens || i + 1 < self.blocks.len() {
                 x = in_parts(context.len(), SITES, |start, len| {
-                    let part = |x: &Tensor| x.narrow(1, start, len);
-                    block.read(&part(&x)?, &part(sites)?, &cache)
+                    let part = context.sites.narrow(start, len)?;
+                    block.read(&x.narrow(1, start, len)?, Places::of(&part), &cache)
                 })?;
             }
             caches.push(cache);
@@ -845,7 +977,7 @@ impl TnpKr {
             let targets = targets.narrow(start, len)?;
             let mut tokens = self.tokens(&targets, None)?;
             for (block, cache) in self.blocks.iter().zip(&caches.0) {
-                tokens = block.read(&tokens, &targets.s, cache)?;
+                tokens = block.read(&tokens, Places::of(&targets), cache)?;
             }
             Chain::new(&tokens).norm(&self.norm).mlp(&self.decode).run()
         })
@@ -869,7 +1001,8 @@ impl Process for TnpKr {
         let performer = matches!(self.blocks[0].attention, Attention::Performer { .. });
         let dka = matches!(self.blocks[0].attention, Attention::Dka { .. });
         let whole = matches!(self.blocks[0].attention, Attention::Softmax { whole: true, .. });
-        let (keys, values) = (c.heads * c.key_width, c.heads * c.value_width);
+        let marks = if c.time_bias.is_empty() { 0 } else { ROUNDS };
+        let (keys, values) = (c.heads * (c.key_width + marks), c.heads * c.value_width);
         // f32s of one token on its way through a block of a model that is only asked: the stream
         // before and after, normed, and read; queries, and values as read and as cut. What the
         // layers have between is never held.
@@ -918,6 +1051,10 @@ impl Posterior for Conditioned<'_> {
 
     fn tally(&self) -> Option<[u64; 2]> {
         let one = |cache: &Cache| match cache {
+            Cache::Timed(_, inner) => match &**inner {
+                Cache::Reader(reader) => Some(reader.tally()),
+                _ => None,
+            },
             Cache::Reader(reader) => Some(reader.tally()),
             _ => None,
         };

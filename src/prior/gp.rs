@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    kernel::{self, Kernel, Matern, Metric, Periodic, Product, Smoothness, Sum},
+    kernel::{self, Change, Kernel, Matern, Metric, Periodic, Product, Smoothness, SpaceTime, Sum},
     linalg, registry,
     rng::Stream,
     settings,
@@ -70,6 +70,12 @@ pub struct Gp {
     pub anisotropic: f64,
     /// Ratio of the longer to the shorter length scale.
     pub anisotropy: Law,
+    /// Where the design has times: length scale in time, of which the visits of a survey span 2.
+    pub time_scale: Law,
+    /// Share of the surface's variance that no time changes.
+    pub static_share: Law,
+    /// Chance that surfaces change smoothly, as a Matérn process of order 3/2 does, and not of order 1/2.
+    pub time_smooth: f64,
 }
 
 impl Default for Gp {
@@ -99,6 +105,9 @@ impl Default for Gp {
             zone_sd: Law::log_uniform(0.3, 2.0),
             anisotropic: 0.3,
             anisotropy: Law::log_uniform(1.0, 4.0),
+            time_scale: Law::log_uniform(0.1, 10.0),
+            static_share: Law::uniform(0.0, 1.0),
+            time_smooth: 0.5,
         }
     }
 }
@@ -113,6 +122,8 @@ fn build(table: &toml::Table) -> Result<Box<dyn Prior>> {
     }
     gp.mean.check("mean", false)?;
     gp.anisotropy.check("anisotropy", true)?;
+    gp.time_scale.check("time_scale", true)?;
+    gp.static_share.check_share("static_share")?;
     gp.trend_length.check("trend_length", true)?;
     gp.trend_sd.check("trend_sd", true)?;
     gp.zone_count.check("zone_count", true)?;
@@ -124,6 +135,7 @@ fn build(table: &toml::Table) -> Result<Box<dyn Prior>> {
         ("trend", gp.trend),
         ("zones", gp.zones),
         ("anisotropic", gp.anisotropic),
+        ("time_smooth", gp.time_smooth),
     ] {
         check_share(name, share)?;
     }
@@ -252,6 +264,9 @@ impl Kernel for Scaled {
     fn unstretch(&self) -> Option<[f64; 4]> {
         self.shape.unstretch()
     }
+    fn change(&self) -> Option<Change> {
+        self.shape.change()
+    }
 }
 
 impl Prior for Gp {
@@ -269,8 +284,46 @@ impl Prior for Gp {
         rng: &mut Stream,
     ) -> Result<Vec<(Rule, Surface)>> {
         let shape: Arc<dyn Kernel> = self.shape(rng).into();
-        let n = xy.len();
-        let factor = linalg::Cholesky::factor(kernel::gram(&shape, xy))?;
+        self.drawn(&shape, kernel::gram(&shape, xy), count, rng)
+    }
+
+    fn surfaces_in_time(
+        &self,
+        xy: &[[f64; 2]],
+        t: &[f64],
+        count: usize,
+        rng: &mut Stream,
+    ) -> Result<Vec<(Rule, Surface)>> {
+        let space: Arc<dyn Kernel> = self.shape(rng).into();
+        let smooth = rng.unit() < self.time_smooth;
+        let over = SpaceTime {
+            space,
+            smoothness: if smooth { Smoothness::ThreeHalves } else { Smoothness::Half },
+            time_scale: self.time_scale.draw(rng),
+            static_share: self.static_share.draw(rng).clamp(0.0, 1.0),
+        };
+        let mut gram = kernel::gram(&over.space, xy);
+        for j in 0..xy.len() {
+            for (c, t_i) in gram.col_as_slice_mut(j)[j..].iter_mut().zip(&t[j..]) {
+                *c *= over.over(t_i - t[j]);
+            }
+        }
+        let shape: Arc<dyn Kernel> = Arc::new(over);
+        self.drawn(&shape, gram, count, rng)
+    }
+}
+
+impl Gp {
+    /// Surfaces of one shape, whose covariances are the lower triangle of `gram`.
+    fn drawn(
+        &self,
+        shape: &Arc<dyn Kernel>,
+        gram: faer::Mat<f64>,
+        count: usize,
+        rng: &mut Stream,
+    ) -> Result<Vec<(Rule, Surface)>> {
+        let n = gram.nrows();
+        let factor = linalg::Cholesky::factor(gram)?;
         let draw = |rng: &mut Stream| {
             let (sill, nugget, mean) = self.levels(rng);
             let sd = sill.sqrt();

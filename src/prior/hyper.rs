@@ -131,6 +131,29 @@ impl Law {
     }
 }
 
+impl Law {
+    /// Checks that every draw is a share.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a law that can leave [0, 1].
+    pub fn check_share(&self, name: &str) -> Result<()> {
+        self.check(name, false)?;
+        let inside = |v: f64| (0.0..=1.0).contains(&v);
+        let sound = match *self {
+            Law::Fixed(v) => inside(v),
+            Law::Law(Named::Uniform([a, b]) | Named::LogUniform([a, b])) => inside(a) && inside(b),
+            Law::Law(Named::Beta(_)) => true,
+            Law::Law(Named::Normal(_)) => false,
+        };
+        if sound {
+            return Ok(());
+        }
+        Err(Error::input(format!("`{name}` is a share, and can leave 0 to 1"))
+            .fact("written", format!("{self:?}"))
+            .try_this("write for example { uniform = [0, 1] } or { beta = [2, 2] }"))
+    }
+}
+
 /// A chance that must lie in [0, 1].
 ///
 /// # Errors

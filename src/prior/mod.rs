@@ -66,6 +66,22 @@ pub trait Prior: Send + Sync {
         count: usize,
         rng: &mut Stream,
     ) -> Result<Vec<(Rule, Surface)>>;
+
+    /// The same of surfaces that change with time: sites in region units, each at a time of `t`, in units
+    /// of which the visits of a survey span 2.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for priors that know no time.
+    fn surfaces_in_time(
+        &self,
+        _xy: &[[f64; 2]],
+        _t: &[f64],
+        _count: usize,
+        _rng: &mut Stream,
+    ) -> Result<Vec<(Rule, Surface)>> {
+        Err(Error::input("this prior knows no time, and the design has times")
+            .try_this("use a prior of kind gp, or leave `times` under [design] out"))
+    }
 }
 
 /// A registered prior.

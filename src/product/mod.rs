@@ -30,6 +30,8 @@ pub trait Product: Send {
     fn spec(&self) -> Spec;
     /// Takes the values of a window, row-major, NaN where nothing is wanted. Each pixel comes once.
     fn accept(&mut self, window: Window, values: &[f32]) -> Result<()>;
+    /// What is taken from now on is of band `band`, counted from 0: of another time.
+    fn turn_to(&mut self, _band: usize) {}
     /// Completes the file and says where it is.
     fn finish(self: Box<Self>) -> Result<PathBuf>;
 }
@@ -298,10 +300,11 @@ impl Outcome {
     }
 }
 
-/// A product that is one GeoTIFF.
+/// A product that is one GeoTIFF, of a band for each time.
 struct Single {
     spec: Spec,
     raster: Cog,
+    band: usize,
 }
 
 impl Product for Single {
@@ -310,7 +313,11 @@ impl Product for Single {
     }
 
     fn accept(&mut self, window: Window, values: &[f32]) -> Result<()> {
-        self.raster.write(window, values)
+        self.raster.write_band(window, self.band, values)
+    }
+
+    fn turn_to(&mut self, band: usize) {
+        self.band = band;
     }
 
     fn finish(self: Box<Self>) -> Result<PathBuf> {
@@ -352,6 +359,21 @@ pub fn open(
     directory: &Path,
     tags: &[(String, String)],
 ) -> Result<Vec<Box<dyn Product>>> {
+    open_at(specs, outcome, grid, directory, tags, &[])
+}
+
+/// As [`open`], with a band for each of these times.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_at(
+    specs: &[Spec],
+    outcome: &Outcome,
+    grid: &Grid,
+    directory: &Path,
+    tags: &[(String, String)],
+    times: &[String],
+) -> Result<Vec<Box<dyn Product>>> {
     let mut products: Vec<Box<dyn Product>> = Vec::new();
     for spec in specs {
         spec.check(outcome.link)?;
@@ -370,8 +392,20 @@ pub fn open(
             tag(&parameter.name.to_uppercase(), spec.parameter.to_string());
         }
         let path = directory.join(format!("{}.tif", spec.stem()));
-        let raster = Cog::create(&path, grid, &outcome.band(&spec), &tags)?;
-        products.push(Box::new(Single { spec, raster }));
+        let whole = outcome.band(&spec);
+        let of = |time: &String| Band {
+            description: format!("{}, {time}", whole.description),
+            unit: whole.unit.clone(),
+        };
+        let bands: Vec<Band> = match times {
+            [] => vec![whole],
+            times => {
+                tags.push(("TIMES".into(), times.join(",")));
+                times.iter().map(of).collect()
+            }
+        };
+        let raster = Cog::of_bands(&path, grid, &bands, &tags)?;
+        products.push(Box::new(Single { spec, raster, band: 0 }));
     }
     Ok(products)
 }

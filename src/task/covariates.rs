@@ -320,7 +320,8 @@ pub struct Framed {
     scale: f64,
 }
 
-/// A surface and what covariates do: sites are coordinates, and features behind them.
+/// A surface and what covariates do: sites are coordinates, the time where the surface changes with it, and
+/// features behind them.
 #[derive(Debug)]
 pub struct Both {
     /// The surface's.
@@ -332,7 +333,8 @@ pub struct Both {
 impl Kernel for Both {
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
         let Framed { acting, back, scale } = &self.effects;
-        let ((a, x), (b, z)) = (a.split_at(a.len().min(2)), b.split_at(b.len().min(2)));
+        let own = if self.surface.change().is_some() { 3 } else { 2 };
+        let ((a, x), (b, z)) = (a.split_at(a.len().min(own)), b.split_at(b.len().min(own)));
         let surface = self.surface.covariance(a, b);
         if x.len() != back.len() || z.len() != back.len() {
             return surface;

@@ -62,6 +62,9 @@ pub struct Design {
     /// The farthest that context sites were moved before they were recorded, one number a survey, region
     /// units: a model that learns from such surveys integrates over the displacement of a real one.
     pub displacement: Law,
+    /// When sites are visited; nothing for surveys of one time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub times: Option<Times>,
     /// Published benchmarks ask, beside this many sites of which the context is a part, …
     pub pool: usize,
     /// … a regular grid of this many targets (per axis) over the region, and nothing else.
@@ -91,8 +94,112 @@ impl Default for Design {
             shift_context: 0.0,
             shift_targets: 0.0,
             displacement: Law::Fixed(0.0),
+            times: None,
             pool: 0,
             grid: 0,
+        }
+    }
+}
+
+/// Laws of when sites are visited: times span −1 to 1.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Times {
+    /// Rounds of visits, evenly spread over the time.
+    pub rounds: Law,
+    /// Chance that there are no rounds, and visits are spread over the whole time.
+    pub continuous: f64,
+    /// Chance that rounds come at uneven steps.
+    pub uneven: f64,
+    /// Chance that every round visits the places of the first again.
+    pub revisited: f64,
+    /// Chance that targets are of the last round, or a time after it, and the context of those before.
+    pub ahead: f64,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        Times {
+            rounds: Law::uniform(0.5, 8.5),
+            continuous: 0.15,
+            uneven: 0.3,
+            revisited: 0.25,
+            ahead: 0.25,
+        }
+    }
+}
+
+impl Times {
+    fn check(&self) -> Result<()> {
+        self.rounds.check("rounds", true)?;
+        for (name, share) in [
+            ("continuous", self.continuous),
+            ("uneven", self.uneven),
+            ("revisited", self.revisited),
+            ("ahead", self.ahead),
+        ] {
+            check_share(name, share)?;
+        }
+        Ok(())
+    }
+
+    /// Gives every site of a layout its time; where places are visited again, moves context sites there.
+    fn visit(&self, layout: &mut Layout, rng: &mut Stream) {
+        let (n, context) = (layout.xy.len(), layout.context);
+        let rounds = (self.rounds.draw(rng).round() as usize).clamp(1, context.max(1));
+        let continuous = rng.unit() < self.continuous;
+        let uneven = rng.unit() < self.uneven;
+        let mut steps: Vec<f64> = (0..rounds).map(|_| 1.0).collect();
+        if uneven {
+            steps.iter_mut().for_each(|step| *step = rng.log_uniform(0.3, 3.0));
+        }
+        let total: f64 = steps[1..].iter().sum();
+        let mut when = vec![-1.0; rounds];
+        for r in 1..rounds {
+            when[r] = when[r - 1] + 2.0 * steps[r] / total;
+        }
+        if rounds == 1 {
+            when[0] = 0.0;
+        }
+        // Rounds are not equally large.
+        let weights: Vec<f64> = (0..rounds).map(|_| rng.log_uniform(0.4, 2.5)).collect();
+        let pick = |among: usize, rng: &mut Stream| {
+            let mut left = rng.unit() * weights[..among].iter().sum::<f64>();
+            weights[..among].iter().position(|w| {
+                left -= w;
+                left < 0.0
+            })
+        };
+        let ahead = rng.unit() < self.ahead && rounds > 1;
+        let seen = if ahead { rounds - 1 } else { rounds };
+        let mut round: Vec<usize> = (0..n).map(|_| pick(seen, rng).unwrap_or(seen - 1)).collect();
+        if rng.unit() < self.revisited && !continuous {
+            let places = context.div_ceil(seen);
+            for (i, round) in round.iter_mut().enumerate().take(context) {
+                layout.xy[i] = layout.xy[i % places];
+                *round = i / places;
+            }
+        }
+        let last = when[seen - 1];
+        let spread = |rng: &mut Stream| match continuous {
+            true => rng.uniform(-1.0, last.max(-0.9)),
+            false => f64::NAN,
+        };
+        layout.t = (0..n).map(|i| if continuous { spread(rng) } else { when[round[i]] }).collect();
+        // Targets: as they were laid out, all of one time, or of any time.
+        let how = rng.unit();
+        let one = match (ahead, how < 0.5) {
+            (true, true) => when[rounds - 1],
+            (true, false) => rng.uniform(last, last + 0.8),
+            (false, _) => when[rng.below(rounds)],
+        };
+        for i in layout.first_target..n {
+            layout.t[i] = match how {
+                _ if ahead => one,
+                how if how < 0.4 => layout.t[i],
+                how if how < 0.8 => one,
+                _ => rng.uniform(-1.1, 1.1),
+            };
         }
     }
 }
@@ -102,6 +209,8 @@ impl Default for Design {
 pub struct Layout {
     /// Coordinates, region units.
     pub xy: Vec<[f64; 2]>,
+    /// Times, of which the visits of a survey span 2; empty where there are none.
+    pub t: Vec<f64>,
     /// How many of them are context.
     pub context: usize,
     /// Index of the first target: the context's length, or 0 where the context is asked too.
@@ -109,6 +218,11 @@ pub struct Layout {
 }
 
 impl Design {
+    /// Whether sites are visited at different times.
+    pub fn has_times(&self) -> bool {
+        self.times.is_some()
+    }
+
     /// Whether context sites are moved before they are recorded.
     pub fn displaces(&self) -> bool {
         self.displacement != Law::Fixed(0.0)
@@ -138,6 +252,17 @@ impl Design {
             Law::Fixed(shift).check(name, false)?;
         }
         self.displacement.check("displacement", self.displaces())?;
+        if let Some(times) = &self.times {
+            times.check()?;
+            if self.pool > 0 || self.line || self.displaces() {
+                return Err(Error::input(
+                    "times are for surveys on a plane, of a context apart from its targets",
+                )
+                .try_this(
+                    "leave `times` under [design] out, or `line`, `pool` and `displacement`",
+                ));
+            }
+        }
         if self.pool > 0 && self.displaces() {
             return Err(Error::input("a context among the targets cannot be displaced")
                 .try_this("leave `displacement` under [design] out, or set `pool` to 0"));
@@ -238,6 +363,9 @@ impl Design {
         let (seen, asked) = layout.xy.split_at_mut(layout.context);
         seen.iter_mut().for_each(|p| p[0] += self.shift_context);
         asked.iter_mut().for_each(|p| p[0] += self.shift_targets);
+        if let Some(times) = &self.times {
+            times.visit(&mut layout, rng);
+        }
         layout
     }
 
@@ -254,7 +382,7 @@ impl Design {
             for j in 0..rows {
                 xy.extend((0..self.grid).map(|i| [along(i, 0), along(j, 1)]));
             }
-            return Layout { xy, context, first_target: 0 };
+            return Layout { xy, t: Vec::new(), context, first_target: 0 };
         }
         let count = |share: f64| (share * targets as f64).round() as usize;
         let near = count(self.near);
@@ -288,7 +416,7 @@ impl Design {
                 margin * half[1] * rng.uniform(-1.0, 1.0),
             ]);
         }
-        Layout { xy, context, first_target: context }
+        Layout { xy, t: Vec::new(), context, first_target: context }
     }
 
     /// Sites that could have been surveyed.

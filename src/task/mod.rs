@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Error, Result},
     geo::{covariates::Lattice, displacement},
-    kernel::{Kernel, Matern, Metric, Smoothness},
+    kernel::{Change, Kernel, Matern, Metric, Smoothness},
     likelihood::{self, Kind, Likelihood},
     prior::{self, Prior, Rule, hyper::Law},
     rng::Stream,
     settings,
-    sites::{HYPER, Observations, Sites, Task, log_rate, mean_sd, unit_box},
+    sites::{HYPER, Observations, Sites, Task, log_rate, mean_sd, unit_box, unit_time},
 };
 
 pub mod continent;
@@ -101,6 +101,8 @@ pub struct Draw {
     pub rule: Rule,
     /// Sites as recorded, context first, region units.
     pub xy: Vec<[f64; 2]>,
+    /// Their times, as of [`Layout`]; empty where there are none.
+    pub t: Vec<f64>,
     /// How many sites are context.
     pub context: usize,
     /// Index of the first target.
@@ -186,15 +188,21 @@ struct Reframed {
     /// Not every kernel is stationary: zones stand somewhere.
     centre: [f64; 2],
     unit: f64,
+    /// Time that is 0, and of which one unit is made.
+    clock: [f64; 2],
     scale: f64,
 }
 
 impl Kernel for Reframed {
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
-        let wide = |p: &[f64]| {
-            [0, 1].map(|d| self.centre[d] + self.unit * p.get(d).copied().unwrap_or(0.0))
+        let at = |p: &[f64], d: usize| p.get(d).copied().unwrap_or(0.0);
+        let wide = |p: &[f64]| -> [f64; 3] {
+            let [x, y] = [0, 1].map(|d| self.centre[d] + self.unit * at(p, d));
+            [x, y, self.clock[0] + self.clock[1] * at(p, 2)]
         };
-        self.scale * self.kernel.covariance(&wide(a), &wide(b))
+        // A kernel that knows no time is asked about places alone.
+        let known = if self.kernel.change().is_some() { 3 } else { 2 };
+        self.scale * self.kernel.covariance(&wide(a)[..known], &wide(b)[..known])
     }
     fn sill(&self) -> f64 {
         self.scale * self.kernel.sill()
@@ -203,6 +211,10 @@ impl Kernel for Reframed {
         let wide = self.kernel.matern()?;
         let length_scale = wide.length_scale / self.unit;
         Some(Matern { length_scale, sill: self.scale * wide.sill, ..wide })
+    }
+    fn change(&self) -> Option<Change> {
+        let change = self.kernel.change()?;
+        Some(Change { time_scale: change.time_scale / self.clock[1], ..change })
     }
 }
 
@@ -315,7 +327,10 @@ impl Tasks {
 
     /// Draws surveys of sites that are laid out already; otherwise as [`Tasks::draws`].
     pub fn draws_at(&self, layout: &Layout, count: usize, rng: &mut Stream) -> Result<Vec<Draw>> {
-        let surfaces = self.prior.surfaces(&layout.xy, count, rng)?;
+        let surfaces = match layout.t.is_empty() {
+            true => self.prior.surfaces(&layout.xy, count, rng)?,
+            false => self.prior.surfaces_in_time(&layout.xy, &layout.t, count, rng)?,
+        };
         // One place on the rasters for surveys that share their sites, and effects for each.
         let values = self.effects.as_ref().map(|e| e.values(&layout.xy, rng)).transpose()?;
         surfaces
@@ -357,6 +372,7 @@ impl Tasks {
                 Ok(Draw {
                     rule,
                     xy,
+                    t: layout.t.clone(),
                     context: layout.context,
                     first_target: layout.first_target,
                     latent: surface.latent,
@@ -412,8 +428,8 @@ impl Tasks {
         let targets = draws[0].xy.len() - first;
         let dim = self.dim();
         let (counts, kind) = (self.likelihood.counts(), self.likelihood.kind());
-        let (mut s, mut y, mut trials, mut latent, mut noisy) =
-            (vec![], vec![], vec![], vec![], vec![]);
+        let (mut s, mut t, mut y, mut trials, mut latent, mut noisy) =
+            (vec![], vec![], vec![], vec![], vec![], vec![]);
         let (mut rules, mut frames, mut dispersions, mut x) = (vec![], vec![], vec![], vec![]);
         for mut draw in draws {
             if kind == Kind::Positive {
@@ -434,6 +450,11 @@ impl Tasks {
             for p in &draw.xy {
                 s.extend((0..dim).map(|d| ((p[d] - centre[d]) / unit) as f32));
             }
+            let clock = match self.settings.frame {
+                Frame::Context => unit_time(draw.t.get(..context).unwrap_or_default()),
+                Frame::Raw => [0.0, 1.0],
+            };
+            t.extend(draw.t.iter().map(|t| ((t - clock[0]) / clock[1]) as f32));
             let value = |v: &f64| ((v - mean) / sd) as f32;
             match counts {
                 true => y.extend(draw.y.iter().map(|k| *k as f32)),
@@ -453,7 +474,7 @@ impl Tasks {
             }
             rules.push(Rule {
                 kernel: draw.rule.kernel.map(|kernel| {
-                    let surface = Arc::new(Reframed { kernel, centre, unit, scale });
+                    let surface = Arc::new(Reframed { kernel, centre, unit, clock, scale });
                     match effects {
                         Some(effects) => Arc::new(Both { surface, effects }) as Arc<dyn Kernel>,
                         None => surface,
@@ -470,6 +491,10 @@ impl Tasks {
         let cpu = &Device::Cpu;
         let hyper: Vec<f32> = rules.iter().flat_map(hyper).collect();
         let s = Tensor::from_vec(s, (rows, n, dim), cpu)?;
+        let t = match t.is_empty() {
+            true => None,
+            false => Some(Tensor::from_vec(t, (rows, n, 1), cpu)?),
+        };
         let y = Tensor::from_vec(y, (rows, n, 1), cpu)?;
         let trials = if counts { Some(Tensor::from_vec(trials, (rows, n), cpu)?) } else { None };
         let x = if x.is_empty() { None } else { Some(Tensor::cat(&x, 0)?) };
@@ -477,8 +502,9 @@ impl Tasks {
             let x = x.as_ref().map(|x| x.narrow(1, start, len)?.contiguous()).transpose()?;
             let trials =
                 trials.as_ref().map(|t| t.narrow(1, start, len)?.contiguous()).transpose()?;
+            let t = t.as_ref().map(|t| t.narrow(1, start, len)?.contiguous()).transpose()?;
             Observations::new(
-                Sites { x, ..Sites::new(s.narrow(1, start, len)?.contiguous()?) },
+                Sites { t, x, ..Sites::new(s.narrow(1, start, len)?.contiguous()?) },
                 y.narrow(1, start, len)?.contiguous()?,
                 trials,
             )

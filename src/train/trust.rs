@@ -198,6 +198,10 @@ impl Judge {
         if tasks.likelihood().kind() == Kind::Exposure {
             return Ok(None);
         }
+        // And so do surveys that change with time.
+        if tasks.design().has_times() {
+            return Ok(None);
+        }
         Ok(Some(Judge { tasks, process: checkpoint.process(&Device::Cpu)?, whole: true }))
     }
 
@@ -304,8 +308,8 @@ impl Judge {
             // Surfaces live in a region, of which sites cover some part: as large a one as there.
             let (centre, unit) = unit_box(&elsewhere[..n]).unwrap_or(([0.0; 2], 1.0));
             let place = |p: &[f64; 2]| [centre[0] + unit * p[0], centre[1] + unit * p[1]];
-            let layout =
-                Layout { xy: own.xy.iter().map(place).collect(), context: n, first_target: n };
+            let xy = own.xy.iter().map(place).collect();
+            let layout = Layout { xy, t: Vec::new(), context: n, first_target: n };
             let mut found = Vec::with_capacity(ALIKE);
             let draws = match self.tasks.draws_at(&layout, ALIKE, &mut rng) {
                 // Sites all but at one place, and a surface too smooth for them: one draw less.

@@ -280,10 +280,11 @@ fn intervals_of_districts_with_a_covariate_hold_what_they_should() -> Result<()>
     let frame = Frame {
         plane: Crs::from_user("local:m")?,
         geometry: Default::default(),
-        centre: [0.0, 0.0],
+        centre: vec![0.0, 0.0],
         metres_per_unit: 1000.0,
         y_mean: 0.0,
         y_sd: 1.0,
+        clock: None,
         covariates: None,
     };
     let binomial = likelihood::find("binomial")?;

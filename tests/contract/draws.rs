@@ -224,6 +224,7 @@ fn frame() -> Frame {
         metres_per_unit: 1000.0,
         y_mean: 0.0,
         y_sd: 1.0,
+        clock: None,
         covariates: None,
     }
 }

@@ -47,6 +47,7 @@ fn world(turned: f64, distance: &str) -> Result<Survey> {
         x,
         y,
         covariates: None,
+        times: None,
         dropped: Vec::new(),
         displacement: None,
         geometry: Geometry::Plane,

@@ -112,11 +112,13 @@ fn with_every_site_a_neighbour_it_is_the_exact_process() -> Result<()> {
             {
                 let (exact, nearest) = both(kernel, 0.3, 0.25, doubt, likelihood)?;
                 let nearest = nearest.neighbours(60, 61);
+                // Newton stops at 1e-5 of the latent where only the density is asked for.
+                let close = if likelihood.counts() { 1e-5 } else { 1e-8 };
                 near(
                     "log marginal",
                     &nearest.log_marginals(context)?,
                     &exact.log_marginals(context)?,
-                    1e-8,
+                    close,
                 );
                 let (a, b) = (ask(&nearest, context, &at)?, ask(&exact, context, &at)?);
                 for (what, i) in [("mean", 0), ("surface", 1), ("observation", 2)] {

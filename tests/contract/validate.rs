@@ -148,7 +148,7 @@ fn bad_folds_are_explained() {
     for (folds, reason) in [
         ("1".to_string(), "at least 2 folds"),
         ("41".to_string(), "at most one per site"),
-        ("ten".to_string(), "no number, blocks:…, clusters:… or FILE:COLUMN"),
+        ("ten".to_string(), "no number, blocks:…, clusters:…, times:… or FILE:COLUMN"),
         ("no-such-file.csv:fold".to_string(), "no-such-file.csv"),
         (format!("{path}:fald"), "fald"),
         (of(&short, "fold"), "a site of the survey has no fold"),

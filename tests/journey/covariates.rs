@@ -52,6 +52,7 @@ fn survey(crs: &str, x: Vec<f64>, y: Vec<f64>) -> Survey {
         rows: (1..=x.len()).collect(),
         outcome: Outcome::Values(x.clone()),
         covariates: None,
+        times: None,
         displacement: None,
         geometry: Default::default(),
         x,
@@ -510,8 +511,12 @@ fn a_network_is_trained_on_rasters_and_maps_with_them() {
     assert_eq!(record["model"]["covariates"]["specs"][0]["name"], "height");
     let said = ok(&["inspect", &model]);
     assert!(said.contains("height from height.tif"), "{said}");
-    // Without them, or with others: refused, with what to type.
+    // A window has no covariates of its own.
     let force = ["--force"];
+    let windows = ["--windows", "200", "--covariate", &covariate];
+    let error = refused(&[&["map"], &windows[..], &how[..], &force].concat());
+    assert_error(&error, "windows do not hold sites with covariates", &["200"], "--windows out");
+    // Without them, or with others: refused, with what to type.
     let help = "--covariate height=FILE,knot:300";
     let error = refused(&[&["map"], &how[..], &force].concat());
     assert_error(&error, "and the survey has none", &["height from"], help);

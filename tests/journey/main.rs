@@ -30,6 +30,8 @@ mod report;
 mod sample;
 mod scale;
 #[cfg(feature = "gdal")]
+mod times;
+#[cfg(feature = "gdal")]
 mod trust;
 #[cfg(feature = "gdal")]
 mod validate;

@@ -74,11 +74,13 @@ impl Report {
         }
         all.extend(rules.into_iter().map(|(name, met)| Entrant::new(name, met, None)));
         // Forecasts come fold by fold, within each in the order of the survey.
-        let mut order: Vec<usize> = (0..survey.len()).collect();
+        let held = |i: &usize| folds.of[*i] != Folds::NEVER;
+        let mut order: Vec<usize> = (0..survey.len()).filter(held).collect();
         order.sort_by_key(|i| folds.of[*i]);
         Report {
             how: how.to_string(),
-            clustered: how.parse::<usize>().is_err(),
+            // Of periods there are too few to be units of chance.
+            clustered: how.parse::<usize>().is_err() && !folds.ahead,
             fold: order.iter().map(|i| folds.of[*i]).collect(),
             labels: folds.labels.clone(),
             rows: order.iter().map(|i| survey.rows[*i]).collect(),

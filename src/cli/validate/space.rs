@@ -192,7 +192,7 @@ fn dealt(of: Vec<usize>, most: usize) -> Folds {
         fold[group] = to;
     }
     let labels = (0..folds).map(|f| f.to_string()).collect();
-    Folds { labels, of: of.iter().map(|g| fold[*g]).collect() }
+    Folds { labels, of: of.iter().map(|g| fold[*g]).collect(), ahead: false }
 }
 
 #[cfg(test)]
@@ -215,6 +215,7 @@ mod tests {
             outcome: Outcome::Values(vec![0.0; 40]),
             covariates: None,
             dropped: Vec::new(),
+            times: None,
             displacement: None,
             geometry: Default::default(),
             notes: Vec::new(),

@@ -60,8 +60,16 @@ impl Raster {
     pub fn words(&self) -> [String; 2] {
         Default::default()
     }
+    /// Nothing can be said.
+    pub fn words_of(&self, _band: usize) -> [String; 2] {
+        Default::default()
+    }
     /// Refuses.
     pub fn thumbnail(&self, _rows: usize, _cols: usize) -> Result<Array2<f64>> {
+        Err(refuse(&self.path))
+    }
+    /// Refuses.
+    pub fn thumbnail_of(&self, _band: usize, _rows: usize, _cols: usize) -> Result<Array2<f64>> {
         Err(refuse(&self.path))
     }
 }
@@ -80,6 +88,19 @@ impl Cog {
         _tags: &[(String, String)],
     ) -> Result<Self> {
         Err(refuse(path))
+    }
+    /// Refuses.
+    pub fn of_bands(
+        path: &Path,
+        _grid: &Grid,
+        _bands: &[Band],
+        _tags: &[(String, String)],
+    ) -> Result<Self> {
+        Err(refuse(path))
+    }
+    /// Refuses.
+    pub fn write_band(&mut self, _window: Window, _band: usize, _values: &[f32]) -> Result<()> {
+        Err(refuse(&self.path))
     }
     /// Refuses.
     pub fn write(&mut self, _window: Window, _values: &[f32]) -> Result<()> {

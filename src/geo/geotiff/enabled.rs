@@ -109,7 +109,12 @@ impl Raster {
 
     /// Unit and description of the first band, empty where the file does not say.
     pub fn words(&self) -> [String; 2] {
-        let Ok(band) = self.data.rasterband(1) else { return Default::default() };
+        self.words_of(1)
+    }
+
+    /// The same of any band, from 1.
+    pub fn words_of(&self, band: usize) -> [String; 2] {
+        let Ok(band) = self.data.rasterband(band) else { return Default::default() };
         [band.unit(), band.description().unwrap_or_default()]
     }
 
@@ -192,7 +197,15 @@ impl Raster {
     /// # Errors
     /// [`Error::Input`] if the file is damaged.
     pub fn thumbnail(&self, rows: usize, cols: usize) -> Result<Array2<f64>> {
-        let band = self.data.rasterband(1)?;
+        self.thumbnail_of(1, rows, cols)
+    }
+
+    /// The same of any band, from 1.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the file is damaged, or has no such band.
+    pub fn thumbnail_of(&self, band: usize, rows: usize, cols: usize) -> Result<Array2<f64>> {
+        let band = self.data.rasterband(band).map_err(|e| self.unreadable(e))?;
         let whole = (self.header.cols, self.header.rows);
         let read = band
             .read_as::<f64>((0, 0), whole, (cols, rows), Some(ResampleAlg::Average))
@@ -222,7 +235,7 @@ impl Drop for Scratch {
     }
 }
 
-/// A map being written: windows in any order, then [`Cog::finish`].
+/// A map being written: windows of every band in any order, then [`Cog::finish`].
 ///
 /// Windows go to a tiled GeoTIFF in a scratch directory; finishing copies that to a Cloud-Optimised
 /// GeoTIFF (tiled, compressed, with overviews), reads the copy back, compares it with what was
@@ -231,7 +244,7 @@ impl Drop for Scratch {
 pub struct Cog {
     target: PathBuf,
     grid: Grid,
-    band: Band,
+    bands: Vec<Band>,
     tags: Vec<(String, String)>,
     raw: Dataset,
     written: usize,
@@ -250,12 +263,26 @@ impl Cog {
         band: &Band,
         tags: &[(String, String)],
     ) -> Result<Self> {
+        Self::of_bands(path, grid, std::slice::from_ref(band), tags)
+    }
+
+    /// Starts a float32 map of `grid` with these bands, as [`Cog::create`].
+    ///
+    /// # Errors
+    /// As [`Cog::create`].
+    pub fn of_bands(
+        path: &Path,
+        grid: &Grid,
+        bands: &[Band],
+        tags: &[(String, String)],
+    ) -> Result<Self> {
         prepare();
         let scratch = Scratch::beside(path)?;
         let options = CslStringList::from_iter([
             "TILED=YES",
             &format!("BLOCKXSIZE={BLOCK}"),
             &format!("BLOCKYSIZE={BLOCK}"),
+            "INTERLEAVE=BAND",
             "BIGTIFF=IF_SAFER",
         ]);
         let raw = DriverManager::get_driver_by_name("GTiff")?
@@ -263,7 +290,7 @@ impl Cog {
                 scratch.0.join("raw.tif"),
                 grid.cols,
                 grid.rows,
-                1,
+                bands.len(),
                 &options,
             )
             .map_err(|e| unwritten(path, e))?;
@@ -271,7 +298,7 @@ impl Cog {
         Ok(Cog {
             target: path.to_path_buf(),
             grid: geometry,
-            band: band.clone(),
+            bands: bands.to_vec(),
             tags: tags.to_vec(),
             raw,
             written: 0,
@@ -280,20 +307,29 @@ impl Cog {
         })
     }
 
-    /// Writes one window, row-major; NaN where there is no data. Each pixel is written once.
+    /// Writes one window of the first band, row-major; NaN where there is no data. Each pixel is written
+    /// once.
     ///
     /// # Errors
     /// [`Error::Axis`] if `values` do not fill the window; [`Error::Input`] if the disk refuses.
     pub fn write(&mut self, window: Window, values: &[f32]) -> Result<()> {
+        self.write_band(window, 0, values)
+    }
+
+    /// The same of any band, counted from 0.
+    ///
+    /// # Errors
+    /// As [`Cog::write`].
+    pub fn write_band(&mut self, window: Window, band: usize, values: &[f32]) -> Result<()> {
         if values.len() != window.len() {
             return Err(Error::axis("values and pixels of a window", values.len(), window.len()));
         }
         let size = (window.cols, window.rows);
-        self.digest = self.digest.wrapping_add(digest(&self.grid, window, 0, values));
+        self.digest = self.digest.wrapping_add(digest(&self.grid, window, band, values));
         self.written += values.len();
         let mut buffer = Buffer::new(size, values.to_vec());
         self.raw
-            .rasterband(1)
+            .rasterband(band + 1)
             .and_then(|mut band| band.write(offset(window), size, &mut buffer))
             .map_err(|e| unwritten(&self.target, e))
     }
@@ -304,14 +340,15 @@ impl Cog {
     /// [`Error::Axis`] if a window was left out; [`Error::Input`] or [`Error::Io`] if the disk
     /// refuses, also where it did so silently.
     pub fn finish(self) -> Result<PathBuf> {
-        let Cog { target, grid, band, tags, raw, written, digest: expected, scratch } = self;
-        if written != grid.len() {
-            return Err(Error::axis("pixels written and pixels of the grid", written, grid.len()));
+        let Cog { target, grid, bands, tags, raw, written, digest: expected, scratch } = self;
+        if written != bands.len() * grid.len() {
+            let whole = bands.len() * grid.len();
+            return Err(Error::axis("pixels written and pixels of the grid", written, whole));
         }
         let fail = |e| unwritten(&target, e);
         raw.close().map_err(fail)?;
         let (vrt, cog) = (scratch.0.join("map.vrt"), scratch.0.join("map.tif"));
-        std::fs::write(&vrt, describe(&grid, &band, &tags))
+        std::fs::write(&vrt, describe(&grid, &bands, &tags))
             .map_err(|e| Error::io("write", &target, e))?;
         let options = CslStringList::from_iter([
             "COMPRESS=DEFLATE",
@@ -325,7 +362,7 @@ impl Cog {
             .and_then(|d| d.create_copy(&DriverManager::get_driver_by_name("COG")?, &cog, &options))
             .and_then(Dataset::close)
             .map_err(fail)?;
-        if reread(&cog, &grid).map_err(fail)? != expected {
+        if reread(&cog, &grid, bands.len()).map_err(fail)? != expected {
             return Err(unwritten(&target, "the file does not hold what was written to it"));
         }
         let file = std::fs::File::open(&cog).map_err(|e| Error::io("read", &target, e))?;
@@ -356,14 +393,18 @@ fn digest(grid: &Grid, window: Window, band: usize, values: &[f32]) -> u64 {
     })
 }
 
-fn reread(path: &Path, grid: &Grid) -> gdal::errors::Result<u64> {
+fn reread(path: &Path, grid: &Grid, bands: usize) -> gdal::errors::Result<u64> {
     let data = Dataset::open(path)?;
-    let band = data.rasterband(1)?;
-    grid.windows(1024).try_fold(0u64, |sum, window| {
+    let mut sum = 0u64;
+    for window in grid.windows(1024) {
         let size = (window.cols, window.rows);
-        let values = band.read_as::<f32>(offset(window), size, size, None)?;
-        Ok(sum.wrapping_add(digest(grid, window, 0, values.data())))
-    })
+        for band in 0..bands {
+            let values =
+                data.rasterband(band + 1)?.read_as::<f32>(offset(window), size, size, None)?;
+            sum = sum.wrapping_add(digest(grid, window, band, values.data()));
+        }
+    }
+    Ok(sum)
 }
 
 /// A raster of many bands on one grid, written tile by tile with every band of each: a tiled,
@@ -500,7 +541,7 @@ impl Stack {
 
 /// The raw raster with its place, words and units, as the XML of a GDAL virtual raster: the one way
 /// to set a band's unit without unsafe code.
-fn describe(grid: &Grid, band: &Band, tags: &[(String, String)]) -> String {
+fn describe(grid: &Grid, bands: &[Band], tags: &[(String, String)]) -> String {
     let escape = |text: &str| {
         text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
     };
@@ -515,19 +556,23 @@ fn describe(grid: &Grid, band: &Band, tags: &[(String, String)]) -> String {
     for (key, value) in tags {
         line(format!("<MDI key=\"{}\">{}</MDI>", escape(key), escape(value)));
     }
-    line("</Metadata>\n<VRTRasterBand dataType=\"Float32\" band=\"1\">".into());
-    line(format!("<Description>{}</Description>", escape(&band.description)));
-    line(format!("<UnitType>{}</UnitType>", escape(&band.unit)));
-    line("<NoDataValue>nan</NoDataValue><ColorInterp>Gray</ColorInterp>".into());
-    line(format!(
-        "<SimpleSource><SourceFilename relativeToVRT=\"1\">raw.tif</SourceFilename>\
-         <SourceBand>1</SourceBand>\
+    line("</Metadata>".into());
+    for (i, band) in (1..).zip(bands) {
+        line(format!("<VRTRasterBand dataType=\"Float32\" band=\"{i}\">"));
+        line(format!("<Description>{}</Description>", escape(&band.description)));
+        line(format!("<UnitType>{}</UnitType>", escape(&band.unit)));
+        line("<NoDataValue>nan</NoDataValue><ColorInterp>Gray</ColorInterp>".into());
+        line(format!(
+            "<SimpleSource><SourceFilename relativeToVRT=\"1\">raw.tif</SourceFilename>\
+         <SourceBand>{i}</SourceBand>\
          <SourceProperties RasterXSize=\"{cols}\" RasterYSize=\"{rows}\" DataType=\"Float32\" \
          BlockXSize=\"{BLOCK}\" BlockYSize=\"{BLOCK}\"/>\
          <SrcRect xOff=\"0\" yOff=\"0\" xSize=\"{cols}\" ySize=\"{rows}\"/>\
          <DstRect xOff=\"0\" yOff=\"0\" xSize=\"{cols}\" ySize=\"{rows}\"/></SimpleSource>"
-    ));
-    line("</VRTRasterBand>\n</VRTDataset>".into());
+        ));
+        line("</VRTRasterBand>".into());
+    }
+    line("</VRTDataset>".into());
     xml
 }
 

@@ -1,0 +1,94 @@
+//! Surfaces that change with time: a spatial kernel times one of time, and a part that stays.
+//!
+//! Source: the separable model of Cressie & Wikle (2011), "Statistics for Spatio-Temporal Data", 6.1,
+//! with a share that no time takes away: `C(h, u) = C(h) (s + (1 − s) ρ(u))`, which is the sum of a
+//! surface that stays and one that changes, both with the spatial kernel's length scale.
+
+use std::sync::Arc;
+
+use super::{Entry, Kernel, Matern, Metric, Smoothness};
+
+/// A kernel of sites (x, y, time). Sites without a third coordinate are all of one time.
+#[derive(Debug, Clone)]
+pub struct SpaceTime {
+    /// Covariance at one time; its sill is that of the whole.
+    pub space: Arc<dyn Kernel>,
+    /// Smoothness in time.
+    pub smoothness: Smoothness,
+    /// Length scale in time, in the units of the sites' times.
+    pub time_scale: f64,
+    /// Share of the variance that never changes, 0 to 1.
+    pub static_share: f64,
+}
+
+/// How a kernel changes with time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Change {
+    /// Length scale in time, in the units of the sites' times.
+    pub time_scale: f64,
+    /// Share of the variance that never changes.
+    pub static_share: f64,
+}
+
+impl SpaceTime {
+    /// Correlation of a place with itself, `apart` in time.
+    ///
+    /// ```
+    /// use isopleth::kernel::{Kernel, Matern, Metric, Smoothness, SpaceTime};
+    /// let space = Matern { smoothness: Smoothness::Half, length_scale: 2.0, sill: 1.5, metric: Metric::Euclidean };
+    /// let k = SpaceTime {
+    ///     space: std::sync::Arc::new(space), smoothness: Smoothness::Half, time_scale: 3.0, static_share: 0.2,
+    /// };
+    /// // One length scale away in both: e⁻¹ of 1.5, of which a fifth stays and the rest falls by e⁻¹.
+    /// let (a, b) = ([0.0, 0.0, 5.0], [0.0, 2.0, 8.0]);
+    /// let e = (-1.0f64).exp();
+    /// assert!((k.covariance(&a, &b) - 1.5 * e * (0.2 + 0.8 * e)).abs() < 1e-12);
+    /// ```
+    pub fn over(&self, apart: f64) -> f64 {
+        let left = self.smoothness.correlation(apart.abs() / self.time_scale);
+        self.static_share + (1.0 - self.static_share) * left
+    }
+}
+
+impl Kernel for SpaceTime {
+    fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
+        let flat = |p: &[f64]| p.len().min(2);
+        let space = self.space.covariance(&a[..flat(a)], &b[..flat(b)]);
+        match (a.get(2), b.get(2)) {
+            (Some(a), Some(b)) => space * self.over(a - b),
+            _ => space,
+        }
+    }
+    fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
+        self.space.column(at, x, y, out);
+    }
+    fn sill(&self) -> f64 {
+        self.space.sill()
+    }
+    fn unstretch(&self) -> Option<[f64; 4]> {
+        self.space.unstretch()
+    }
+    fn change(&self) -> Option<Change> {
+        Some(Change { time_scale: self.time_scale, static_share: self.static_share })
+    }
+}
+
+/// Registered as "space-time".
+pub const ENTRY: Entry = Entry {
+    name: "space-time",
+    about: "a spatial kernel times one of time, and a part that stays (Cressie & Wikle 2011, 6.1)",
+    tiny: || {
+        Box::new(SpaceTime {
+            space: Arc::new(Matern {
+                smoothness: Smoothness::ThreeHalves,
+                length_scale: 1.0,
+                sill: 2.0,
+                metric: Metric::Euclidean,
+            }),
+            smoothness: Smoothness::Half,
+            time_scale: 0.7,
+            static_share: 0.3,
+        })
+    },
+    at_length_scale: Some(0.483_357_724_596_507_7),
+};
