@@ -128,6 +128,41 @@ fn tasks_have_covariates_that_act() -> Result<()> {
     Ok(())
 }
 
+/// Where surveys have rounds too, the kernel that the exact process is told takes time before covariates, and
+/// a network learns from both.
+#[test]
+fn covariates_and_times_go_together() -> Result<()> {
+    let table = format!("[covariates]\nterms = {TERMS:?}\nabsent = 0.0");
+    let text = text(&format!("{TINY}, time_bias = [\"exponential\", \"scalar\"]"), &table)
+        .replace("kind = \"gp\"", "kind = \"gp\", time_scale = 0.5, static_share = 0.2")
+        .replace("targets = 6", "targets = 6, times = { continuous = 1.0 }");
+    let recipe = Recipe::parse(&text)?.on(lattice()?);
+    let batch = recipe.tasks()?.batch(3, 0, 2, 20)?;
+    let sites = batch.task.context.sites.rows(0, 1)?;
+    let places = host(&sites.joined()?.s).remove(0);
+    let (s, t) = (host(&sites.s).remove(0), host(sites.t.as_ref().unwrap()).remove(0));
+    let x = host(sites.x.as_ref().unwrap()).remove(0);
+    let kernel = batch.rules[0].kernel.as_ref().unwrap();
+    let moved = |place: &[f64], d: usize| {
+        let mut place = place.to_vec();
+        place[d] += 0.5;
+        place
+    };
+    for (i, place) in places.iter().enumerate() {
+        assert_eq!(place, &[&s[i][..], &t[i], &x[i]].concat());
+        let here = kernel.covariance(place, place);
+        // Half a unit of time away, all but the share that stays has faded; what covariates do has not.
+        let later = here - kernel.covariance(place, &moved(place, 2));
+        assert!(0.05 * kernel.sill() < later && later < 0.8 * kernel.sill(), "{later}");
+        assert_ne!(here, kernel.covariance(place, &moved(place, 3)));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let card =
+        train::run(&recipe, &options(&folder.path().join("both.safetensors"), None), |_| {})?;
+    assert!(card.exact_gp.is_some_and(|loss| loss.is_finite()));
+    Ok(())
+}
+
 /// Sites with three covariates, and counts.
 fn context(n: usize, rng: &mut Stream) -> Observations {
     let tensor = |v: Vec<f64>, shape: &[usize]| {
