@@ -320,9 +320,9 @@ fn a_network_learns_what_a_covariate_does() -> Result<()> {
             "prior = { kind = \"gp\" }",
             "prior = { kind = \"gp\", sill_sd = 0.1, nugget_sd = 0.1 }",
         )
-        .replace("steps = 4", "steps = 150\nrate = 6e-3")
+        .replace("steps = 4", "steps = 600\nrate = 6e-3")
         .replace("rows = 4", "rows = 12")
-        .replace("validate_every = 2", "validate_every = 150");
+        .replace("validate_every = 2", "validate_every = 600");
     let recipe = Recipe::parse(&text)?.on(lattice()?);
     let out = folder.path().join("learnt.safetensors");
     train::run(&recipe, &options(&out, None), |_| {})?;
