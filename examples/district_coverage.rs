@@ -9,11 +9,15 @@
 //! exact Gaussian process that is told the country's own kernel, one that is fitted to its 60 villages,
 //! and the shipped model of prevalence, on countries of the prior that it was trained on. Beside the
 //! interval from joint draws stands what adding up marginal variances would give.
+//!
+//! Ways whose name begins with `covariate` are countries where a covariate acts, smooth in space and more
+//! or less of it than elsewhere in some districts: the exact process told all but the coefficient, and
+//! those that a map fits.
 
 use candle_core::{Device, Tensor};
 use isopleth::{
     Link, Observations, Of, Posterior, Process, Result, Sites, Stream,
-    baseline::ExactGp,
+    baseline::{Coefficients, ExactGp, Regressed},
     checkpoint::Checkpoint,
     geo::{crs::Crs, frame::Frame},
     kernel::{Matern, Metric, Smoothness, gram},
@@ -186,6 +190,90 @@ fn by_model(checkpoint: &Checkpoint, index: u64, draws: usize) -> Result<Held> {
     judge(&surfaces, &*posterior, &task.target.sites, &truth)
 }
 
+/// How a country with a covariate is mapped.
+#[derive(Clone, Copy)]
+enum Mapped<'a> {
+    Told,
+    Fitted,
+    Vecchia,
+    Model(&'a Checkpoint),
+}
+
+/// Sd of the coefficient's prior: per sd of the covariate, link scale.
+const EFFECT: f64 = 0.8;
+
+/// A country of a known Gaussian process where a covariate acts.
+fn by_covariate(index: u64, draws: usize, mapped: Mapped) -> Result<Held> {
+    let mut rng = Stream::new(1, "country with a covariate", index);
+    let all = places(&mut rng);
+    let matern = |smoothness, length_scale, sill| Matern {
+        smoothness,
+        length_scale,
+        sill,
+        metric: Metric::Euclidean,
+    };
+    let length_scale = rng.log_uniform(0.15, 0.9);
+    let kernel = matern(Smoothness::ThreeHalves, length_scale, rng.uniform(0.3, 1.0));
+    let (mean, nugget) = (rng.uniform(-2.0, 0.0), rng.uniform(0.05, 0.4));
+    let terrain = matern(Smoothness::Half, rng.log_uniform(0.2, 1.0), 1.0);
+    let draw = |kernel: &Matern, rng: &mut Stream| -> Result<Vec<f64>> {
+        Ok(Cholesky::factor(gram(kernel, &all))?.colour(&rng.normals(all.len())))
+    };
+    let (rest, mut x) = (draw(&kernel, &mut rng)?, draw(&terrain, &mut rng)?);
+    // As a frame does it: mean 0 and sd 1 at the villages.
+    let (level, sd) = isopleth::sites::mean_sd(&x[..VILLAGES]);
+    x.iter_mut().for_each(|x| *x = (*x - level) / sd);
+    let beta = EFFECT * rng.normal();
+    let surface: Vec<f64> = (0..all.len()).map(|i| mean + beta * x[i] + rest[i]).collect();
+    let tested = 50.0;
+    let positive: Vec<f32> = surface[..VILLAGES]
+        .iter()
+        .map(|f| {
+            let p = Link::Logit.outcome(f + nugget.sqrt() * rng.normal());
+            rng.binomial(50, p) as f32
+        })
+        .collect();
+    let cpu = &Device::Cpu;
+    let sites = |from: usize, to: usize| -> Result<Sites> {
+        let mut sites = Sites::plane(&all[from..to], cpu)?;
+        let x: Vec<f32> = x[from..to].iter().map(|x| *x as f32).collect();
+        sites.x = Some(Tensor::from_vec(x, (1, to - from, 1), cpu)?);
+        Ok(sites)
+    };
+    let context = Observations::new(
+        sites(0, VILLAGES)?,
+        Tensor::from_vec(positive, (1, VILLAGES, 1), cpu)?,
+        Some((Tensor::ones((1, VILLAGES), candle_core::DType::F32, cpu)? * tested)?),
+    )?;
+    let (pixels, truth) = (sites(VILLAGES, all.len())?, &surface[VILLAGES..]);
+    let (likelihood, frame) = (likelihood::find("binomial")?, frame()?);
+    let own = |process: &dyn Process| -> Result<Held> {
+        let posterior = process.condition(&context)?;
+        let field = posterior.field(draws, index, 2.5)?;
+        let surfaces = Surfaces::own(&*field, Link::Logit, &frame);
+        judge(&surfaces, &*posterior, &pixels, truth)
+    };
+    match mapped {
+        Mapped::Told => {
+            let gp = ExactGp::new(Box::new(kernel), nugget, mean, likelihood)?;
+            own(&gp.with_covariates(1, EFFECT * EFFECT)?)
+        }
+        Mapped::Fitted => own(&ExactGp::fit(&context, likelihood)?),
+        Mapped::Vecchia => own(&Regressed::nearest(&context, likelihood, false)?.0),
+        Mapped::Model(checkpoint) => {
+            let (coefficients, _) = Coefficients::of(&context, likelihood)?;
+            let process = checkpoint.process(cpu)?.into();
+            let process = Regressed::new(process, coefficients.spread()?, likelihood, true);
+            let posterior = process.condition(&context)?;
+            let fitted = dependence(&context, likelihood)?;
+            let conditioned = fitted.condition(&context)?;
+            let field = conditioned.field(draws, index, 2.5)?;
+            let surfaces = Surfaces::joined(&*posterior, Device::Cpu, &*field, Link::Logit, &frame);
+            judge(&surfaces, &*posterior, &pixels, truth)
+        }
+    }
+}
+
 fn main() -> Result<()> {
     let number = |i: usize, default: usize| {
         std::env::args().nth(i).and_then(|n| n.parse().ok()).unwrap_or(default)
@@ -193,10 +281,15 @@ fn main() -> Result<()> {
     let (countries, draws) = (number(1, 500) as u64, number(2, 400));
     let checkpoint = Checkpoint::resolve("prevalence")?;
     type Way<'a> = Box<dyn Fn(u64) -> Result<Held> + Sync + 'a>;
-    let ways: [(&str, Way); 3] = [
+    let with = |mapped| -> Way { Box::new(move |i| by_covariate(i, draws, mapped)) };
+    let ways: [(&str, Way); 7] = [
         ("gp, told the kernel", Box::new(|i| by_gp(i, draws, true))),
         ("prevalence", Box::new(|i| by_model(&checkpoint, i, draws))),
         ("gp, fitted", Box::new(|i| by_gp(i, draws, false))),
+        ("covariate: gp, told", with(Mapped::Told)),
+        ("covariate: gp, fitted", with(Mapped::Fitted)),
+        ("covariate: vecchia", with(Mapped::Vecchia)),
+        ("covariate: prevalence", with(Mapped::Model(&checkpoint))),
     ];
     println!(
         "{countries} countries of 12 districts, {draws} draws: how many 90 % intervals hold the truth"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Cross-validated scores on real data with and without covariates, as a Markdown table.
 # Usage: scripts/covariates.sh [MODEL …]   (default: prevalence gp; values are read by `continuous` for it)
-# The data are not part of this repository; SURVEYS names the folder that holds them.
+# The data are not part of this repository; SURVEYS names the folder that holds them. NETWORK names a model
+# trained on the rasters of loaloa (elevation with a knot at 650, EVI), which is scored on them too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 surveys=${SURVEYS:-../shared/data}
@@ -30,6 +31,13 @@ print("| {} | {} | {} | {} | {} | {:.3f} | {:.3f} / {:.3f} / {:.3f} | {:.4f} | {
 echo '| data | folds | model | covariates | sites | log score | coverage 50 / 80 / 95 % | RMSE | CRPS | covariates only | seconds |'
 echo '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |'
 column() { printf -- '--covariate-column %s ' "$@"; }
+for folds in random block; do
+    [ -n "${NETWORK:-}" ] || break
+    score loaloa "$surveys/loaloa/folds.csv:fold_$folds" "$NETWORK" "rasters, read by the network" \
+        --surveys "$surveys/loaloa/villages.csv" --lon lon --lat lat --positive positive --tested n \
+        --covariate "elevation=$surveys/loaloa/elevation.tif,knot:650" \
+        --covariate "evi=$surveys/loaloa/evi.tif"
+done
 for model in "$@"; do
     for folds in random block; do
         loaloa=(--surveys "$surveys/loaloa/villages.csv" --lon lon --lat lat --positive positive --tested n)

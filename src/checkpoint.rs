@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
+    sync::Arc,
 };
 
 use candle_core::{DType, Device, Tensor};
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     attention::Reading,
     error::{Error, Result},
+    geo::covariates::{Head, KNOWN, Lattice, Spec, VALUES},
     likelihood::{self, Likelihood},
     model::{self, Problem, params::Params},
     process::Process,
@@ -61,6 +63,9 @@ pub struct Card {
     pub machine: String,
     /// Day it was written, UTC.
     pub date: String,
+    /// The covariates that it reads and where their rasters were read; those are among the tensors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub covariates: Option<Head>,
     /// Measured scores, by name.
     #[serde(default)]
     pub scores: serde_json::Map<String, serde_json::Value>,
@@ -199,9 +204,18 @@ impl Checkpoint {
         write_tensors(path, &self.tensors, HashMap::from([("isopleth".to_string(), card)]))
     }
 
-    /// The recipe in the card.
+    /// The recipe in the card, with what the file holds of its rasters.
     pub fn recipe(&self) -> Result<Recipe> {
-        Recipe::parse(&self.card.recipe)
+        let recipe = Recipe::parse(&self.card.recipe)?;
+        Ok(match &self.card.covariates {
+            Some(head) => recipe.on(Arc::new(Lattice::of(head.clone(), &self.tensors)?)),
+            None => recipe,
+        })
+    }
+
+    /// The covariates that the model was trained with; none for most.
+    pub fn covariates(&self) -> &[Spec] {
+        self.card.covariates.as_ref().map_or(&[], |head| &head.specs)
     }
 
     /// Whether the model takes time linear in the sites and holds at any number of them.
@@ -236,9 +250,13 @@ impl Checkpoint {
         reading: Reading,
     ) -> Result<Box<dyn Process + Send + Sync>> {
         let recipe = self.recipe()?;
+        let tasks = recipe.tasks()?;
+        let covariates = tasks.features();
         let problem =
-            Problem { reading, ..Problem::new(recipe.tasks()?.dim(), self.likelihood()?) };
-        let mut params = Params::frozen(self.tensors.clone(), device, DType::F32);
+            Problem { reading, covariates, ..Problem::new(tasks.dim(), tasks.likelihood()) };
+        let mut weights = self.tensors.clone();
+        weights.retain(|name, _| ![VALUES, KNOWN].contains(&name.as_str()));
+        let mut params = Params::frozen(weights, device, DType::F32);
         let process = model::build(recipe.table("model")?, problem, &mut params)?;
         if let Some(extra) = params.unused().first() {
             return Err(Error::input("the model file holds a parameter that its recipe lacks")

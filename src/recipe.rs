@@ -1,11 +1,20 @@
 //! A whole recipe: what to build, what to draw, how to train.
 
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
 use serde::de::DeserializeOwned;
 
 use crate::{
     error::{Error, Result},
+    geo::{
+        covariates::{Lattice, Source},
+        geotiff,
+    },
     registry, settings,
-    task::Tasks,
+    task::{Tasks, covariates},
 };
 
 /// A whole recipe: what to build, what to draw, how to train.
@@ -13,20 +22,84 @@ use crate::{
 pub struct Recipe {
     text: String,
     table: toml::Table,
+    /// Rasters of its covariates.
+    lattice: Option<Arc<Lattice>>,
 }
 
-const TABLES: [&str; 8] =
-    ["name", "predicts", "model", "prior", "design", "trials", "task", "train"];
+const TABLES: [&str; 9] =
+    ["name", "predicts", "model", "prior", "design", "trials", "task", "covariates", "train"];
 
 impl Recipe {
-    /// Reads a recipe file.
+    /// Reads a recipe file, and the rasters of its covariates, which are kept beside it
+    /// ([`Recipe::kept`]): where they cannot be read again, what was kept is taken.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read, otherwise as [`Recipe::parse`].
-    pub fn read(path: &std::path::Path) -> Result<Self> {
+    /// [`Error::Io`] if it cannot be read, otherwise as [`Recipe::parse`]; as covariates are read.
+    pub fn read(path: &Path) -> Result<Self> {
         let text =
             std::fs::read_to_string(path).map_err(|e| Error::io("read the recipe", path, e))?;
-        Self::parse(&text).map_err(|e| e.fact("recipe", path.display()))
+        let of = |e: Error| e.fact("recipe", path.display());
+        let recipe = Self::parse(&text).map_err(of)?;
+        if !recipe.table.contains_key("covariates") {
+            return Ok(recipe);
+        }
+        let lattice = recipe.rasters(path).map_err(of)?;
+        Ok(recipe.on(Arc::new(lattice)))
+    }
+
+    /// Where what was read of a recipe's rasters is kept: beside it, .covariates.safetensors.
+    pub fn kept(path: &Path) -> PathBuf {
+        path.with_extension("covariates.safetensors")
+    }
+
+    /// The rasters of the covariates, read or as they were kept.
+    fn rasters(&self, path: &Path) -> Result<Lattice> {
+        let wanted: covariates::Settings = self.settings("covariates")?;
+        let specs = wanted.specs()?;
+        let files = |file: &Path| path.parent().unwrap_or(Path::new("")).join(file);
+        let there = specs.iter().all(|spec| match &spec.source {
+            Source::Raster { file, .. } => files(file).exists(),
+            Source::Column(_) => false,
+        });
+        let kept = Self::kept(path);
+        if geotiff::READS && (there || !kept.exists()) {
+            let lattice = Lattice::read(&specs, wanted.window, wanted.nodes, &files)?;
+            if Lattice::open(&kept).ok().as_ref() != Some(&lattice) {
+                lattice.write(&kept)?;
+            }
+            return Ok(lattice);
+        }
+        if !kept.exists() {
+            return Err(Error::input(
+                "the recipe has covariates, and this build has no GDAL to read them",
+            )
+            .fact("covariates", wanted.terms.join("; "))
+            .fact("kept covariates would be in", kept.display())
+            .try_this(
+                "run `isopleth sample RECIPE --out draws.png` where rasters and GDAL are, and copy \
+                     the file that it keeps beside the recipe",
+            ));
+        }
+        let lattice = Lattice::open(&kept)?;
+        let head = &lattice.head;
+        if head.specs != specs || head.window != wanted.window || head.nodes != wanted.nodes {
+            return Err(Error::input("the covariates that were kept are of another recipe")
+                .fact("kept", kept.display())
+                .try_this(
+                    "make them again where the rasters are: `isopleth sample` on the recipe",
+                ));
+        }
+        Ok(lattice)
+    }
+
+    /// The same recipe with rasters for its covariates.
+    pub fn on(self, lattice: Arc<Lattice>) -> Self {
+        Recipe { lattice: Some(lattice), ..self }
+    }
+
+    /// The rasters of its covariates, where it has some and they were read.
+    pub fn lattice(&self) -> Option<&Lattice> {
+        self.lattice.as_deref()
     }
 
     /// Parses recipe text.
@@ -49,7 +122,7 @@ impl Recipe {
             };
             return Err(Error::input(format!("unknown table `{key}` in the recipe")).try_this(help));
         }
-        Ok(Recipe { text: text.to_string(), table })
+        Ok(Recipe { text: text.to_string(), table, lattice: None })
     }
 
     /// The text it was read from.
@@ -95,7 +168,10 @@ impl Recipe {
                 "write `time_bias = [\"exponential\", \"scalar\"]` under [model], or leave `times` \
                      under [design] out",
             )),
-            _ => Ok(tasks),
+            _ => match &self.lattice {
+                Some(lattice) => tasks.on(lattice.clone()),
+                None => Ok(tasks),
+            },
         }
     }
 

@@ -71,6 +71,17 @@ impl Sites {
         self.map(|x| Ok(x.narrow(0, start, len)?.contiguous()?))
     }
 
+    /// The same places with times and covariates as further coordinates, behind their own, where there
+    /// are covariates.
+    pub fn joined(&self) -> Result<Self> {
+        let Some(x) = &self.x else { return Ok(self.clone()) };
+        let mut all = vec![self.s.clone()];
+        for behind in self.t.iter().chain([x]) {
+            all.push(behind.to_dtype(self.s.dtype())?);
+        }
+        Ok(Sites::new(Tensor::cat(&all, 2)?))
+    }
+
     /// Coordinates on the host in f64: `[batch][site][dimension]`.
     pub fn host(&self) -> Result<Vec<Vec<Vec<f64>>>> {
         Ok(self.s.to_dtype(DType::F64)?.to_vec3::<f64>()?)

@@ -6,6 +6,8 @@ mod autoregressive;
 mod covariates;
 #[path = "contract/displaced.rs"]
 mod displaced;
+#[path = "contract/drawn_covariates.rs"]
+mod drawn_covariates;
 #[path = "contract/draws.rs"]
 mod draws;
 #[path = "contract/exact_gp.rs"]

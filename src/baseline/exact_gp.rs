@@ -378,6 +378,11 @@ impl ExactGp {
         self.likelihood.counts()
     }
 
+    /// Covariates that every site has.
+    pub(super) fn features(&self) -> usize {
+        self.features
+    }
+
     /// Mean of the surface at targets `[target]` and its covariance, row-major `[target, target]`, link
     /// scale, given a context of one row.
     ///
@@ -885,10 +890,6 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
-        if self.gp.features > 0 {
-            return Err(Error::input("joint draws over a map do not take covariates yet")
-                .try_this("leave out the covariates, or --draws"));
-        }
         if self.gp.reads_time() {
             return Err(Error::input("joint draws over a map do not take times yet")
                 .try_this("leave --draws out, or --time"));

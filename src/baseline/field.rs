@@ -9,8 +9,12 @@
 //! what waves lack is lacking in the prior alone. For counts, Σ is the noise of Laplace's
 //! pseudo-values. The mean's levels are off by a draw of what is left open of them, which the error of
 //! kriging with known levels does not hang on.
+//!
+//! Covariates have a coefficient in each draw, of one law with its surface: it is drawn from its prior
+//! and moved by the sites as the surface is (universal kriging), or, where the process knows the
+//! surface given the coefficients alone, it is drawn from its posterior and the surface given it.
 
-use faer::{Accum, Mat, Par, linalg::matmul::matmul};
+use faer::{Accum, Mat, MatRef, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
 use super::{
@@ -18,11 +22,13 @@ use super::{
     exact_gp::{self, ExactGp},
     kriging::{Levels, dot},
     nearest::{self, NearestGp},
+    regression::Coefficients,
     spectral::Spectral,
 };
 use crate::{
     error::{Error, Result},
     fused::simd,
+    linalg::lower,
     predictive::Of,
     process::{Drawn, Field, Posterior},
     rng::Stream,
@@ -58,6 +64,29 @@ fn reach(sites: &[Vec<f64>], extent: f64) -> f64 {
 fn levels(variance: f64, draws: usize, seed: u64) -> Vec<f64> {
     let mut rng = Stream::new(seed, "level of a field", 0);
     rng.normals(draws).iter().map(|z| variance.sqrt() * z).collect()
+}
+
+/// Independent coefficients of each draw, of mean 0 and variance 1: `[draw, feature]`.
+fn slopes(draws: usize, features: usize, seed: u64) -> Mat<f64> {
+    let drawn: Vec<Vec<f64>> = (0..features)
+        .map(|j| Stream::new(seed, "coefficients of a field", j as u64).normals(draws))
+        .collect();
+    Mat::from_fn(draws, features, |d, j| drawn[j][d])
+}
+
+/// Covariates of one row of targets: `[feature, target]`.
+fn features(targets: &Sites, features: usize) -> Result<Mat<f64>> {
+    if features == 0 {
+        return Ok(Mat::zeros(0, targets.len()));
+    }
+    let rows = exact_gp::places(targets, features, false)?;
+    let places = rows.first().map_or(&[][..], Vec::as_slice);
+    Ok(behind(places, features))
+}
+
+/// The last `features` numbers of each site: `[feature, site]`.
+pub(super) fn behind(sites: &[Vec<f64>], features: usize) -> Mat<f64> {
+    Mat::from_fn(features, sites.len(), |j, i| sites[i][sites[i].len() - features + j])
 }
 
 /// The prior draws at places, a column for each: `[draw, place]`.
@@ -111,6 +140,8 @@ pub(super) struct Dense<'a> {
     prior: Spectral,
     /// What a draw has everywhere: its mean, and what the sites take off it.
     level: Vec<f64>,
+    /// Its coefficients less their posterior mean: `[draw, feature]`.
+    slopes: Mat<f64>,
     /// What each site adds to each draw, times its covariance: `[draw, site]`.
     weight: Mat<f64>,
 }
@@ -126,9 +157,15 @@ impl<'a> Dense<'a> {
         extent: f64,
     ) -> Result<Self> {
         check(draws)?;
-        let (sites, dim) = (row.sites.clone(), spread(&row.sites)?);
-        let n = sites.len();
+        let features = gp.features();
+        let sites: Vec<Vec<f64>> =
+            row.sites.iter().map(|site| site[..site.len() - features].to_vec()).collect();
+        let (n, dim) = (sites.len(), spread(&sites)?);
         let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent))?;
+        let z = behind(&row.sites, features);
+        let mut slopes = slopes(draws, features, seed);
+        let sd = gp.coefficient_variance.sqrt();
+        (0..features).for_each(|j| slopes.col_as_slice_mut(j).iter_mut().for_each(|v| *v *= sd));
         let mut level = levels(gp.mean_variance, draws, seed);
         let drawn = prior_at(&prior, draws, &sites);
         // Noise in the factor's own scale, in which that of a count that says nothing is one too.
@@ -143,8 +180,14 @@ impl<'a> Dense<'a> {
         let columns: Vec<Vec<f64>> = (0..draws)
             .into_par_iter()
             .map(|d| {
+                let effect = |i: usize| -> f64 {
+                    z.col_as_slice(i).iter().enumerate().map(|(j, z)| z * slopes[(d, j)]).sum()
+                };
                 let residual: Vec<f64> = (0..n)
-                    .map(|i| row.scale[i] * (level[d] + f64::from(drawn[(d, i)])) + noise[i][d])
+                    .map(|i| {
+                        let surface = level[d] + effect(i) + f64::from(drawn[(d, i)]);
+                        row.scale[i] * surface + noise[i][d]
+                    })
                     .collect();
                 let solved = row.factor.solve(&residual);
                 solved.iter().zip(&row.scale).map(|(v, scale)| -v * scale).collect()
@@ -154,11 +197,13 @@ impl<'a> Dense<'a> {
             *level += gp.mean_variance * column.iter().sum::<f64>();
         }
         let weight = Mat::from_fn(draws, n, |d, i| columns[d][i]);
-        Ok(Dense { posterior, gp, sites, prior, level, weight })
+        let (variance, by, z) = (gp.coefficient_variance, weight.as_ref(), z.as_ref());
+        matmul(slopes.as_mut(), Accum::Add, by, z.transpose(), variance, Par::Seq);
+        Ok(Dense { posterior, gp, sites, prior, level, slopes, weight })
     }
 
-    /// `[place, draw]`.
-    fn deviations(&self, places: &[Vec<f64>]) -> Vec<f32> {
+    /// `[place, draw]`, at places with covariates `z` `[feature, place]`.
+    fn deviations(&self, places: &[Vec<f64>], z: MatRef<f64>) -> Vec<f32> {
         let draws = self.level.len();
         let axis = |d: usize| self.sites.iter().map(|s| s[d]).collect::<Vec<f64>>();
         let plane = self.sites.iter().all(|s| s.len() == 2);
@@ -177,6 +222,7 @@ impl<'a> Dense<'a> {
         let mut moved = Mat::<f64>::zeros(draws, places.len());
         let (weight, known) = (self.weight.as_ref(), known.as_ref());
         matmul(moved.as_mut(), Accum::Replace, weight, known, 1.0, Par::Seq);
+        matmul(moved.as_mut(), Accum::Add, self.slopes.as_ref(), z, 1.0, Par::Seq);
         let mut out = Mat::<f32>::zeros(draws, places.len());
         self.prior.add(places, out.as_mut());
         let mut all = Vec::with_capacity(draws * places.len());
@@ -195,8 +241,12 @@ impl Field for Dense<'_> {
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
         let places = places(targets, self.sites.first().map_or(2, Vec::len))?;
-        let parts: Vec<Vec<f32>> =
-            places.par_chunks(CHUNK).map(|places| self.deviations(places)).collect();
+        let z = features(targets, self.gp.features())?;
+        let parts: Vec<Vec<f32>> = places
+            .par_chunks(CHUNK)
+            .enumerate()
+            .map(|(i, places)| self.deviations(places, z.subcols(i * CHUNK, places.len())))
+            .collect();
         let marginals = self.posterior.at(targets)?.marginals(0, Of::Surface)?;
         // The surface is the same Gaussian in every component.
         let first = |values: &[f64]| values.iter().step_by(marginals.components).copied().collect();
@@ -221,6 +271,65 @@ pub(super) struct Local<'a> {
     /// What noisy observations of each draw would be, or what counts would say of its surface:
     /// `[draw, site]`.
     told: Mat<f32>,
+    effects: Option<Effects>,
+}
+
+/// Coefficients of a process that knows the surface given them: their law, and its draws.
+struct Effects {
+    law: Coefficients,
+    /// What is told of covariates at the sites as if they were surfaces, and of the mean's levels:
+    /// `[feature, site]`, `[feature]`.
+    told: Mat<f64>,
+    found: Vec<Levels>,
+    /// The coefficients of each draw less their mean: `[feature][draw]`.
+    slopes: Vec<Vec<f32>>,
+}
+
+impl Effects {
+    fn new(
+        law: &Coefficients,
+        (told, found): (Mat<f64>, Vec<Levels>),
+        draws: usize,
+        seed: u64,
+    ) -> Result<Self> {
+        let p = law.mean.len();
+        if told.nrows() != p {
+            return Err(Error::axis("covariates of sites and coefficients", told.nrows(), p));
+        }
+        let factor = lower(law.covariance.clone(), p)?;
+        let unit = slopes(draws, p, seed);
+        let mut slopes = vec![Vec::with_capacity(draws); p];
+        for d in 0..draws {
+            let one: Vec<f64> = (0..p).map(|j| unit[(d, j)]).collect();
+            let drawn = factor.colour(&one);
+            slopes.iter_mut().zip(drawn).for_each(|(all, one)| all.push(one as f32));
+        }
+        Ok(Effects { law: law.clone(), told, found, slopes })
+    }
+
+    /// Adds what each draw's coefficients make of covariates `z` to `out` `[draw]`.
+    fn add(&self, z: &[f64], out: &mut [f32]) {
+        for (z, slopes) in z.iter().zip(&self.slopes) {
+            add_row(out, *z as f32, slopes);
+        }
+    }
+
+    /// The mean that coefficients add at covariates `z`, and the variance where sites tell so much.
+    fn at(&self, z: &[f64], weighed: &nearest::Weighed) -> [f64; 2] {
+        let p = z.len();
+        let left: Vec<f64> = (0..p)
+            .map(|j| {
+                let told = weighed.weights.iter().map(|(i, w)| w * self.told[(j, *i as usize)]);
+                z[j] - told.sum::<f64>() - dot(weighed.levels, self.found[j])
+            })
+            .collect();
+        let row = |i: usize| {
+            let row = &self.law.covariance[i * p..][..p];
+            row.iter().zip(&left).map(|(c, l)| c * l).sum::<f64>()
+        };
+        let mean = self.law.mean.iter().zip(z).map(|(b, z)| b * z).sum();
+        [mean, (0..p).map(|i| left[i] * row(i)).sum()]
+    }
 }
 
 simd::vectorised! {
@@ -233,12 +342,14 @@ simd::vectorised! {
 }
 
 impl<'a> Local<'a> {
-    /// `draws` draws of the posterior of `gp` given `row`.
+    /// `draws` draws of the posterior of `gp` given `row`; or, where that is what coefficients of
+    /// `law` leave of a survey whose observations have covariates `[feature, observation]`, of the two
+    /// together.
     pub fn new(
         gp: &'a NearestGp,
         row: &'a nearest::Fitted,
-        draws: usize,
-        seed: u64,
+        law: Option<(&Coefficients, &Mat<f64>)>,
+        (draws, seed): (usize, u64),
         extent: f64,
     ) -> Result<Self> {
         check(draws)?;
@@ -290,8 +401,22 @@ impl<'a> Local<'a> {
         }
         let mut rng = Stream::new(seed, "level of a field", 0);
         let shift = row.shift();
-        let off = (0..draws).map(|_| shift.drawn(std::array::from_fn(|_| rng.normal()))).collect();
-        Ok(Local { gp, row, dim, prior, off, told })
+        let mut off: Vec<Levels> =
+            (0..draws).map(|_| shift.drawn(std::array::from_fn(|_| rng.normal()))).collect();
+        let mut effects = None;
+        if let Some((law, x)) = law {
+            let own = Effects::new(law, gp.told(row, x)?, draws, seed)?;
+            for i in 0..n {
+                own.add(own.told.col_as_slice(i), told.col_as_slice_mut(i));
+            }
+            for (found, slopes) in own.found.iter().zip(&own.slopes) {
+                for (off, slope) in off.iter_mut().zip(slopes) {
+                    off.iter_mut().zip(found).for_each(|(o, f)| *o -= f64::from(*slope) * f);
+                }
+            }
+            effects = Some(own);
+        }
+        Ok(Local { gp, row, dim, prior, off, told, effects })
     }
 }
 
@@ -302,10 +427,12 @@ impl Field for Local<'_> {
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
         let places = places(targets, self.dim)?;
+        let z = features(targets, self.effects.as_ref().map_or(0, |e| e.law.mean.len()))?;
         let draws = self.draws();
         let parts: Vec<Drawn> = places
             .par_chunks(CHUNK)
-            .map(|places| {
+            .enumerate()
+            .map(|(chunk, places)| {
                 let mut out = Mat::<f32>::zeros(draws, places.len());
                 self.prior.add(places, out.as_mut());
                 let mut part = Drawn { mean: Vec::new(), sd: Vec::new(), deviations: Vec::new() };
@@ -320,9 +447,15 @@ impl Field for Local<'_> {
                     for (out, off) in out.iter_mut().zip(&self.off) {
                         *out += dot(weighed.levels, *off) as f32;
                     }
+                    let mut more = [0.0; 2];
+                    if let Some(effects) = &self.effects {
+                        let z = z.col_as_slice(chunk * CHUNK + i);
+                        effects.add(z, out);
+                        more = effects.at(z, weighed);
+                    }
                     part.deviations.extend_from_slice(out);
-                    part.mean.push(weighed.mean);
-                    part.sd.push(weighed.variance.sqrt());
+                    part.mean.push(weighed.mean + more[0]);
+                    part.sd.push((weighed.variance + more[1]).sqrt());
                 }
                 part
             })

@@ -30,6 +30,8 @@ pub(super) struct Ordered {
     pub trials: Vec<f64>,
     /// The site of each observation.
     pub at: Vec<u32>,
+    /// The number of each observation in the row.
+    pub number: Vec<usize>,
     /// What the plane is mapped by before sites are near: see [`Kernel::unstretch`].
     unstretch: Option<[f64; 4]>,
     /// Sites where they are near.
@@ -121,7 +123,7 @@ impl Ordered {
         let sites: Vec<f64> = kept.iter().flat_map(|i| row.sites[*i].iter().copied()).collect();
         let flat: Vec<f64> = kept.iter().flat_map(|i| mapped[*i].iter().copied()).collect();
         let tree = Tree::new(&flat, dim);
-        Ordered { dim, sites, y, trials, at, unstretch, flat, tree }
+        Ordered { dim, sites, y, trials, at, number: order, unstretch, flat, tree }
     }
 
     /// Sites.

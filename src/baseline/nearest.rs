@@ -32,10 +32,11 @@
 //! With as many neighbours as sites, all of it equals [`ExactGp`](super::ExactGp).
 
 use candle_core::Tensor;
+use faer::Mat;
 use rayon::prelude::*;
 
 use super::{
-    elimination::{LANES, LEVELS, row_of},
+    elimination::{LANES, LEVELS, Lane, row_of},
     exact_gp::{MadeOf, Row, changing, check_levels, places, rows},
     field,
     kriging::{
@@ -305,6 +306,15 @@ impl NearestGp {
         self.kernel.change().is_some()
     }
 
+    /// Refuses joint draws of a surface that changes with time.
+    pub(super) fn refuse_times(&self) -> Result<()> {
+        if self.reads_time() {
+            return Err(Error::input("joint draws over a map do not take times yet")
+                .try_this("leave --draws out, or --time"));
+        }
+        Ok(())
+    }
+
     /// Rows of a context, their times stretched.
     fn rows(&self, context: &Observations) -> Result<Vec<Row>> {
         let timed = self.reads_time();
@@ -504,7 +514,7 @@ impl NearestGp {
         Ok((Box::new(Conditioned { gp: Box::new(self), rows }), log_marginals))
     }
 
-    fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
+    pub(super) fn absorb_all(&self, context: &Observations) -> Result<Vec<Fitted>> {
         let rows = self.rows(context)?;
         rows.iter().map(|row| self.absorb(self.ordered(row))).collect()
     }
@@ -560,20 +570,20 @@ impl NearestGp {
             }
         };
         let part = ordered.len() as f64 / terms.len().max(1) as f64;
-        let density = self.density(ordered, lists, terms).times(part);
+        let value: Vec<f64> = ordered.y.iter().map(|y| y - self.mean).collect();
+        let noise = vec![self.nugget; ordered.len()];
+        let heard = Heard { value: &value, noise: &noise };
+        let density = self.density(ordered, lists, terms, heard).times(part);
         let (log_marginal, shift) = density.log(self.doubt());
         Ok(Settled::Values { shift, log_marginal })
     }
 
-    /// The sums that make the density of `terms`, each given its neighbours before it.
-    fn density(&self, ordered: &Ordered, before: &Lists, terms: &[u32]) -> Density {
+    /// The sums that make the density of `terms` of what is heard, each given its neighbours before it.
+    fn density(&self, ordered: &Ordered, before: &Lists, terms: &[u32], heard: Heard) -> Density {
         let least = self.least();
-        let value: Vec<f64> = ordered.y.iter().map(|y| y - self.mean).collect();
-        let noise = vec![self.nugget; ordered.len()];
-        let heard = Heard { value: &value, noise: &noise };
         let each = |out: &mut Vec<Density>, i: u32, said: super::kriging::Said, _: Weights| {
-            let variance = (said.variance + self.nugget).max(least);
-            let z = value[i as usize] - said.value;
+            let variance = (said.variance + heard.noise[i as usize]).max(least);
+            let z = heard.value[i as usize] - said.value;
             let x = said.levels;
             let one = Density {
                 terms: 1.0,
@@ -591,6 +601,48 @@ impl NearestGp {
         let mut total = Density::default();
         parts.iter().flatten().for_each(|part| total.add(part));
         total
+    }
+
+    /// What a row would tell of other numbers of its observations, `[column, observation]`, as it tells of
+    /// its own: of the surface at every site, `[column, site]`, and of the mean's levels.
+    pub(super) fn told(&self, row: &Fitted, columns: &Mat<f64>) -> Result<(Mat<f64>, Vec<Levels>)> {
+        let (ordered, p) = (&row.ordered, columns.nrows());
+        if ordered.number.iter().any(|i| *i >= columns.ncols()) {
+            let found = columns.ncols();
+            return Err(Error::axis("observations and their numbers", ordered.number.len(), found));
+        }
+        // Of several observations at one site their average.
+        let mut here = Mat::<f64>::zeros(p, ordered.len());
+        let mut count = vec![0.0; ordered.len()];
+        ordered.at.iter().for_each(|at| count[*at as usize] += 1.0);
+        for (at, number) in ordered.at.iter().zip(&ordered.number) {
+            for j in 0..p {
+                here[(j, *at as usize)] += columns[(j, *number)] / count[*at as usize];
+            }
+        }
+        let lists = ordered.lists(self.previous);
+        let terms: Vec<u32> = (0..ordered.len() as u32).collect();
+        let noise: Vec<f64> = (0..ordered.len()).map(|i| row.noise(i)).collect();
+        let found = (0..p).map(|j| {
+            let value: Vec<f64> = (0..ordered.len()).map(|i| here[(j, i)]).collect();
+            let heard = Heard { value: &value, noise: &noise };
+            let density = self.density(ordered, &lists, &terms, heard);
+            Shift::of(self.doubt(), density.zx, density.xx).mean
+        });
+        let found = found.collect();
+        let Some(latent) = row.latent() else { return Ok((here, found)) };
+        let mut told = Mat::<f64>::zeros(p, ordered.len());
+        for first in (0..p).step_by(LANES) {
+            let of = |j: usize, i: usize| if j < p { here[(j, i)] } else { 0.0 };
+            let mut some: Vec<Lane> = (0..ordered.len())
+                .map(|i| Lane(std::array::from_fn(|lane| of(first + lane, i))))
+                .collect();
+            let said = latent.reread(&mut some, |_| Lane::default())?;
+            for (i, said) in said.iter().enumerate() {
+                (first..p.min(first + LANES)).for_each(|j| told[(j, i)] = said.0[j - first]);
+            }
+        }
+        Ok((told, found))
     }
 
     /// Kriging of places from what a row says, with the weights.
@@ -935,10 +987,7 @@ impl<G: std::ops::Deref<Target = NearestGp> + Send + Sync> Posterior for Conditi
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
-        if self.gp.reads_time() {
-            return Err(Error::input("joint draws over a map do not take times yet")
-                .try_this("leave --draws out, or --time"));
-        }
-        Ok(Box::new(field::Local::new(&self.gp, row, draws, seed, extent)?))
+        self.gp.refuse_times()?;
+        Ok(Box::new(field::Local::new(&self.gp, row, None, (draws, seed), extent)?))
     }
 }

@@ -18,13 +18,15 @@
 //! place and the width of the likelihood of the rest, which is what a model of counts reads of it; its
 //! skewness is lost, which shows where one or two people were tested and the effects are large.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{D, Tensor};
+use faer::Mat;
 
 use super::{
-    exact_gp::{ExactGp, width},
-    nearest::NearestGp,
+    exact_gp::{ExactGp, rows, width},
+    field,
+    nearest::{Fitted, NearestGp},
 };
 use crate::{
     error::{Error, Result},
@@ -32,7 +34,7 @@ use crate::{
     likelihood::Likelihood,
     linalg::lower,
     predictive::{Draws, Link, Predictive},
-    process::{Memory, Posterior, Process},
+    process::{Field, Memory, Posterior, Process},
     rng::Stream,
     sites::{Observations, Sites},
 };
@@ -169,14 +171,20 @@ pub struct Regressed {
     betas: Vec<Vec<f64>>,
     likelihood: &'static dyn Likelihood,
     standardised: bool,
+    /// The same process and the law of the coefficients, where joint draws can be made of them.
+    joint: Option<(Arc<NearestGp>, Coefficients)>,
 }
 
 /// Mean and sd of what was left, by which values were standardised again: `[batch, 1, 1]`.
 type Level = Option<[Tensor; 2]>;
 
 struct Conditioned<'a> {
-    betas: &'a [Vec<f64>],
+    whole: &'a Regressed,
     parts: Vec<(Box<dyn Posterior + 'a>, Level)>,
+    context: Observations,
+    /// What the coefficients' mean leaves of the context, absorbed where draws are asked for, and the
+    /// observations' covariates.
+    middle: OnceLock<(Fitted, Mat<f64>)>,
 }
 
 impl Regressed {
@@ -189,7 +197,7 @@ impl Regressed {
         likelihood: &'static dyn Likelihood,
         standardised: bool,
     ) -> Self {
-        Regressed { inner, betas, likelihood, standardised }
+        Regressed { inner, betas, likelihood, standardised, joint: None }
     }
 
     /// The nearest-neighbour Gaussian process of what is left of the context at the coefficients' mean,
@@ -206,8 +214,22 @@ impl Regressed {
         let left = less(context, &shift(&context.sites, &coefficients.mean)?, likelihood)?;
         let plain = |kernel| Ok(Box::new(kernel) as Box<dyn Kernel>);
         let inner = Arc::new(NearestGp::fit_as(&left, likelihood, &plain, trend)?);
-        let all = Regressed::new(inner.clone(), coefficients.spread()?, likelihood, false);
+        let all = Regressed::near(inner.clone(), coefficients.clone(), likelihood)?;
         Ok((all, coefficients, inner))
+    }
+
+    /// A nearest-neighbour process on what coefficients of a law leave. It has joint draws: of the
+    /// coefficients from the law, and of the surface given them.
+    ///
+    /// # Errors
+    /// As [`Coefficients::spread`].
+    pub fn near(
+        inner: Arc<NearestGp>,
+        coefficients: Coefficients,
+        likelihood: &'static dyn Likelihood,
+    ) -> Result<Self> {
+        let all = Regressed::new(inner.clone(), coefficients.spread()?, likelihood, false);
+        Ok(Regressed { joint: Some((inner, coefficients)), ..all })
     }
 
     /// What is left of values, standardised again, and how.
@@ -233,7 +255,8 @@ impl Process for Regressed {
             Ok((self.inner.condition(&left)?, level))
         };
         let parts = self.betas.iter().map(part).collect::<Result<_>>()?;
-        Ok(Box::new(Conditioned { betas: &self.betas, parts }))
+        let (context, middle) = (context.clone(), OnceLock::new());
+        Ok(Box::new(Conditioned { whole: self, parts, context, middle }))
     }
 
     fn any_dimension(&self) -> bool {
@@ -248,6 +271,22 @@ impl Process for Regressed {
 }
 
 impl Conditioned<'_> {
+    /// What the coefficients' mean leaves of the context, and the observations' covariates.
+    fn middle(&self, gp: &NearestGp, law: &Coefficients) -> Result<&(Fitted, Mat<f64>)> {
+        if let Some(middle) = self.middle.get() {
+            return Ok(middle);
+        }
+        let (context, likelihood) = (&self.context, self.whole.likelihood);
+        let left = less(context, &shift(&context.sites, &law.mean)?, likelihood)?;
+        let (mut absorbed, given) =
+            (gp.absorb_all(&left)?, rows(context, likelihood, law.mean.len(), false)?);
+        let (Some(row), [given]) = (absorbed.pop(), &given[..]) else {
+            return Err(Error::axis("rows of the context to draw surfaces of", given.len(), 1));
+        };
+        let x = field::behind(&given.sites, law.mean.len());
+        Ok(self.middle.get_or_init(|| (row, x)))
+    }
+
     /// Each part's answer in the units of the whole: `of` the part, moved by `x·β`.
     fn each<T>(
         &self,
@@ -255,7 +294,7 @@ impl Conditioned<'_> {
         of: impl Fn(&dyn Posterior, &Sites, &Move) -> Result<T>,
     ) -> Result<Vec<T>> {
         let bare = Sites { x: None, ..targets.clone() };
-        let parts = self.betas.iter().zip(&self.parts);
+        let parts = self.whole.betas.iter().zip(&self.parts);
         parts
             .map(|(beta, (posterior, level))| {
                 of(&**posterior, &bare, &Move { shift: shift(targets, beta)?, level })
@@ -343,7 +382,8 @@ impl Posterior for Conditioned<'_> {
         let count = self.parts.len();
         let mut all = Vec::new();
         let mut link = self.parts.first().map(|_| Link::Identity);
-        for (i, (beta, (posterior, level))) in self.betas.iter().zip(&self.parts).enumerate() {
+        for (i, (beta, (posterior, level))) in self.whole.betas.iter().zip(&self.parts).enumerate()
+        {
             let each = n / count + usize::from(i < n % count);
             if each == 0 {
                 continue;
@@ -357,6 +397,15 @@ impl Posterior for Conditioned<'_> {
             return Err(Error::input("no surface was asked for"));
         };
         Ok(Draws { link, values: Tensor::cat(&all, 0)? })
+    }
+
+    /// Of each draw, coefficients from their law and the surface given them. For counts the noise of
+    /// Laplace's pseudo-values is that at the coefficients' mean.
+    fn field(&self, draws: usize, seed: u64, extent: f64) -> Result<Box<dyn Field + '_>> {
+        let Some((gp, law)) = &self.whole.joint else { return Err(Error::NoJointDraws) };
+        gp.refuse_times()?;
+        let (row, x) = self.middle(gp, law)?;
+        Ok(Box::new(field::Local::new(gp, row, Some((law, x)), (draws, seed), extent)?))
     }
 }
 

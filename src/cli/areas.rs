@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result},
     geo::{
         areas::{self, Areas},
+        covariates::Cover,
         crs::Crs,
         frame::Frame,
         geotiff,
@@ -182,21 +183,28 @@ pub fn run(args: &Args) -> Result<()> {
     let budget: Option<Bytes> = told.memory.as_deref().map(str::parse).transpose()?;
     geotiff::cache(plan::cache(budget));
 
-    told.covariates.refused("means of districts")?;
+    told.covariates.for_maps()?;
     if told.survey.columns.time.is_some() {
         return Err(Error::input("means of districts are of surveys without times yet")
             .try_this("leave --time out of the map's flags: all times are then read as one"));
     }
-    let survey = told.survey.read()?;
+    let layer = told.survey.columns.layer.as_deref();
+    let survey = told.covariates.attach(told.survey.read()?, layer)?;
     let frame = Frame::fit(&survey)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let outcome = map::outcome(&told, &survey);
     args.threshold.iter().try_for_each(|t| Spec::exceedance(*t).check(outcome.link))?;
+    // A map leaves out the pixels that lack a covariate, and so do means: of other pixels too.
+    let covered = |grid: Grid| match &frame.covariates {
+        Some(design) => design.cover(grid, &mut |_, _| Ok(())).map(|(g, c)| (g, Some(c))),
+        None => Ok((grid, None)),
+    };
     let mapped = map::grid(&told, resolution, &survey, &frame)?;
+    let mapped = if record.is_some() { covered(mapped)?.0 } else { mapped };
     unchanged(record.as_ref(), survey.len(), &mapped)?;
     let local = survey.crs.is_local().then_some(&survey.crs);
     let areas = Areas::read(&args.areas, args.areas_layer.as_deref(), local)?;
-    let grid = frame.geometry.cut(pixels(&told, mapped, &areas)?)?;
+    let (grid, cover) = covered(frame.geometry.cut(pixels(&told, mapped, &areas)?)?)?;
     let shapes = areas.shapes(&grid)?;
     let population = args.population.as_deref();
     // No plane about a place holds the whole world: there, an equal-area cylinder.
@@ -206,7 +214,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let people = population.map(|file| People::read(file, &grid, measure, &plane)).transpose()?;
 
-    let (model, others) = map::open_models(
+    let (mut model, others) = map::open_models(
         told.model.as_deref(),
         &survey,
         &frame,
@@ -214,6 +222,7 @@ pub fn run(args: &Args) -> Result<()> {
         &cards.devices,
         (reading, &told.windows),
     )?;
+    model.note_effects(&frame);
     map::tell_input(&survey, &grid, &frame, &model)?;
     let plan = Plan::on(cards.devices.clone());
     let posteriors = plan.condition_each(&model.with(&others), &context)?;
@@ -259,7 +268,8 @@ pub fn run(args: &Args) -> Result<()> {
     let columns = columns(args, &found, sites, &notes, people.is_some(), &outcome.name);
     areas.write(&args.out, &columns)?;
 
-    let warnings = warnings(&areas, &found, &notes, people.as_ref());
+    let covered = cover.as_ref().map_or_else(Vec::new, Cover::warnings);
+    let warnings = [covered, warnings(&areas, &found, &notes, people.as_ref())].concat();
     let note = json!({
         "isopleth": env!("CARGO_PKG_VERSION"),
         "command": std::env::args().collect::<Vec<_>>(),
@@ -268,6 +278,7 @@ pub fn run(args: &Args) -> Result<()> {
         "correlation_error": field.error(),
         "survey": SurveyNote::from(&survey),
         "grid": GridNote::from(&grid),
+        "covariates": cover,
         "areas": {
             "file": areas.source.display().to_string(),
             "layer": areas.layer,

@@ -1,5 +1,8 @@
 //! Covariates on the command line: the same flags for every subcommand that takes them.
 
+use std::path::Path;
+
+use super::map::round;
 use crate::{
     baseline::Coefficients,
     error::{Error, Result},
@@ -8,6 +11,7 @@ use crate::{
         frame::Frame,
         survey::Survey,
     },
+    recipe::Recipe,
 };
 
 /// Which covariates, and how they act.
@@ -41,19 +45,6 @@ impl CovariateArgs {
         Covariates::attach(survey, &self.specs()?, layer)
     }
 
-    /// Refuses covariates where nothing is made of them yet, rather than passing over them.
-    ///
-    /// # Errors
-    /// [`Error::Input`] if one was named.
-    pub fn refused(&self, what: &str) -> Result<()> {
-        match self.rasters.iter().chain(&self.columns).next() {
-            None => Ok(()),
-            Some(covariate) => Err(Error::input(format!("{what} do not take covariates yet"))
-                .fact("--covariate", covariate)
-                .try_this("leave the covariates out")),
-        }
-    }
-
     /// Refuses columns where every pixel needs a value.
     ///
     /// # Errors
@@ -71,6 +62,49 @@ impl CovariateArgs {
             )),
         }
     }
+}
+
+/// Whether a trained model reads the survey's covariates itself: it does if it was trained with some, and
+/// these must be the survey's.
+///
+/// # Errors
+/// [`Error::Input`] if the model was trained with covariates and the survey has none, or others.
+pub fn reads(model: &str, trained: &[Spec], survey: &Survey) -> Result<bool> {
+    if trained.is_empty() {
+        return Ok(false);
+    }
+    let given = survey.covariates.as_ref().map_or(&[][..], |c| &c.specs);
+    let same = given.len() == trained.len() && given.iter().zip(trained).all(|(a, b)| a.is_like(b));
+    if same {
+        return Ok(true);
+    }
+    let asked = |specs: &[Spec]| specs.iter().map(Spec::asked).collect::<Vec<_>>().join(" ");
+    let what = match given.is_empty() {
+        true => "the model was trained with covariates, and the survey has none",
+        false => "the survey's covariates are not those that the model was trained with",
+    };
+    let error = Error::input(what).fact("model", model);
+    let error = trained.iter().fold(error, |e, spec| e.fact("trained with", spec));
+    let error = given.iter().fold(error, |e, spec| e.fact("given", spec));
+    Err(error.try_this(format!(
+        "give these, in this order: {}; or another --model, which takes any covariates",
+        asked(trained)
+    )))
+}
+
+/// What was read of a recipe's rasters, and where it is kept, where the recipe has some.
+pub fn about_covariates(recipe: &Recipe, file: &Path) -> Option<String> {
+    let lattice = recipe.lattice()?;
+    let ([all, known], [shorter, longer]) = (lattice.nodes(), lattice.sides_km());
+    let names: Vec<&str> = lattice.head.specs.iter().map(|spec| &*spec.name).collect();
+    Some(format!(
+        "covariates: {} at {known} of {all} places of {} × {} km, {} km apart; kept in {}",
+        names.join(", "),
+        round(longer),
+        round(shorter),
+        round(lattice.head.step / 1000.0),
+        Recipe::kept(file).display()
+    ))
 }
 
 /// What a coefficient is in words, in the outcome's link scale: one for each feature.

@@ -187,6 +187,15 @@ fn surveys(recipe: &Recipe, likelihood: &dyn Likelihood) -> Result<Vec<(String, 
     if design.line {
         lines.push(named("layout", "along a line"));
     }
+    let tasks = recipe.tasks()?;
+    for (i, spec) in tasks.effects().iter().flat_map(|e| e.specs()).enumerate() {
+        lines.push(named(if i == 0 { "covariates" } else { "" }, spec));
+    }
+    if let Some(lattice) = recipe.lattice() {
+        let [shorter, longer] = lattice.sides_km();
+        let size = format!("{longer:.0} × {shorter:.0} km, {}", lattice.head.plane.name());
+        lines.push(named("cut from rasters of", size));
+    }
     if likelihood.counts() {
         let trials: Trials = recipe.settings("trials")?;
         let table = whole(&trials)?;

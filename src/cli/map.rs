@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     cards::DeviceArgs,
-    covariates::{CovariateArgs, effects},
+    covariates::{self, CovariateArgs, effects},
     draws::Joint,
     output::Output,
     reading::ReadingArgs,
@@ -147,9 +147,6 @@ pub fn run(args: &Args) -> Result<()> {
     // What costs nothing to check comes first.
     let specs = specs(args)?;
     args.covariates.for_maps()?;
-    if args.draws.is_some() {
-        args.covariates.refused("joint draws")?;
-    }
     if args.draws.is_some() && args.survey.columns.time.is_some() {
         return Err(Error::input("joint draws over a map do not take times yet")
             .try_this("leave --draws out, or --time"));
@@ -621,6 +618,7 @@ pub(super) fn open_model(
             .fact("model", name)
             .try_this("`isopleth list models` shows the models for maps"));
     }
+    let reads = covariates::reads(name, checkpoint.covariates(), survey)?;
     let process = checkpoint.process_reading(device, reading)?;
     at_home(name, &*process, survey)?;
     let cut = windows.of(&checkpoint, context.len())?;
@@ -629,6 +627,7 @@ pub(super) fn open_model(
         match (moved, &context.sites.x) {
             (Some(moved), _) => (Box::new(placed(process, tasks.design(), moved)), None),
             (None, None) => (process, None),
+            (None, Some(_)) if reads => (process, None),
             (None, Some(_)) => {
                 let (coefficients, _) = Coefficients::of(context, wanted)?;
                 let betas = coefficients.spread()?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::{map::round, say};
+use super::{covariates::about_covariates, map::round, say};
 use crate::{
     error::{Error, Result},
     geo::table::{Column, Columns},
@@ -54,8 +54,8 @@ const PANELS: usize = 48;
 /// # Errors
 /// [`Error::Input`] for a bad recipe, an unknown kind of file, or one that exists without --force.
 pub fn run(args: &Args) -> Result<()> {
-    let tasks =
-        Recipe::read(&args.recipe)?.tasks().map_err(|e| e.fact("recipe", args.recipe.display()))?;
+    let recipe = Recipe::read(&args.recipe)?;
+    let tasks = recipe.tasks().map_err(|e| e.fact("recipe", args.recipe.display()))?;
     let picture = match args.out.extension().and_then(|e| e.to_str()) {
         Some("png") => true,
         Some("parquet" | "csv") => false,
@@ -87,6 +87,7 @@ pub fn run(args: &Args) -> Result<()> {
         true => draw_sheet(args, &tasks)?,
         false => write_table(args, &tasks)?,
     }
+    about_covariates(&recipe, &args.recipe).into_iter().try_for_each(say)?;
     say(format!("{}: {} draws, seed {}", args.out.display(), args.count, args.seed))
 }
 
@@ -117,7 +118,9 @@ fn write_table(args: &Args, tasks: &Tasks) -> Result<()> {
         Kind::Exposure => vec!["cases", "exposure"],
         Kind::Value | Kind::Positive => vec!["value"],
     });
-    let names: Vec<String> = names.into_iter().map(String::from).collect();
+    let mut names: Vec<String> = names.into_iter().map(String::from).collect();
+    let specs = tasks.effects().map_or(&[][..], |effects| effects.specs());
+    names.extend(specs.iter().map(|spec| spec.name.clone()));
     let chunks = (0..args.count).map(|index| {
         let (mut rng, sites) = begin(args, tasks, index);
         let draw = tasks.draws(sites, 1, &mut rng)?.remove(0);
@@ -136,6 +139,8 @@ fn write_table(args: &Args, tasks: &Tasks) -> Result<()> {
         columns.extend((!draw.t.is_empty()).then_some(Column::Numbers(draw.t)));
         columns.extend([draw.latent, draw.noisy, draw.y].map(Column::Numbers));
         columns.extend(draw.trials.map(Column::Numbers));
+        let covariates = draw.covariates.into_iter().flat_map(|seen| seen.values);
+        columns.extend(covariates.map(Column::Numbers));
         Ok(columns)
     });
     Columns::write(&args.out, &names, chunks)
@@ -291,6 +296,9 @@ fn caption(draw: &Draw, link: Link, dim: usize) -> [String; 2] {
         _ => round(link.outcome(rule.mean)),
     };
     first += &format!(", mean {mean}");
+    if let Some(seen) = &draw.covariates {
+        first += &format!(", effects' sd {}", round(seen.acting.sd()));
+    }
     let nugget = round(rule.nugget.sqrt());
     let second = match &rule.kernel {
         Some(kernel) => format!(

@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
 };
 
-use super::{environment::for_training, note};
+use super::{covariates::about_covariates, environment::for_training, note};
 use crate::{
     device,
     error::{Error, Result},
@@ -30,7 +30,8 @@ pub struct Args {
     /// Stop at this step for now; --resume goes on from there
     #[arg(long)]
     stop_at: Option<u64>,
-    /// Start from the weights of this model where names and shapes agree
+    /// Start from the weights of this model where names and shapes agree. One that knew no covariates
+    /// gets weights of 0 for those of the recipe
     #[arg(long)]
     start: Option<PathBuf>,
     /// cpu, cuda, cuda:N, or several cards that share each batch: cuda:0,1 or cuda:all
@@ -70,6 +71,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.device == "cpu" {
         for_training()?;
     }
+    about_covariates(&recipe, &args.recipe).into_iter().for_each(note);
     if std::io::stderr().is_terminal() {
         note("drawing held-out surveys, and asking the exact GP about them");
     }

@@ -9,7 +9,7 @@ use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::{
-    covariates::CovariateArgs,
+    covariates::{self, CovariateArgs},
     map::{TREND, cut_into, exact, nearest, placed},
     note,
     output::Output,
@@ -230,6 +230,7 @@ fn forecaster(
     }
     let checkpoint = Checkpoint::resolve(model)?;
     agree(model, checkpoint.likelihood()?, survey)?;
+    let reads = covariates::reads(model, checkpoint.covariates(), survey)?;
     let design = checkpoint.recipe()?.tasks()?.design().clone();
     agree_in_time(model, design.has_times(), survey)?;
     let process = checkpoint.process(&Device::Cpu)?;
@@ -240,6 +241,7 @@ fn forecaster(
     let process: Arc<dyn Process + Send + Sync> = process.into();
     Ok(Box::new(move |context, targets, moved| match (moved, &context.sites.x) {
         (None, None) => process.condition(context)?.at(targets),
+        (None, Some(_)) if reads => process.condition(context)?.at(targets),
         (None, Some(_)) => {
             let (coefficients, _) = Coefficients::of(context, wanted)?;
             let all = Regressed::new(process.clone(), coefficients.spread()?, wanted, true);

@@ -7,7 +7,7 @@ use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     mapping::windows::{self, Cut},
-    task::design::Design,
+    task::Tasks,
 };
 
 /// A survey of more than so many times the sites of the largest training survey is cut into windows,
@@ -46,16 +46,23 @@ impl FromStr for Choice {
 }
 
 impl WindowArgs {
-    /// How `sites` are cut for a model that learned from `design`; nothing where they are read at once.
+    /// How `sites` are cut for a model that learned from `tasks`; nothing where they are read at once.
     ///
     /// # Errors
-    /// [`Error::Input`] for windows too small to know anything, or of a model that reads times.
-    pub(super) fn cut(&self, design: &Design, sites: usize) -> Result<Option<Cut>> {
-        if design.has_times() {
-            // A window has a frame of places and none of times.
+    /// [`Error::Input`] for windows too small to know anything, or of a model that reads times or
+    /// covariates.
+    pub(super) fn cut(&self, tasks: &Tasks, sites: usize) -> Result<Option<Cut>> {
+        let design = tasks.design();
+        // A window has a frame of places, and none of times and covariates.
+        let more = match (design.has_times(), tasks.features() > 0) {
+            (true, _) => Some("times"),
+            (_, true) => Some("covariates that the model reads"),
+            _ => None,
+        };
+        if let Some(more) = more {
             return match self.windows {
                 Some(Choice::Of(few)) => {
-                    Err(Error::input("windows do not hold sites with times yet")
+                    Err(Error::input(format!("windows do not hold sites with {more} yet"))
                         .fact("--windows", few)
                         .try_this("leave --windows out, and all sites are read at once"))
                 }
@@ -82,7 +89,7 @@ impl WindowArgs {
             self.refused(&checkpoint.card.name)?;
             return Ok(None);
         }
-        self.cut(checkpoint.recipe()?.tasks()?.design(), sites)
+        self.cut(&checkpoint.recipe()?.tasks()?, sites)
     }
 
     /// Refuses windows for a process that needs none.

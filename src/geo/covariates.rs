@@ -21,9 +21,11 @@ use super::{
 use crate::error::{Error, Result};
 
 mod design;
+mod lattice;
 mod sample;
 
-pub use design::{Cover, Design};
+pub use design::{Cover, Design, Feature};
+pub use lattice::{Head, KNOWN, Lattice, Region, VALUES};
 
 /// The most levels that a categorical covariate may have at the sites.
 pub const MOST_LEVELS: usize = 50;
@@ -209,6 +211,39 @@ impl Spec {
         self.knots.sort_by(f64::total_cmp);
         self.knots.dedup();
         Ok(self)
+    }
+
+    /// Whether it is the same number of a place as another: from any file that holds the same, or from a
+    /// column of a table, whose numbers were read by somebody else.
+    pub fn is_like(&self, other: &Spec) -> bool {
+        let column = [self, other].iter().any(|spec| matches!(spec.source, Source::Column(_)));
+        (&self.name, self.categorical, self.scale, &self.knots)
+            == (&other.name, other.categorical, other.scale, &other.knots)
+            && (column || self.sampling == other.sampling)
+    }
+
+    /// How it is asked for, with `FILE` for its file.
+    pub fn asked(&self) -> String {
+        let mut text = format!("--covariate {}=FILE", self.name);
+        match self.sampling {
+            Sampling::Bilinear => {}
+            Sampling::Nearest if self.categorical => {}
+            Sampling::Nearest => text += ",nearest",
+            Sampling::Mean(radius) => {
+                text += &format!(",mean:{}", Resolution::Metres(radius)).replace(' ', "")
+            }
+        }
+        if self.categorical {
+            text += ",categorical";
+        }
+        text += match self.scale {
+            Scale::Plain => "",
+            Scale::Log => ",log",
+            Scale::Log1p => ",log1p",
+            Scale::Sqrt => ",sqrt",
+        };
+        self.knots.iter().for_each(|knot| text += &format!(",knot:{knot}"));
+        text
     }
 
     /// A value on the scale on which it acts; NaN or infinite where it has none.

@@ -14,7 +14,7 @@ use super::crs::Crs;
 
 #[cfg(feature = "gdal")]
 pub use door::Layout;
-pub use door::{Cog, Polygons, Raster, Stack, cache};
+pub use door::{Cog, Polygons, READS, Raster, Stack, cache};
 
 /// GDAL's block cache unless somebody asks for another, MiB.
 pub const CACHE: usize = 64;

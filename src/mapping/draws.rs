@@ -18,7 +18,7 @@ use candle_core::Device;
 
 use super::plan;
 use crate::{
-    baseline::{ExactGp, NearestGp},
+    baseline::{ExactGp, NearestGp, Regressed},
     error::{Error, Result},
     fused::simd,
     geo::{
@@ -46,7 +46,8 @@ const KNOTS: usize = 61;
 const EDGE: f64 = 5.0;
 
 /// The Gaussian process whose field stands for the dependence between places, where a model knows
-/// each of them alone: fitted to the same context, exact or of nearest neighbours.
+/// each of them alone: fitted to the same context, exact or of nearest neighbours, with its covariates
+/// where it has some.
 ///
 /// # Errors
 /// As [`ExactGp::fit`].
@@ -54,9 +55,10 @@ pub fn dependence(
     context: &Observations,
     likelihood: &'static dyn Likelihood,
 ) -> Result<Box<dyn Process + Send + Sync>> {
-    Ok(match context.len() <= EXACT_SITES {
-        true => Box::new(ExactGp::fit(context, likelihood)?),
-        false => Box::new(NearestGp::fit(context, likelihood)?),
+    Ok(match (context.len() <= EXACT_SITES, &context.sites.x) {
+        (true, _) => Box::new(ExactGp::fit(context, likelihood)?),
+        (false, None) => Box::new(NearestGp::fit(context, likelihood)?),
+        (false, Some(_)) => Box::new(Regressed::nearest(context, likelihood, false)?.0),
     })
 }
 

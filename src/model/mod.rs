@@ -51,12 +51,14 @@ pub struct Problem {
     pub likelihood: &'static dyn Likelihood,
     /// How a context is read by a model that is only asked.
     pub reading: Reading,
+    /// Features that covariates give every site; 0 for models that know of none.
+    pub covariates: usize,
 }
 
 impl Problem {
     /// A problem whose contexts are read without loss.
     pub fn new(dim: usize, likelihood: &'static dyn Likelihood) -> Self {
-        Problem { dim, likelihood, reading: Reading::default() }
+        Problem { dim, likelihood, reading: Reading::default(), covariates: 0 }
     }
 
     /// Refuses ways of reading a context that a model would pass over in silence.
@@ -123,6 +125,10 @@ impl Named for Entry {
     }
 }
 
+/// Models that read covariates.
+const READ_COVARIATES: [&str; 4] =
+    [tnp_kr::SCAN.name, tnp_kr::DKA.name, tnp_kr::PERFORMER.name, tnp_kr::FULL.name];
+
 /// Builds the model that a `[model]` table names with `kind`.
 ///
 /// # Errors
@@ -138,7 +144,14 @@ pub fn build(
         return Err(Error::input("the recipe does not say which model to build")
             .try_this("add `kind = \"tnp-kr\"` under [model]"));
     };
-    (registry::find("model", MODELS, kind)?.build)(&table, problem, params)
+    let entry = registry::find("model", MODELS, kind)?;
+    if problem.covariates > 0 && !READ_COVARIATES.contains(&entry.name) {
+        return Err(Error::input("this model does not read covariates")
+            .fact("model", entry.name)
+            .fact("models that do", READ_COVARIATES.join(", "))
+            .try_this("choose one of them, or leave [covariates] out of the recipe"));
+    }
+    (entry.build)(&table, problem, params)
 }
 
 /// Reads a model's settings, with the nearest known key when one is unknown.

@@ -254,6 +254,7 @@ pub struct TnpKr {
     decode: Mlp,
     config: Config,
     likelihood: &'static dyn Likelihood,
+    covariates: usize,
 }
 
 impl TnpKr {
@@ -309,7 +310,8 @@ impl TnpKr {
             Weights::Lecun => Init::LeCun,
         };
         let location = if config.embed_location { problem.dim } else { 0 };
-        let token = 4 + location + problem.likelihood.width();
+        // Covariates come last: a model without them has the same weights before.
+        let token = 4 + location + problem.likelihood.width() + problem.covariates;
         let mut scope = params.scope();
         let through =
             |first: usize, hidden: &[usize], last: usize| [&[first], hidden, &[last]].concat();
@@ -337,6 +339,7 @@ impl TnpKr {
             )?,
             config,
             likelihood: problem.likelihood,
+            covariates: problem.covariates,
         })
     }
 
@@ -355,8 +358,22 @@ impl TnpKr {
             parts.push(sites.s.clone());
         }
         parts.push(features.cloned().unwrap_or(blank));
+        if self.covariates > 0 {
+            let found = sites.x.as_ref().map_or(0, |x| x.dims()[2]);
+            let Some(x) = sites.x.as_ref().filter(|_| found == self.covariates) else {
+                let what = "covariates of sites and of the model";
+                return Err(Error::axis(what, found, self.covariates));
+            };
+            parts.push(squash(&x.to_dtype(sites.s.dtype())?)?);
+        }
         Chain::new(&Tensor::cat(&parts, 2)?).mlp(&self.embed).norm(&self.embed_norm).run()
     }
+}
+
+/// Inverse hyperbolic sines: what lies far outside the context's values is far, and not out of bounds.
+fn squash(x: &Tensor) -> Result<Tensor> {
+    let size = x.abs()?;
+    Ok(((x.sqr()? + 1.0)?.sqrt()? + size)?.log()?.mul(&x.sign()?)?)
 }
 
 /// Refuses a bias on time that makes no model.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
-    geo::displacement,
+    geo::{covariates::Lattice, displacement},
     kernel::{Change, Kernel, Matern, Metric, Smoothness},
     likelihood::{self, Kind, Likelihood},
     prior::{self, Prior, Rule, hyper::Law},
@@ -17,9 +17,11 @@ use crate::{
 };
 
 pub mod continent;
+pub mod covariates;
 pub mod design;
 pub mod gaps;
 
+use covariates::{Both, Effects, Seen};
 use design::{Design, Layout};
 
 /// How counts come about: people tested per site, or cases expected there at a rate of 1, and what
@@ -63,13 +65,14 @@ pub enum Frame {
     Raw,
 }
 
-/// The law of tasks: the `[prior]`, `[design]`, `[trials]` and `[task]` tables of a recipe.
+/// The law of tasks: the `[prior]`, `[design]`, `[trials]`, `[task]` and `[covariates]` tables of a recipe.
 pub struct Tasks {
     prior: Box<dyn Prior>,
     design: Design,
     trials: Trials,
     settings: Settings,
     likelihood: &'static dyn Likelihood,
+    effects: Option<Effects>,
 }
 
 /// The `[task]` table.
@@ -114,13 +117,16 @@ pub struct Draw {
     pub trials: Option<Vec<f64>>,
     /// Precision or size, for likelihoods that have one; else ∞.
     pub dispersion: f64,
+    /// Covariates of every site, where the recipe has some: their effect is part of the surface.
+    pub covariates: Option<Seen>,
 }
 
 /// A batch of tasks, with what ruled each row expressed in that row's model units.
 pub struct Batch {
     /// The tasks.
     pub task: Task,
-    /// Kernel, nugget and mean of each row, in model units: what an exact GP needs.
+    /// Kernel, nugget and mean of each row, in model units: what an exact GP needs. Where sites have
+    /// covariates, the kernel takes them behind the coordinates ([`Sites::joined`]).
     pub rules: Vec<Rule>,
     /// Centre and size of the frame and (mean, sd) of the outcome, link scale, per row.
     pub frames: Vec<([f64; 2], f64, f64, f64)>,
@@ -243,7 +249,42 @@ impl Tasks {
                 .try_this("start `sites` under [design] at 2, or set `frame = \"raw\"`"));
         }
         let prior = prior::build(&table("prior")?)?;
-        Ok(Tasks { prior, design, trials, settings, likelihood })
+        let effects = match recipe.contains_key("covariates") {
+            true => {
+                Some(Effects::new(settings::parse_table("[covariates]", &table("covariates")?)?)?)
+            }
+            false => None,
+        };
+        if effects.is_some() && (design.line || settings.frame != Frame::Context) {
+            return Err(Error::input(
+                "covariates belong to surveys on the plane, in their own frame",
+            )
+            .try_this("leave `line` under [design] and `frame` under [task] out"));
+        }
+        if effects.is_some() && (design.displaces() || design.pool > 0) {
+            return Err(Error::input("this design does not go together with covariates")
+                .try_this("leave `displacement` and `pool` under [design] out"));
+        }
+        Ok(Tasks { prior, design, trials, settings, likelihood, effects })
+    }
+
+    /// The same with rasters for its covariates.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if they are not those of the recipe.
+    pub fn on(self, lattice: Arc<Lattice>) -> Result<Self> {
+        let effects = self.effects.map(|effects| effects.on(lattice)).transpose()?;
+        Ok(Tasks { effects, ..self })
+    }
+
+    /// The law of covariates, where the recipe has some.
+    pub fn effects(&self) -> Option<&Effects> {
+        self.effects.as_ref()
+    }
+
+    /// Features that covariates give every site: 0 without any.
+    pub fn features(&self) -> usize {
+        self.effects.as_ref().map_or(0, Effects::features)
     }
 
     /// How observations arise.
@@ -290,9 +331,23 @@ impl Tasks {
             true => self.prior.surfaces(&layout.xy, count, rng)?,
             false => self.prior.surfaces_in_time(&layout.xy, &layout.t, count, rng)?,
         };
-        Ok(surfaces
+        // One place on the rasters for surveys that share their sites, and effects for each.
+        let values = self.effects.as_ref().map(|e| e.values(&layout.xy, rng)).transpose()?;
+        surfaces
             .into_iter()
-            .map(|(rule, surface)| {
+            .map(|(rule, mut surface)| {
+                let covariates = match (&self.effects, &values) {
+                    (Some(effects), Some(values)) => {
+                        let acting = effects.acting(values, rng);
+                        let effect = acting.draw(values, rng)?;
+                        for level in [&mut surface.latent, &mut surface.noisy] {
+                            level.iter_mut().zip(&effect).for_each(|(level, e)| *level += e);
+                        }
+                        let specs = effects.specs().to_vec();
+                        Some(Seen { specs, values: values.clone(), acting })
+                    }
+                    _ => None,
+                };
                 let trials = self.trials(layout.xy.len(), rng);
                 let dispersion = match self.likelihood.dispersion() {
                     None => f64::INFINITY,
@@ -314,7 +369,7 @@ impl Tasks {
                         (*x, *y) = (*x + dx, if self.design.line { *y } else { *y + dy });
                     }
                 }
-                Draw {
+                Ok(Draw {
                     rule,
                     xy,
                     t: layout.t.clone(),
@@ -325,9 +380,10 @@ impl Tasks {
                     y,
                     trials,
                     dispersion,
-                }
+                    covariates,
+                })
             })
-            .collect())
+            .collect()
     }
 
     /// Tested, population or person-time of `n` sites.
@@ -374,7 +430,7 @@ impl Tasks {
         let (counts, kind) = (self.likelihood.counts(), self.likelihood.kind());
         let (mut s, mut t, mut y, mut trials, mut latent, mut noisy) =
             (vec![], vec![], vec![], vec![], vec![], vec![]);
-        let (mut rules, mut frames, mut dispersions) = (vec![], vec![], vec![]);
+        let (mut rules, mut frames, mut dispersions, mut x) = (vec![], vec![], vec![], vec![]);
         for mut draw in draws {
             if kind == Kind::Positive {
                 draw.y.iter_mut().for_each(|y| *y = y.ln());
@@ -409,10 +465,20 @@ impl Tasks {
             // Rates of the frame are relative: their offset is what the overall rate expects.
             let offset = if kind == Kind::Exposure { mean.exp() } else { 1.0 };
             trials.extend(draw.trials.iter().flatten().map(|n| (n * offset) as f32));
+            let scale = 1.0 / (sd * sd);
+            let mut effects = None;
+            if let Some(seen) = &draw.covariates {
+                let (features, framed) = seen.framed(context, scale)?;
+                x.push(features);
+                effects = Some(framed);
+            }
             rules.push(Rule {
                 kernel: draw.rule.kernel.map(|kernel| {
-                    let scale = 1.0 / (sd * sd);
-                    Arc::new(Reframed { kernel, centre, unit, clock, scale }) as Arc<dyn Kernel>
+                    let surface = Arc::new(Reframed { kernel, centre, unit, clock, scale });
+                    match effects {
+                        Some(effects) => Arc::new(Both { surface, effects }) as Arc<dyn Kernel>,
+                        None => surface,
+                    }
                 }),
                 nugget: draw.rule.nugget / (sd * sd),
                 mean: (draw.rule.mean - mean) / sd,
@@ -431,12 +497,14 @@ impl Tasks {
         };
         let y = Tensor::from_vec(y, (rows, n, 1), cpu)?;
         let trials = if counts { Some(Tensor::from_vec(trials, (rows, n), cpu)?) } else { None };
+        let x = if x.is_empty() { None } else { Some(Tensor::cat(&x, 0)?) };
         let part = |start: usize, len: usize| -> Result<Observations> {
+            let x = x.as_ref().map(|x| x.narrow(1, start, len)?.contiguous()).transpose()?;
             let trials =
                 trials.as_ref().map(|t| t.narrow(1, start, len)?.contiguous()).transpose()?;
             let t = t.as_ref().map(|t| t.narrow(1, start, len)?.contiguous()).transpose()?;
             Observations::new(
-                Sites { t, ..Sites::new(s.narrow(1, start, len)?.contiguous()?) },
+                Sites { t, x, ..Sites::new(s.narrow(1, start, len)?.contiguous()?) },
                 y.narrow(1, start, len)?.contiguous()?,
                 trials,
             )

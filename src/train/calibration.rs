@@ -277,7 +277,8 @@ fn exact(one: &Batch, likelihood: &'static dyn Likelihood) -> Result<Predictive>
     let nugget = rule.nugget.max(resolution(rule)?.powi(2));
     let gp = ExactGp::new(Box::new(rule.known_kernel()?), nugget, rule.mean, likelihood)?;
     let gp = gp.dispersed(one.dispersions[0])?;
-    gp.condition(&one.task.context)?.at(&one.task.target.sites)
+    let task = super::known_to_all(&one.task)?;
+    gp.condition(&task.context)?.at(&task.target.sites)
 }
 
 impl Truth {

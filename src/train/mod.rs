@@ -25,7 +25,7 @@ use crate::{
     process::{Objective, Process, Reward},
     recipe::Recipe,
     rng::Stream,
-    sites::Task,
+    sites::{Observations, Task},
     task::{Batch, Tasks},
     whole,
 };
@@ -364,6 +364,15 @@ pub(crate) fn known(likelihood: &dyn Likelihood) -> bool {
     !likelihood.counts() || likelihood.log_probability(0.0, 1.0, 0.0, 1.0).is_some()
 }
 
+/// A task as the exact Gaussian process reads it: covariates are further coordinates, since what they do
+/// is part of the kernel that it is told.
+pub(crate) fn known_to_all(task: &Task) -> Result<Task> {
+    let joined = |o: &Observations| -> Result<Observations> {
+        Ok(Observations { sites: o.sites.joined()?, ..o.clone() })
+    };
+    Ok(Task { context: joined(&task.context)?, target: joined(&task.target)?, ..task.clone() })
+}
+
 /// The loss of the exact GP that is told the true kernel, nugget and mean of every task.
 fn exact_loss(tasks: &Tasks, batch: &Batch, reward: Reward) -> Result<f64> {
     let losses: Vec<f64> = batch
@@ -379,7 +388,7 @@ fn exact_loss(tasks: &Tasks, batch: &Batch, reward: Reward) -> Result<f64> {
                 tasks.likelihood(),
             )?
             .dispersed(batch.dispersions[row])?;
-            let value = loss(&answer(&gp, &one.task)?, &one.task, reward)?;
+            let value = loss(&answer(&gp, &known_to_all(&one.task)?)?, &one.task, reward)?;
             Ok(value.to_dtype(DType::F64)?.to_scalar::<f64>()?)
         })
         .collect::<Result<_>>()?;
@@ -419,7 +428,8 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
     }
     settings.check()?;
     let tasks = recipe.tasks()?;
-    let problem = Problem::new(tasks.dim(), tasks.likelihood());
+    let covariates = tasks.features();
+    let problem = Problem { covariates, ..Problem::new(tasks.dim(), tasks.likelihood()) };
     let device = options.devices.first().unwrap_or(&Device::Cpu);
     if settings.precision != Products::F32 && device.is_cpu() {
         return Err(Error::input("products in reduced precision are for GPUs")
@@ -445,7 +455,7 @@ pub fn run(recipe: &Recipe, options: &Options, mut report: impl FnMut(&Progress)
         seconds: 0.0,
     };
     if let Some(start) = &options.start {
-        state.started_from = Some(warm_start(&networks[0].params, start)?);
+        state.started_from = Some(warm_start(&networks[0].params, start, covariates)?);
     }
     let mut best = host(&networks[0].params)?;
     let parts = match options.threads {
@@ -599,15 +609,28 @@ fn blend(average: &mut Weights, params: &Params, decay: f64, step: u64) -> Resul
     Ok(())
 }
 
-/// Copies every parameter of the same name and shape from a checkpoint; says what it was.
-fn warm_start(params: &Params, file: &Path) -> Result<String> {
+/// The parameter that reads a token, whose last rows are of covariates.
+const READS_TOKENS: &str = "embed.0.weight";
+
+/// Copies every parameter of the same name and shape from a checkpoint; says what it was. A model that
+/// knew no covariates gets weights of 0 for them, and answers at first as it did.
+fn warm_start(params: &Params, file: &Path, covariates: usize) -> Result<String> {
     let Checkpoint { card, tensors } = Checkpoint::open(file)?;
-    let mut taken = 0;
+    let (mut taken, mut widened) = (0, String::new());
     for (path, var) in params.vars() {
-        if let Some(tensor) = tensors.get(path)
-            && tensor.dims() == var.dims()
+        let Some(tensor) = tensors.get(path) else { continue };
+        let mut tensor = tensor.to_device(var.device())?;
+        if let (READS_TOKENS, [rows, columns]) = (path.as_str(), var.dims())
+            && covariates > 0
+            && card.covariates.is_none()
+            && tensor.dims() == [rows - covariates, *columns]
         {
-            var.set(&tensor.to_device(var.device())?)?;
+            let none = Tensor::zeros((covariates, *columns), tensor.dtype(), tensor.device())?;
+            tensor = Tensor::cat(&[&tensor, &none], 0)?;
+            widened = format!(", `{path}` with {covariates} rows of 0 for covariates");
+        }
+        if tensor.dims() == var.dims() {
+            var.set(&tensor)?;
             taken += 1;
         }
     }
@@ -618,7 +641,7 @@ fn warm_start(params: &Params, file: &Path) -> Result<String> {
     }
     let before = card.started_from.map_or(String::new(), |s| format!(" (itself from {s})"));
     Ok(format!(
-        "{taken} of {} parameters of `{}`: {} steps on {} tasks, seed {}{before}",
+        "{taken} of {} parameters of `{}`{widened}: {} steps on {} tasks, seed {}{before}",
         params.vars().len(),
         card.name,
         card.steps,
@@ -739,7 +762,7 @@ fn finish(
     best: &Weights,
     validation: &Validation,
 ) -> Result<Checkpoint> {
-    let tensors = params
+    let mut tensors: BTreeMap<String, Tensor> = params
         .vars()
         .iter()
         .map(|(path, var)| {
@@ -747,6 +770,9 @@ fn finish(
             Ok((path.clone(), tensor))
         })
         .collect::<Result<_>>()?;
+    if let Some(lattice) = recipe.lattice() {
+        tensors.extend(lattice.tensors()?);
+    }
     let fallback = options.out.file_stem().map_or("model".into(), |s| s.to_string_lossy());
     let card = Card {
         format: checkpoint::FORMAT,
@@ -765,6 +791,7 @@ fn finish(
         seconds: state.seconds,
         machine: options.machine.clone(),
         date: checkpoint::today(),
+        covariates: recipe.lattice().map(|lattice| lattice.head.clone()),
         scores: serde_json::Map::new(),
     };
     Ok(Checkpoint { card, tensors })

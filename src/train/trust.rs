@@ -285,7 +285,9 @@ impl Judge {
         if !self.whole && !verdict.findings.is_empty() {
             return Ok(verdict);
         }
-        if let Some(foretelling) = Foretelling::new(&own) {
+        // A model that reads covariates is not asked without them.
+        let asked = self.tasks.features() == 0;
+        if let Some(foretelling) = Foretelling::new(&own).filter(|_| asked) {
             let likes = drawn.iter().map(|(like, _)| like);
             let (pool, mine) = foretelling.ask(&*self.process, self.tasks.likelihood(), likes)?;
             group(&mut verdict, ("foretold", LEVELS[2]), foretold::FIGURES, &pool);

@@ -500,6 +500,7 @@ fn a_checkpoint_reopens_to_equal_output() -> Result<()> {
             seconds: 0.0,
             machine: String::new(),
             date: String::new(),
+            covariates: None,
             scores: serde_json::Map::new(),
         };
         let tensors = params.vars().iter().map(|(p, v)| (p.clone(), v.as_tensor().clone()));

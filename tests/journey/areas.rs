@@ -497,6 +497,7 @@ fn draws_that_no_disk_is_meant_for_are_refused() {
     assert_error(&error, "no surface is asked for", &[], "--draws 100");
     let error = map(&["--draws", "5", "--of", "observation"]);
     assert_error(&error, "draws are of the surface", &[], "--of observation");
-    let error = map(&["--draws", "5", "--covariate", "data/elevation.tif"]);
-    assert_error(&error, "joint draws do not take covariates yet", &["elevation.tif"], "leave");
+    let column = ["--covariate-column", "elevation_m"];
+    let error = map(&[&["--draws", "5"], &column[..]].concat());
+    assert_error(&error, "covariates at every pixel", &["elevation_m"], "NAME=FILE");
 }

@@ -336,6 +336,66 @@ fn a_map_with_a_covariate_is_better_and_says_what_it_did() {
     assert_eq!(empty, sea + without);
 }
 
+/// Draws and districts with a covariate, of every kind of model: one field whatever the tile, no number
+/// where there is no covariate, and a district whose mean is that of the map.
+#[test]
+fn draws_and_districts_take_covariates() {
+    let country = Country::new();
+    let survey = country.path("survey.csv");
+    let height = format!("height={}", country.path("height.tif"));
+    let square =
+        serde_json::json!([[[-3.0, 1.5], [-1.5, 1.5], [-1.5, 2.6], [-3.0, 2.6], [-3.0, 1.5]]]);
+    let geometry = serde_json::json!({ "type": "Polygon", "coordinates": square });
+    let feature = serde_json::json!({ "type": "Feature", "properties": { "name": "a" }, "geometry": geometry });
+    let layer = serde_json::json!({ "type": "FeatureCollection", "features": [feature] });
+    let districts = country.path("districts.geojson");
+    fs::write(&districts, layer.to_string()).unwrap();
+    let pixels = |out: &str, name: &str, band: usize| {
+        let raster = Dataset::open(Path::new(out).join(name)).unwrap();
+        raster.rasterband(band).unwrap().read_band_as::<f64>().unwrap().data().to_vec()
+    };
+    for model in ["gp", "vecchia", "prevalence"] {
+        let how = ["--surveys", &survey, "--like", GRID, "--model", model, "--covariate", &height];
+        let quick = ["--no-pictures", "--products", "mean,sd", "--draws", "30"];
+        let outs = [country.path(&format!("{model}-1")), country.path(&format!("{model}-2"))];
+        for (out, tile) in outs.iter().zip(["32", "96"]) {
+            let tile = ["--tile", tile, "--out", out];
+            ok(&[&["map"], &how[..], &quick[..], &tile[..]].concat());
+        }
+        let (mean, sd) = (pixels(&outs[0], "mean.tif", 1), pixels(&outs[0], "sd.tif", 1));
+        let (mut off, mut wide, mut n) = (0.0, 0.0, 0.0);
+        let draws: Vec<Vec<f64>> = (1..=30).map(|b| pixels(&outs[0], "draws.tif", b)).collect();
+        for (band, draw) in draws.iter().enumerate() {
+            let other = pixels(&outs[1], "draws.tif", band + 1);
+            let same = draw.iter().zip(&other).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{model}: draw {} hangs on the tile", band + 1);
+            assert!(draw.iter().zip(&mean).all(|(a, b)| a.is_nan() == b.is_nan()));
+        }
+        for i in (0..mean.len()).filter(|i| !mean[*i].is_nan()) {
+            let of: Vec<f64> = draws.iter().map(|d| d[i]).collect();
+            let m = of.iter().sum::<f64>() / 30.0;
+            off += (m - mean[i]) / sd[i];
+            wide += of.iter().map(|v| (v - m).powi(2)).sum::<f64>() / 29.0 / sd[i].powi(2);
+            n += 1.0;
+        }
+        // All pixels of a draw move together: a standard error of a fifth of an sd.
+        assert!((off / n).abs() < 0.6, "{model}: draws are {} sds off", off / n);
+        assert!((0.6..1.5).contains(&(wide / n)), "{model}: variance {} of the map's", wide / n);
+        // The same district from the finished map, and from its flags.
+        let table =
+            [country.path(&format!("{model}-a.csv")), country.path(&format!("{model}-b.csv"))];
+        let ask = ["areas", "--areas", &districts, "--draws", "80", "--out"];
+        let said = ok(&[&ask[..], &[&table[0], "--map", &outs[0]]].concat());
+        assert!(said.contains("height lies outside the values seen at sites"), "{said}");
+        ok(&[&ask[..], &[&table[1], "--"], &how[..]].concat());
+        let [one, other] =
+            table.map(|t| isopleth::geo::table::Columns::read(Path::new(&t)).unwrap());
+        assert_eq!(one.numbers("mean").unwrap(), other.numbers("mean").unwrap());
+        let (said, low) = (one.numbers("mean").unwrap()[0], one.numbers("lower_95").unwrap()[0]);
+        assert!(low < said && said - low < 0.2 && said > 0.05, "{model}: {low} {said}");
+    }
+}
+
 fn score(args: &[&str]) -> Value {
     serde_json::from_str(&ok(&[&["validate", "--folds", "5", "--json"], args].concat())).unwrap()
 }
@@ -393,6 +453,78 @@ fn predictions_read_covariates_from_columns_and_rasters() {
     let table = isopleth::geo::table::Columns::read(&out).unwrap();
     let mean = table.numbers("surface_mean").unwrap();
     assert!(mean[0].is_finite() && mean[1].is_nan(), "{mean:?}");
+}
+
+/// A network trained on a country's own raster: from the recipe to the map, without the raster once it
+/// was read, and with the covariates that it was trained with or none at all.
+#[test]
+fn a_network_is_trained_on_rasters_and_maps_with_them() {
+    let country = Country::new();
+    let (survey, height) = (country.path("survey.csv"), country.path("height.tif"));
+    let tiny = "[model]\nkind = \"tnp-kr\"\nwidth = 8\nblocks = 1\nheads = 2\nkey_width = 4\n\
+        value_width = 4\nembed = [8]\nfeed_forward = 8\nhead_widths = [8]\n[prior]\nkind = \"gp\"\n\
+        [design]\ncontext = [{ sites = [5, 40], weight = 1 }]\ntargets = 8\n\
+        [covariates]\nterms = [\"height=height.tif,knot:300\"]\nnodes = 4000\n\
+        [train]\nsteps = 3\nrows = 2\nvalidate_tasks = 2\n";
+    let recipe = country.path("mine.toml");
+    fs::write(&recipe, tiny).unwrap();
+    let (picture, table) = (country.path("draws.png"), country.path("draws.csv"));
+    let said = ok(&["sample", &recipe, "--out", &picture, "--count", "2"]);
+    let kept = country.path("mine.covariates.safetensors");
+    assert!(said.contains("covariates: height at") && said.contains(&kept), "{said}");
+    ok(&["sample", &recipe, "--out", &table, "--count", "2", "--sites", "30"]);
+    let drawn = isopleth::geo::table::Columns::read(&table).unwrap();
+    let values = drawn.numbers("height").unwrap();
+    // 100 · (sin + cos) + 300, in the raster's own unit.
+    assert!(values.iter().all(|v| (99.0..501.0).contains(v)), "{values:?}");
+    let model = country.path("mine.safetensors");
+    // Where the raster is not, what was kept is enough.
+    fs::rename(&height, country.path("away.tif")).unwrap();
+    ok(&["train", &recipe, "--out", &model]);
+    let other = country.path("other.toml");
+    fs::write(&other, tiny.replace("knot:300", "knot:310")).unwrap();
+    fs::copy(&kept, country.path("other.covariates.safetensors")).unwrap();
+    let error = refused(&["train", &other, "--out", &country.path("no.safetensors")]);
+    assert_error(&error, "are of another recipe", &["other.covariates"], "isopleth sample");
+    fs::rename(country.path("away.tif"), &height).unwrap();
+    let out = country.path("out");
+    let how = ["--surveys", &survey, "--like", GRID, "--model", &model, "--out", &out];
+    let covariate = format!("height={height},knot:300");
+    let said = ok(&[&["map", "--no-pictures", "--covariate", &covariate], &how[..]].concat());
+    assert!(
+        !said.contains("effects"),
+        "a network that reads covariates has no coefficients: {said}"
+    );
+    ok(&[
+        "validate",
+        "--surveys",
+        &survey,
+        "--folds",
+        "4",
+        "--model",
+        &model,
+        "--covariate",
+        &covariate,
+    ]);
+    let record = fs::read_to_string(country.folder.path().join("out/run.json")).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
+    assert_eq!(record["model"]["covariates"]["specs"][0]["name"], "height");
+    let said = ok(&["inspect", &model]);
+    assert!(said.contains("height from height.tif"), "{said}");
+    // A window has no covariates of its own.
+    let force = ["--force"];
+    let windows = ["--windows", "200", "--covariate", &covariate];
+    let error = refused(&[&["map"], &windows[..], &how[..], &force].concat());
+    assert_error(&error, "windows do not hold sites with covariates", &["200"], "--windows out");
+    // Without them, or with others: refused, with what to type.
+    let help = "--covariate height=FILE,knot:300";
+    let error = refused(&[&["map"], &how[..], &force].concat());
+    assert_error(&error, "and the survey has none", &["height from"], help);
+    for (name, options) in [("height", ""), ("hill", ",knot:300"), ("height", ",log,knot:300")] {
+        let given = format!("{name}={height}{options}");
+        let error = refused(&[&["map", "--covariate", &given], &how[..], &force].concat());
+        assert_error(&error, "are not those that the model was trained with", &["given"], help);
+    }
 }
 
 #[test]

@@ -13,6 +13,9 @@ use crate::{
     },
 };
 
+/// This build reads no rasters.
+pub const READS: bool = false;
+
 fn refuse(path: &Path) -> Error {
     Error::input("this build has no GDAL, and so no rasters")
         .fact("file", path.display())

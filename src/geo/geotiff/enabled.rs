@@ -25,6 +25,9 @@ use crate::{
     },
 };
 
+/// This build reads rasters.
+pub const READS: bool = true;
+
 /// Values that mean "no data" in so many rasters that nobody should take them for a number.
 const CUSTOMARY: &[f64] = &[-9999.0, -99999.0, -32768.0];
 
