@@ -479,11 +479,11 @@ impl NearestGp {
         rows.iter().map(log).collect()
     }
 
-    /// The same of one row that is asked of process after process, each much like the one before: to a
-    /// thousandth of a nat or so.
+    /// The same of one row that is asked of process after process, each much like the one before: so near
+    /// that rounding in what asks for it does not turn a search elsewhere.
     pub(crate) fn log_marginal_of(&self, asked: &mut Jury) -> Result<f64> {
         let Jury { ordered, lists, start } = asked;
-        let settled = self.settle(ordered, lists, None, start, CLOSE);
+        let settled = self.settle(ordered, lists, None, start, 1e-3);
         if settled.is_err() {
             *start = Start::default();
         }
@@ -531,7 +531,7 @@ impl NearestGp {
             Settled::Counts(mut latent) => {
                 let samples = latent.samples()?;
                 let jitter = JITTER * self.kernel.sill();
-                let whole = self.near.min(self.previous) >= ordered.len();
+                let whole = self.near.min(self.previous + 1) >= ordered.len();
                 let doubt = (0..ordered.len())
                     .map(|i| if whole { jitter } else { jitter.max(DOUBT * samples.left(i)) })
                     .collect();
@@ -683,7 +683,11 @@ impl NearestGp {
                             (0..LEVELS).for_each(|l| open[l] += w * (latent.open[j][l] - known[l]));
                         }
                         let (own, near) = (said[lane].variance, read[lane].variance);
-                        let left = samples.variance(&weights, own, &readings[lane], near);
+                        // Where the nearest readings are all there are, nothing is left to draws.
+                        let left = match self.near >= ordered.len() {
+                            true => near,
+                            false => samples.variance(&weights, own, &readings[lane], near),
+                        };
                         out.push(Weighed {
                             weights,
                             levels: open,

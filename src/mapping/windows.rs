@@ -507,11 +507,13 @@ struct Conditioned<'a> {
 impl Process for Windows {
     fn condition<'a>(&'a self, context: &Observations) -> Result<Box<dyn Posterior + 'a>> {
         if context.sites.batch() != 1 || context.sites.s.dims()[2] != 2 {
-            return Err(Error::axis(
-                "a context cut into windows, [row, coordinate]",
-                format!("[{}, {}]", context.sites.batch(), context.sites.s.dims()[2]),
-                "[1, 2]",
-            ));
+            return Err(Error::input("windows are cut from one survey on a plane")
+                .fact("surveys", context.sites.batch())
+                .fact("coordinates of a site", context.sites.s.dims()[2])
+                .try_this(
+                    "leave --model out, use --model kriging-counts, kriging-values or vecchia, which need no \
+                     windows, or measure on the plane with --distance plane",
+                ));
         }
         if context.sites.x.is_some() || context.sites.t.is_some() {
             return Err(Error::input("windows know places, and neither times nor covariates")
