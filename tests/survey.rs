@@ -192,6 +192,11 @@ fn surveys_that_share_a_place_are_kept_and_noted() {
     // People, one per row, are alike without being repeats.
     let people = "lon,lat,n,pos\n8,5,1,0\n8,5,1,0\n9,6,1,1\n9,6,1,1\n";
     assert_eq!(read(people).unwrap().len(), 4);
+    // So may households; villages are not.
+    let households = "lon,lat,n,pos\n8,5,4,0\n8,5,4,0\n9,6,30,1\n9,6,3,1\n9,6,3,1\n";
+    assert_eq!(read(households).unwrap().len(), 5);
+    let villages = "lon,lat,n,pos\n8,5,40,0\n8,5,40,0\n9,6,30,1\n9,6,3,1\n9,7,3,1\n";
+    assert_eq!(read(villages).unwrap().len(), 4);
 }
 
 // What is refused

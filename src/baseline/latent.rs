@@ -291,7 +291,9 @@ impl System<'_> {
     }
 
     /// `S⁻¹ b` from the guess `x` on, until the error is below `energy` in `½ eᵀ S e`, which is nats.
-    fn solve<C: Column>(&self, b: &[C], x: &mut [C], energy: f64) -> Result<()> {
+    /// What is kriged from the solution as a `dual` then lacks no more either: the residual, which is the
+    /// error times up to the largest eigenvalue, is as small.
+    fn solve<C: Column>(&self, b: &[C], x: &mut [C], energy: f64, dual: bool) -> Result<()> {
         let applied = self.apply(x);
         let mut r: Vec<C> =
             b.iter().zip(&applied).map(|(b, a)| C::map(|lane| b.get(lane) - a.get(lane))).collect();
@@ -299,12 +301,17 @@ impl System<'_> {
         self.near.precision(&mut whole);
         let whole = inner(b, &whole);
         let enough = C::map(|lane| energy.max(1e-28 * whole.get(lane)));
+        let size = inner(b, b);
+        let rest = C::map(|lane| energy.max(1e-26 * size.get(lane)));
         let mut z = r.clone();
         self.near.precision(&mut z);
         let mut p = z.clone();
         let mut left = inner(&r, &z);
         for _ in 0..500 {
-            let open = |lane: usize| left.get(lane) > enough.get(lane);
+            let square = if dual { inner(&r, &r) } else { C::default() };
+            let open = |lane: usize| {
+                left.get(lane) > enough.get(lane) || square.get(lane) > rest.get(lane)
+            };
             if (0..C::WIDTH).all(|lane| !open(lane)) {
                 return match (0..C::WIDTH).all(|lane| left.get(lane).is_finite()) {
                     true => Ok(()),
@@ -572,7 +579,8 @@ impl Model<'_> {
         let mut objective = self.log_likelihood(ordered, &vec![0.0; m]);
         // What the next step may gain, in nats: from nowhere, some part of one for each place.
         let (mut settled, mut gain) = (false, if told { 1.0 } else { 0.1 * n as f64 });
-        let energy = 1e-4 * close * close * n as f64;
+        // A tenth of that for the mean square of what a solution lacks.
+        let energy = 1e-2 * close * close * n as f64;
         let mut near: Option<(Factor, Vec<f64>)> = None;
         for _ in 0..100 {
             let reading = self.read(ordered, f);
@@ -602,7 +610,7 @@ impl Model<'_> {
                     prior.covariance(&mut b);
                     scale(&mut b, &root);
                     let mut x: Vec<f64> = guess.iter().zip(&root).map(|(u, r)| u * r).collect();
-                    system.solve(&b, &mut x, small)?;
+                    system.solve(&b, &mut x, small, true)?;
                     for ((guess, x), root) in guess.iter_mut().zip(&x).zip(&root) {
                         *guess = x / root;
                     }
@@ -800,7 +808,7 @@ impl Latent {
         scale(&mut b, &self.root);
         let mut x = vec![C::default(); z.len()];
         System { prior: &self.prior, root: &self.root, near: &self.near }
-            .solve(&b, &mut x, energy)?;
+            .solve(&b, &mut x, energy, false)?;
         Ok(x)
     }
 

@@ -856,9 +856,16 @@ pub(super) fn tell_survey(survey: &Survey) -> Result<()> {
         line(if i == 0 { "covariates" } else { "" }, spec)?;
     }
     if !survey.dropped.is_empty() {
+        // Which row a row repeats is worth a line where they are few.
+        let repeats = |reason: &str| reason.starts_with("repeats row");
+        let many = survey.dropped.iter().filter(|d| repeats(&d.reason)).count() > 3;
         let mut reasons: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
         for dropped in &survey.dropped {
-            reasons.entry(&dropped.reason).or_default().push(dropped.row);
+            let reason = match many && repeats(&dropped.reason) {
+                true => "repeat an earlier row: same place, same outcome",
+                false => &dropped.reason,
+            };
+            reasons.entry(reason).or_default().push(dropped.row);
         }
         for (reason, rows) in reasons {
             let shown: Vec<String> = rows.iter().take(8).map(usize::to_string).collect();

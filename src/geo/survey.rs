@@ -213,6 +213,8 @@ const TESTED: &str = "tested ntested numtested notested numbertested numbertes t
      examinedn numexamined noexamined numberexamined numberexa screened nscreened trials ntrials n ntot \
      total totaltested totalexamined sampled nsampled samplesize";
 
+/// Tested in a household, at most: of so few, two at one place are often alike by chance.
+const HOUSEHOLD: f64 = 5.0;
 const URBAN_RURAL: &str = "urbanrura urbanrural urbanicity typeofresidence hv025 v025";
 
 /// `name` is one of `spellings`.
@@ -948,9 +950,12 @@ impl Reading<'_> {
         rows: &mut Vec<usize>,
         dropped: &mut Vec<Dropped>,
     ) {
-        // Single people, one per row, may truly be alike: a repeat says nothing.
+        // Single people and households, one per row, may truly be alike: a repeat says nothing.
         let people = match outcome {
-            Outcome::Counts { tested, .. } => rows.iter().all(|i| tested[*i] == 1.0),
+            Outcome::Counts { tested, .. } => {
+                let few = rows.iter().filter(|i| tested[**i] <= HOUSEHOLD).count();
+                2 * few > rows.len()
+            }
             _ => false,
         };
         let mut seen: HashMap<[u64; 2], Vec<usize>> = HashMap::new();

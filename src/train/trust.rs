@@ -404,8 +404,12 @@ const IMPOSSIBLE_KM: f64 = 20_038.0;
 /// Wider than this, a plane of the user's own says little of a round earth, km.
 const PLANE_KM: f64 = 3_000.0;
 
+/// Values farther from the median than so many distances between the quartiles are named: of a normal law
+/// one in 10¹⁵ is, of an exponential one in 1,500.
+const FAR_OUT: f64 = 6.0;
+
 /// What can be wrong with a survey whatever the model: kilometres and metres, percentages as counts,
-/// heaps of one value, many surveys of one place.
+/// heaps of one value, values far from all others, many surveys of one place.
 pub fn units(survey: &Survey, frame: &Frame) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut find = |about: &str, text: String| {
@@ -456,6 +460,29 @@ pub fn units(survey: &Survey, frame: &Frame) -> Vec<Finding> {
         Outcome::Values(values) | Outcome::Positive(values) if sites >= FEWEST => {
             let mut sorted = values.clone();
             sorted.sort_by(f64::total_cmp);
+            let at = |share: f64| sorted[(share * (sites - 1) as f64).round() as usize];
+            let [low, middle, high] = [0.25, 0.5, 0.75].map(at);
+            let out = FAR_OUT * (high - low);
+            let beyond = sorted.iter().filter(|v| (**v - middle).abs() > out).count();
+            if beyond > 0 && out > 0.0 && matches!(survey.outcome, Outcome::Values(_)) {
+                find(
+                    "outliers",
+                    format!(
+                        "{beyond} of {sites} values lie more than {FAR_OUT} times the quartiles' distance from \
+                         the median (from {} to {}; half of all lie between {} and {}): the model takes \
+                         them for the surface or its noise, and bends or widens the map; check them{}",
+                        short(sorted[0]),
+                        short(sorted[sites - 1]),
+                        short(low),
+                        short(high),
+                        if sorted[0] > 0.0 {
+                            ", or map their logarithm with --log-value"
+                        } else {
+                            ""
+                        }
+                    ),
+                );
+            }
             let runs = sorted.chunk_by(|a, b| a == b);
             if let Some(run) = runs.max_by_key(|run| run.len()).filter(|r| share(r.len()) > 20.0) {
                 find(

@@ -81,6 +81,30 @@ fn wrong_surveys_are_named_for_what_is_wrong() {
     assert_error(&error, "farther apart than any two places on Earth", &["span"], "local:m");
 }
 
+/// Values far from all others bend a Gaussian process: they are named, and a logarithm where there is one.
+#[test]
+fn values_far_from_all_others_are_named() {
+    let folder = TempDir::new().unwrap();
+    let values = |name: &str, far: f64, low: f64| {
+        spoilt(&folder, name, "lon,lat,level", |i, [x, y, n, k]| {
+            format!("{x},{y},{}", if i == 11 { far } else { low + k / n })
+        })
+    };
+    let asked = |file: &str| verdict(&[file, "--value", "level"]);
+    let near = asked(&values("near.csv", 1.5, 1.0));
+    assert!(!about(&near).contains(&"outliers".to_string()), "{near:#}");
+    for (file, log) in
+        [(values("above.csv", 90.0, 1.0), true), (values("below.csv", -90.0, 0.0), false)]
+    {
+        let found = asked(&file);
+        let finding =
+            found["findings"].as_array().unwrap().iter().find(|f| f["about"] == "outliers");
+        let text = finding.unwrap_or_else(|| panic!("{found:#}"))["text"].as_str().unwrap();
+        assert!(text.starts_with("1 of 138 values lie more than 6 times"), "{text}");
+        assert_eq!(text.contains("--log-value"), log, "{text}");
+    }
+}
+
 /// Standard error of a command that is refused after it printed its table.
 fn refused_after_text(args: &[&str]) -> String {
     let output = super::command(args).output().unwrap();
