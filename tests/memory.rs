@@ -80,12 +80,27 @@ fn every_process_takes_the_memory_that_it_says() -> Result<()> {
     let (sites, targets) = (1_000, 1_000);
     let y = Tensor::zeros((1, sites, 1), DType::F32, &Device::Cpu)?;
     let context = Observations::new(places(sites, 1), y, None)?;
+    let mut cases: Vec<_> =
+        processes.iter().map(|(name, p)| (*name, &**p, context.clone())).collect();
+    // Counts take more of some: few, whose covariance stays in doubt, and many.
+    let binomial = Problem::new(2, likelihood::find("binomial")?);
+    let entry = MODELS.iter().find(|entry| entry.name == "kriging").expect("registered");
+    let usual = toml::Table::new();
+    let reads_counts =
+        (entry.build)(&usual, binomial, &mut Params::new(1, &Device::Cpu, DType::F32))?;
+    for (name, n) in [("kriging of few counts", 300), ("kriging of counts", 5_000)] {
+        let y = Tensor::from_iter((0..n).map(|i| (i * i % 3) as f32), &Device::Cpu)?;
+        let trials = Tensor::full(5f32, (1, n), &Device::Cpu)?;
+        let counts = Observations::new(places(n, 1), y.reshape((1, n, 1))?, Some(trials))?;
+        cases.push((name, &*reads_counts, counts));
+    }
     let asked = places(targets, 2);
     let mut wrong = Vec::new();
-    for (name, process) in &processes {
-        process.condition(&context)?.at(&asked)?; // threads have their buffers from now on
+    for (name, process, context) in &cases {
+        let sites = context.len();
+        process.condition(context)?.at(&asked)?; // threads have their buffers from now on
         let said = process.memory(sites);
-        let (posterior, [conditioning, held]) = taken(|| process.condition(&context))?;
+        let (posterior, [conditioning, held]) = taken(|| process.condition(context))?;
         let (_, [asking, _]) = taken(|| posterior.at(&asked))?;
         for (what, said, seen) in [
             ("conditioning", said.conditioning, conditioning),

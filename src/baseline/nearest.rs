@@ -479,6 +479,27 @@ impl NearestGp {
         rows.iter().map(log).collect()
     }
 
+    /// [`Process::memory`] of a process with so many neighbours.
+    pub(crate) fn memory_for(sites: usize, [previous, near]: [usize; 2], counts: bool) -> Memory {
+        // Coordinates, outcomes, trials, value and noise; the tree; and for a while two lists of
+        // neighbours, each held twice while it is made, and what the order is made with.
+        let held = sites * (16 + 4 * 8 + Tree::bytes(2));
+        let lists = sites * 2 * (4 * (previous + near) + 48);
+        let threads = rayon::current_num_threads();
+        let block = 8 * LANES * row_of(near + 2) * threads;
+        if !counts {
+            let conditioning = held + lists + block + 256 * sites;
+            return Memory { conditioning, held: held + block, target: 512 };
+        }
+        // Two sparse factors; drawn readings, held twice while they are made; and columns of as many
+        // draws as each thread works at.
+        let factors = sites * 2 * 12 * previous;
+        let drawn = sites * 3 * 4 * SAMPLES;
+        let columns = sites * 10 * 8 * LANES * threads;
+        let held = held + factors + drawn + 128 * sites + block;
+        Memory { conditioning: held + lists + drawn + columns + 256 * sites, held, target: 512 }
+    }
+
     /// The same of one row that is asked of process after process, each much like the one before: so near
     /// that rounding in what asks for it does not turn a search elsewhere.
     pub(crate) fn log_marginal_of(&self, asked: &mut Jury) -> Result<f64> {
@@ -917,23 +938,7 @@ impl Process for NearestGp {
     }
 
     fn memory(&self, sites: usize) -> Memory {
-        // Coordinates, outcomes, trials, value and noise; the tree; and for a while two lists of
-        // neighbours, each held twice while it is made, and what the order is made with.
-        let held = sites * (16 + 4 * 8 + Tree::bytes(2));
-        let lists = sites * 2 * (4 * (self.previous + self.near) + 48);
-        let threads = rayon::current_num_threads();
-        let block = 8 * LANES * row_of(self.near + 2) * threads;
-        if !self.likelihood.counts() {
-            let conditioning = held + lists + block + 256 * sites;
-            return Memory { conditioning, held: held + block, target: 512 };
-        }
-        // Two sparse factors; drawn readings, held twice while they are made; and columns of as many
-        // draws as each thread works at.
-        let factors = sites * 2 * 12 * self.previous;
-        let drawn = sites * 3 * 4 * SAMPLES;
-        let columns = sites * 10 * 8 * LANES * threads;
-        let held = held + factors + drawn + 128 * sites + block;
-        Memory { conditioning: held + lists + drawn + columns + 256 * sites, held, target: 512 }
+        Self::memory_for(sites, [self.previous, self.near], self.likelihood.counts())
     }
 }
 

@@ -454,10 +454,7 @@ fn warnings(
     let other =
         notes.iter().zip(found).filter(|(n, a)| !n.is_empty() && !a.means.is_empty()).count();
     if other > 0 {
-        warnings.push(format!(
-            "{other} area{} have a note of their own: see the column note",
-            plural(other)
-        ));
+        warnings.push(format!("the column note says more of {other} area{}", plural(other)));
     }
     warnings
 }

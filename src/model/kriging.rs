@@ -36,7 +36,7 @@ use crate::{
     baseline::{
         NearestGp,
         exact_gp::{Row, rows},
-        nearest::{Jury, MANY_COUNTS},
+        nearest::{Jury, MANY_COUNTS, PREVIOUS},
         neighbours::{Tree, spread},
         nelder_mead::minimise,
         variogram::{WIDTH, Window, place},
@@ -433,7 +433,7 @@ impl Kriging {
         let (mean, belief) = if row.y.is_empty() { (0.0, 1.0) } else { (mean, belief) };
         let near = self.config.near;
         let gp = NearestGp::new(read.kernel, read.nugget, mean, self.likelihood)?;
-        let gp = gp.uncertain_mean(belief).neighbours(30, near);
+        let gp = gp.uncertain_mean(belief).neighbours(PREVIOUS, near);
         // Few sites do not tell a trend from a surface, nor do counts of few people.
         let sloped = !self.likelihood.counts() && row.y.len() > 2 * self.config.window;
         if sloped { gp.sloped(belief) } else { Ok(gp) }
@@ -730,6 +730,17 @@ impl Process for Kriging {
         // As the nearest-neighbour process, and the features of windows at all levels.
         let held = sites * 200;
         let windows = 2 * sites.div_ceil(self.config.window / 2) * WIDTH * 8;
+        if self.likelihood.counts() {
+            // Where the covariance stays in doubt every draw of it has a posterior.
+            let few = sites <= 2 * self.config.window;
+            let members = if few { ORDERS.len() * self.config.draws } else { 1 };
+            let one = NearestGp::memory_for(sites, [PREVIOUS, self.config.near], true);
+            return Memory {
+                conditioning: (members - 1) * one.held + one.conditioning + windows + (3 << 20),
+                held: members * one.held,
+                target: 1024,
+            };
+        }
         Memory { conditioning: 4 * held + windows + (3 << 20), held, target: 1024 }
     }
 
