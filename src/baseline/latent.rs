@@ -199,10 +199,11 @@ impl Factor {
             let variance = (said.variance + noise[i as usize]).max(least);
             out.push((variance, weights));
         });
+        let entries = rows.iter().flatten().map(|(_, weights)| weights.len()).sum();
         let mut factor = Factor {
             starts: Vec::with_capacity(n + 1),
-            before: Vec::new(),
-            weight: Vec::new(),
+            before: Vec::with_capacity(entries),
+            weight: Vec::with_capacity(entries),
             variance: Vec::with_capacity(n),
         };
         factor.starts.push(0);
@@ -579,8 +580,7 @@ impl Model<'_> {
         let mut objective = self.log_likelihood(ordered, &vec![0.0; m]);
         // What the next step may gain, in nats: from nowhere, some part of one for each place.
         let (mut settled, mut gain) = (false, if told { 1.0 } else { 0.1 * n as f64 });
-        // A tenth of that for the mean square of what a solution lacks.
-        let energy = 1e-2 * close * close * n as f64;
+        let energy = 1e-4 * close * close * n as f64;
         let mut near: Option<(Factor, Vec<f64>)> = None;
         for _ in 0..100 {
             let reading = self.read(ordered, f);

@@ -738,7 +738,7 @@ impl Process for Kriging {
             return Memory {
                 conditioning: (members - 1) * one.held + one.conditioning + windows + (3 << 20),
                 held: members * one.held,
-                target: 1024,
+                target: 2048,
             };
         }
         Memory { conditioning: 4 * held + windows + (3 << 20), held, target: 1024 }

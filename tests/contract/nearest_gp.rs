@@ -404,7 +404,8 @@ fn odd_contexts_get_finite_answers_or_a_refusal() -> Result<()> {
         assert!(mean.iter().chain(&sd).all(|v| v.is_finite()) && sd.iter().all(|s| *s > 0.0));
     }
     for positive in [0.0, 50.0] {
-        let context = seen(&places, &vec![positive; 401], Some(&vec![50.0; 401]));
+        let some = &places[281..];
+        let context = seen(some, &vec![positive; some.len()], Some(&vec![50.0; some.len()]));
         let fitted = NearestGp::fit(&context, binomial())?;
         let [mean, sd, _] = ask(&fitted, &context, &at)?;
         assert!(mean.iter().chain(&sd).all(|v| v.is_finite()), "{fitted:?}");
