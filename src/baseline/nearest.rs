@@ -500,8 +500,8 @@ impl NearestGp {
         Memory { conditioning: held + lists + drawn + columns + 256 * sites, held, target: 512 }
     }
 
-    /// The same of one row that is asked of process after process, each much like the one before: so near
-    /// that rounding in what asks for it does not turn a search elsewhere.
+    /// [`NearestGp::log_marginals`] of one row that is asked of process after process, each much like the one
+    /// before: so near that rounding in what asks for it does not turn a search elsewhere.
     pub(crate) fn log_marginal_of(&self, asked: &mut Jury) -> Result<f64> {
         let Jury { ordered, lists, start } = asked;
         let settled = self.settle(ordered, lists, None, start, 1e-3);

@@ -494,12 +494,12 @@ impl Kriging {
         }
         let counts = self.likelihood.counts();
         let judged = judges(alone, JUDGES)?;
-        let jury = |most: usize| -> Result<_> {
-            Ok(RefCell::new(Jury::new(&judges(alone, most)?, self.likelihood)?))
+        let jury = |of: &Observations| Jury::new(of, self.likelihood).map(RefCell::new);
+        let first_word = if counts { Some(jury(&judged)?) } else { None };
+        let last_word = match counts && alone.len() > 2 * JUDGES {
+            true => Some(jury(&judges(alone, MANY_COUNTS)?)?),
+            false => None,
         };
-        let first_word = if counts { Some(jury(JUDGES)?) } else { None };
-        let last_word =
-            if counts && alone.len() > 2 * JUDGES { Some(jury(MANY_COUNTS)?) } else { None };
         let by = |jury: Option<&RefCell<Jury>>, read: Read| -> Result<f64> {
             let gp = self.gp(read, row)?;
             match jury {
