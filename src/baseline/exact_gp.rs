@@ -364,7 +364,7 @@ impl ExactGp {
     }
 
     /// Whether sites are told apart by their times; if not, those that sites have are passed over.
-    fn reads_time(&self) -> bool {
+    pub(super) fn reads_time(&self) -> bool {
         self.kernel.change().is_some()
     }
 
@@ -890,10 +890,6 @@ impl Posterior for Conditioned<'_> {
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
-        if self.gp.reads_time() {
-            return Err(Error::input("joint draws over a map do not take times yet")
-                .try_this("leave --draws out, or --time"));
-        }
         Ok(Box::new(field::Dense::new(self, self.gp, row, draws, seed, extent)?))
     }
 }

@@ -48,8 +48,9 @@ fn check(draws: usize) -> Result<()> {
     Ok(())
 }
 
-/// Longest distance between the sites' corners, or `extent` where that is longer.
-fn reach(sites: &[Vec<f64>], extent: f64) -> f64 {
+/// Longest distance between the sites' corners, or `extent` where that is longer; and of sites whose
+/// last coordinate is a time, how long between the first and the last of them.
+fn reach(sites: &[Vec<f64>], extent: f64, timed: bool) -> [f64; 2] {
     let side = |d: usize| {
         let axis = sites.iter().map(|s| s[d]);
         let (low, high) =
@@ -57,7 +58,9 @@ fn reach(sites: &[Vec<f64>], extent: f64) -> f64 {
         (high - low).max(0.0)
     };
     let dim = sites.first().map_or(0, Vec::len);
-    extent.max((0..dim).map(|d| side(d).powi(2)).sum::<f64>().sqrt())
+    let of_place = dim.saturating_sub(usize::from(timed));
+    let longest = extent.max((0..of_place).map(|d| side(d).powi(2)).sum::<f64>().sqrt());
+    [longest, (of_place..dim).map(side).sum()]
 }
 
 /// The mean's deviation from the prior's, in each draw.
@@ -106,9 +109,10 @@ fn prior_at(prior: &Spectral, draws: usize, places: &[Vec<f64>]) -> Mat<f32> {
     whole
 }
 
-/// Coordinates of one row of targets, as many for each as sites have.
-fn places(targets: &Sites, dim: usize) -> Result<Vec<Vec<f64>>> {
-    let mut rows = targets.host()?;
+/// Coordinates of one row of targets, and, of `timed` sites, their times behind; as many numbers for each
+/// as sites have.
+fn places(targets: &Sites, dim: usize, timed: bool) -> Result<Vec<Vec<f64>>> {
+    let mut rows = exact_gp::places(targets, 0, timed)?;
     let (rows, places) = (rows.len(), rows.pop().unwrap_or_default());
     if rows != 1 {
         return Err(Error::axis("rows of targets to draw surfaces over", rows, 1));
@@ -119,13 +123,14 @@ fn places(targets: &Sites, dim: usize) -> Result<Vec<Vec<f64>>> {
     Ok(places)
 }
 
-/// Coordinates of sites on a plane or in space; of sites on a line there are no fields.
-fn spread(sites: &[Vec<f64>]) -> Result<usize> {
-    let dim = sites.first().map_or(2, Vec::len);
+/// Coordinates of sites on a plane, perhaps with a time, or in space; of sites on a line there are no
+/// fields.
+fn spread(sites: &[Vec<f64>], timed: bool) -> Result<usize> {
+    let dim = sites.first().map_or(2 + usize::from(timed), Vec::len);
     match dim {
         2 | 3 => Ok(dim),
         _ => Err(Error::input(
-            "joint draws are made on a plane or in space, and not in more dimensions",
+            "joint draws are made on a plane, with times or without, or in space, and not in more dimensions",
         )
         .fact("coordinates of a site", dim)
         .try_this("ways around a barrier may need more: leave the barrier out, or the draws")),
@@ -160,8 +165,8 @@ impl<'a> Dense<'a> {
         let features = gp.features();
         let sites: Vec<Vec<f64>> =
             row.sites.iter().map(|site| site[..site.len() - features].to_vec()).collect();
-        let (n, dim) = (sites.len(), spread(&sites)?);
-        let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent))?;
+        let (n, dim, timed) = (sites.len(), spread(&sites, gp.reads_time())?, gp.reads_time());
+        let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent, timed))?;
         let z = behind(&row.sites, features);
         let mut slopes = slopes(draws, features, seed);
         let sd = gp.coefficient_variance.sqrt();
@@ -240,7 +245,8 @@ impl Field for Dense<'_> {
     }
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
-        let places = places(targets, self.sites.first().map_or(2, Vec::len))?;
+        let dim = self.sites.first().map_or(2, Vec::len);
+        let places = places(targets, dim, self.gp.reads_time())?;
         let z = features(targets, self.gp.features())?;
         let parts: Vec<Vec<f32>> = places
             .par_chunks(CHUNK)
@@ -362,8 +368,8 @@ impl<'a> Local<'a> {
                 .fact("memory", format!("{:.1} GiB", (4 * n * draws) as f64 / f64::from(1 << 30)))
                 .try_this(format!("ask for {} draws at the most", (MOST_HELD / n.max(1)).max(1))));
         }
-        let dim = spread(&sites)?;
-        let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent))?;
+        let (dim, timed) = (spread(&sites, gp.reads_time())?, gp.reads_time());
+        let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent, timed))?;
         let mut told = prior_at(&prior, draws, &sites);
         match row.latent() {
             None => {
@@ -426,7 +432,10 @@ impl Field for Local<'_> {
     }
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
-        let places = places(targets, self.dim)?;
+        let mut places = places(targets, self.dim, self.gp.reads_time())?;
+        if self.gp.reads_time() {
+            places.iter_mut().for_each(|place| place[2] *= self.gp.stretch);
+        }
         let z = features(targets, self.effects.as_ref().map_or(0, |e| e.law.mean.len()))?;
         let draws = self.draws();
         let parts: Vec<Drawn> = places

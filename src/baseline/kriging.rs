@@ -18,6 +18,13 @@ use crate::kernel::Kernel;
 /// Places of one piece of work. Sums over pieces run in their order, whatever the threads.
 pub(super) const CHUNK: usize = 64 * LANES;
 
+/// How many times fewer sites are in the thinner parts that some neighbours are taken from.
+///
+/// Measured on lattices of 105,000 sites under clouds, 60 neighbours, told the truth: CRPS 1.2 to 2 %
+/// lower than from as many nearest, and as low on sites without gaps.
+const THIN: usize = 8;
+const THINNER: usize = 32;
+
 /// One number for each level of the mean.
 pub(super) type Levels = [f64; LEVELS];
 
@@ -160,25 +167,35 @@ impl Ordered {
         Lists { most, flat, len }
     }
 
-    /// The `near` sites nearest to site `i`, itself first.
-    pub fn around_site(&self, i: usize, near: usize, found: &mut Found) {
-        self.tree.nearest(self.flat(i), near, self.len(), found);
+    /// The `near` sites before `end` nearest to site `i`, itself first.
+    pub fn around_site(&self, i: usize, near: usize, end: usize, found: &mut Found) {
+        self.tree.nearest(self.flat(i), near, end, found);
     }
 
-    /// The `near` nearest sites of places.
+    /// `near` sites to krige places from: the nearest, and the nearest of thinner and thinner parts of
+    /// all, which stand around a gap where the nearest are on one side of it.
     pub fn around(&self, places: &[&[f64]], near: usize, found: &mut Found) -> Around {
         let one = |place: &&[f64]| {
-            self.tree.nearest(&map(self.unstretch, place), near, self.len(), found);
-            let from = |i: usize| found[i].0.sqrt();
-            let cut = near > 3 && found.len() == near && near < self.len();
-            let fade = match cut {
-                true => {
-                    let range = [from(near - 1 - near / 4), from(near - 1)];
-                    found.iter().map(|(square, _)| faded(square.sqrt(), range)).collect()
+            let place = map(self.unstretch, place);
+            let mut kept: Vec<(u32, f64)> = Vec::with_capacity(near);
+            let whole = [(1, near)];
+            let far = near / 4;
+            let parts = [(1, near - 2 * far), (THIN, far), (THINNER, far)];
+            for (thin, most) in if near < self.len() { &parts[..] } else { &whole[..] } {
+                let end = self.len() / thin;
+                self.tree.nearest(&place, *most, end, found);
+                let from = |i: usize| found[i].0.sqrt();
+                let cut = *most > 3 && *most < end;
+                let range = cut.then(|| [from(most - 1 - most / 4), from(most - 1)]);
+                let fade = |square: f64| range.map_or(0.0, |range| faded(square.sqrt(), range));
+                for (square, i) in found.iter() {
+                    match kept.iter_mut().find(|(j, _)| j == i) {
+                        Some((_, before)) => *before = before.min(fade(*square)),
+                        None => kept.push((*i, fade(*square))),
+                    }
                 }
-                false => Vec::new(),
-            };
-            (found.iter().map(|(_, i)| *i).collect(), fade)
+            }
+            kept.into_iter().unzip()
         };
         Around(places.iter().map(one).collect())
     }

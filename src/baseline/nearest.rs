@@ -11,15 +11,16 @@
 //! case and no sparse matrix is ever made. The price: where the nugget is several times the sill, 30
 //! noisy neighbours say less of the surface than the whole neighbourhood would.
 //!
-//! **Prediction.** Each target is kriged from its `near` nearest observations, however the others are
-//! asked for; the mean of the surface is estimated from all sites. The farthest quarter of the
-//! neighbours fades out, so that a map has no steps where one replaces another. Fitting chooses `near` by what
-//! twice as many would add, which is how a large nugget is paid for.
+//! **Prediction.** Each target is kriged from `near` observations, however the others are asked for: half
+//! of them the nearest, the others the nearest among ever fewer sites that are spread over everything, so
+//! that a place in a gap hears all of its sides. The mean of the surface is estimated from all sites. The
+//! farthest quarter of each part fades out, so that a map has no steps where one neighbour replaces another.
+//! Fitting chooses `near` by what twice as many would add, which is how a large nugget is paid for.
 //!
 //! **Counts.** A count of few trials says little, and 30 of them say little more: here the surface itself
 //! is what each place has in common with its neighbours, and Laplace's approximation, at the mode of all
 //! counts together, is what they say of it: see `latent.rs`. A target is kriged from the
-//! surface at its `near` nearest sites.
+//! surface at `near` sites.
 //!
 //! **Direction and trend.** Neighbours are those that the kernel finds near ([`Kernel::unstretch`]). A
 //! mean may be linear in the coordinates ([`NearestGp::sloped`]): its slopes are integrated out, which is
@@ -302,17 +303,8 @@ impl NearestGp {
     }
 
     /// Whether sites are told apart by their times; if not, those that sites have are passed over.
-    fn reads_time(&self) -> bool {
+    pub(super) fn reads_time(&self) -> bool {
         self.kernel.change().is_some()
-    }
-
-    /// Refuses joint draws of a surface that changes with time.
-    pub(super) fn refuse_times(&self) -> Result<()> {
-        if self.reads_time() {
-            return Err(Error::input("joint draws over a map do not take times yet")
-                .try_this("leave --draws out, or --time"));
-        }
-        Ok(())
     }
 
     /// Rows of a context, their times stretched.
@@ -432,17 +424,21 @@ impl NearestGp {
     }
 
     /// How many neighbours a prediction needs: as many as it takes until twice as many would shrink
-    /// the sd of the surface, between some sites and their neighbours, by less than half a percent.
+    /// the sd of the surface, between sites and their neighbours and in gaps, by less than half a percent.
     fn enough(&self, ordered: &Ordered) -> usize {
-        let (value, noise) = (vec![0.0; ordered.len()], vec![self.nugget; ordered.len()]);
+        let n = ordered.len();
+        let (value, noise) = (vec![0.0; n], vec![self.nugget; n]);
         let heard = Heard { value: &value, noise: &noise };
         let mut room = Room::default();
-        // Midway to a neighbour, since at a site there is always one observation.
-        let places: Vec<Vec<f64>> = spaced(ordered.len(), 256)
-            .iter()
-            .map(|i| {
-                let site = ordered.site(*i as usize);
-                ordered.around_site(*i as usize, 2, &mut room.found);
+        // Midway to a neighbour, since at a site there is always one observation; and to the nearest of
+        // a few sites far apart, which is where gaps are.
+        let ends = [n, (n / 64).max(2)]
+            .into_iter()
+            .flat_map(|end| spaced(end.min(n), 256).into_iter().map(move |i| (i as usize, end)));
+        let places: Vec<Vec<f64>> = ends
+            .map(|(i, end)| {
+                let site = ordered.site(i);
+                ordered.around_site(i, 2, end, &mut room.found);
                 let other = room.found.last().map_or(site, |(_, j)| ordered.site(*j as usize));
                 site.iter().zip(other).map(|(a, b)| 0.5 * (a + b)).collect()
             })
@@ -769,7 +765,7 @@ fn clustered(ordered: &Ordered, most: usize) -> Row {
     spaced(ordered.len(), most / 2).iter().for_each(|i| kept[*i as usize] = true);
     let mut found = Vec::new();
     for centre in 0..CLUSTERS.min(ordered.len()) {
-        ordered.around_site(centre, most / 2 / CLUSTERS, &mut found);
+        ordered.around_site(centre, most / 2 / CLUSTERS, ordered.len(), &mut found);
         found.iter().for_each(|(_, i)| kept[*i as usize] = true);
     }
     let seen = |i: &usize| kept[ordered.at[*i] as usize];
@@ -996,7 +992,6 @@ impl<G: std::ops::Deref<Target = NearestGp> + Send + Sync> Posterior for Conditi
         let [row] = &self.rows[..] else {
             return Err(Error::axis("rows of the context to draw surfaces of", self.rows.len(), 1));
         };
-        self.gp.refuse_times()?;
         Ok(Box::new(field::Local::new(&self.gp, row, None, (draws, seed), extent)?))
     }
 }

@@ -403,7 +403,6 @@ impl Posterior for Conditioned<'_> {
     /// Laplace's pseudo-values is that at the coefficients' mean.
     fn field(&self, draws: usize, seed: u64, extent: f64) -> Result<Box<dyn Field + '_>> {
         let Some((gp, law)) = &self.whole.joint else { return Err(Error::NoJointDraws) };
-        gp.refuse_times()?;
         let (row, x) = self.middle(gp, law)?;
         Ok(Box::new(field::Local::new(gp, row, Some((law, x)), (draws, seed), extent)?))
     }

@@ -25,7 +25,7 @@ const ENOUGH: f64 = 0.004;
 /// Draws of a surface with mean zero: `Σⱼ aⱼ cos(ωⱼ·s) + bⱼ sin(ωⱼ·s)` with normal a and b. All draws
 /// share their frequencies, so that many draws at many places are one matrix product.
 pub(super) struct Spectral {
-    /// Turns per unit of the sites, along each of their two or three axes.
+    /// Turns per unit of the sites, along each of their two or three axes, the last of which may be time.
     turns: Vec<Vec<f64>>,
     /// `[draw, feature]`: for each chunk of frequencies those of the cosines, then of the sines.
     weights: Mat<f32>,
@@ -80,7 +80,7 @@ fn waves_at(place: &[f64], of: &[&[f64]], cos: &mut [f32], sin: &mut [f32]) {
 
 impl Spectral {
     /// `draws` draws of a surface with this covariance, for places of `dim` coordinates up to `extent`
-    /// apart.
+    /// apart, in space and, where the kernel has a time, in time.
     ///
     /// # Errors
     /// [`Error::Input`] for a kernel without a spectral distribution in so many dimensions.
@@ -89,7 +89,7 @@ impl Spectral {
         dim: usize,
         draws: usize,
         seed: u64,
-        extent: f64,
+        extent: [f64; 2],
     ) -> Result<Self> {
         let mut count = FREQUENCIES[0];
         let (turns, error) = loop {
@@ -97,7 +97,7 @@ impl Spectral {
                 Error::input("surfaces of this kernel cannot be drawn at map scale")
                     .fact("kernel", format!("{kernel:?}"))
                     .fact("coordinates of a place", dim)
-                    .try_this("use a Matérn kernel on a plane or the globe")
+                    .try_this("use a Matérn kernel on a plane or the globe, or one on a plane and in time")
             })?;
             let error = error(kernel, &turns, extent);
             if error < ENOUGH || count >= FREQUENCIES[1] {
@@ -134,8 +134,8 @@ impl Spectral {
 }
 
 /// `count` frequencies, turns per unit, each of one share of the spectral distribution: equal steps
-/// of its distribution function outwards, the golden section of a half turn from one to the next; in
-/// space, over half a sphere by the two numbers that are golden for pairs (those of the plastic number).
+/// of its distribution function outwards, the golden section of all directions from one to the next; in
+/// three dimensions, by the two numbers that are golden for pairs (those of the plastic number).
 fn frequencies(kernel: &dyn Kernel, dim: usize, count: usize) -> Option<Vec<Vec<f64>>> {
     const PLASTIC: f64 = 1.324_717_957_244_746;
     let golden = 0.5 * (5f64.sqrt() - 1.0);
@@ -143,13 +143,10 @@ fn frequencies(kernel: &dyn Kernel, dim: usize, count: usize) -> Option<Vec<Vec<
     for j in 0..count {
         let (share, j) = ((j as f64 + 0.5) / count as f64, j as f64);
         let found = match dim {
-            2 => kernel.frequency(share, 0.5 * (j * golden).fract())?.to_vec(),
+            2 => kernel.frequency(&[share, (j * golden).fract()])?,
             3 => {
-                let up = (0.5 + j / PLASTIC).fract();
-                let across = (1.0 - up * up).sqrt();
-                let (sin, cos) =
-                    (std::f64::consts::TAU * (j / PLASTIC / PLASTIC).fract()).sin_cos();
-                kernel.frequency_in_space(share, [across * cos, across * sin, up])?.to_vec()
+                let pair = [(0.5 + j / PLASTIC).fract(), (j / PLASTIC / PLASTIC).fract()];
+                kernel.frequency(&[share, pair[0], pair[1]])?
             }
             _ => return None,
         };
@@ -160,19 +157,21 @@ fn frequencies(kernel: &dyn Kernel, dim: usize, count: usize) -> Option<Vec<Vec<
 }
 
 /// Root mean square difference between the waves' correlation and the kernel's, over lags spread on
-/// a disc or ball of radius `extent`.
-fn error(kernel: &dyn Kernel, turns: &[Vec<f64>], extent: f64) -> f64 {
+/// a disc or ball of radius `extent`; of a kernel of time, on the disc and over `time` as well.
+fn error(kernel: &dyn Kernel, turns: &[Vec<f64>], [extent, time]: [f64; 2]) -> f64 {
     const LAGS: usize = 400;
     let golden = std::f64::consts::TAU * 0.5 * (5f64.sqrt() - 1.0);
     let (dim, count) = (turns.len(), turns[0].len());
     let turns: Vec<&[f64]> = turns.iter().map(Vec::as_slice).collect();
     let (mut cos, mut sin) = (vec![0f32; count], vec![0f32; count]);
+    let timed = kernel.change().is_some();
     let squares = (0..LAGS).map(|i| {
         let r = extent * (i as f64 + 0.5) / LAGS as f64;
         let up = if dim == 3 { 2.0 * (i as f64 * 2f64.sqrt()).fract() - 1.0 } else { 0.0 };
-        let across = r * (1.0 - up * up).sqrt();
+        let across = if timed { r } else { r * (1.0 - up * up).sqrt() };
         let turn = golden * i as f64;
-        let lag = [across * turn.cos(), across * turn.sin(), r * up];
+        let last = if timed { time * up } else { r * up };
+        let lag = [across * turn.cos(), across * turn.sin(), last];
         waves_at(&lag[..dim], &turns, &mut cos, &mut sin);
         let waved = cos.iter().map(|c| f64::from(*c)).sum::<f64>() / count as f64;
         (waved - kernel.covariance(&lag[..dim], &[0.0; 3][..dim]) / kernel.sill()).powi(2)
@@ -182,8 +181,10 @@ fn error(kernel: &dyn Kernel, turns: &[Vec<f64>], extent: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::kernel::{Matern, Metric, Smoothness};
+    use crate::kernel::{Matern, Metric, Smoothness, SpaceTime};
 
     #[test]
     fn waves_are_cosines_and_sines() {
@@ -214,7 +215,7 @@ mod tests {
                 let turned = Metric::Anisotropic { angle: 0.7, ratio: 2.5 };
                 for metric in [Metric::Euclidean, turned] {
                     let kernel = Matern { smoothness, length_scale, sill: 2.0, metric };
-                    let spectral = Spectral::new(&kernel, 2, 1, 0, 2.5).unwrap();
+                    let spectral = Spectral::new(&kernel, 2, 1, 0, [2.5, 0.0]).unwrap();
                     assert!(spectral.error < most, "{kernel:?}: {}", spectral.error);
                 }
             }
@@ -228,9 +229,27 @@ mod tests {
             for (length_scale, most) in [(0.1, 0.02), (0.4, 0.02), (1.5, 0.01)] {
                 let metric = Metric::Euclidean;
                 let kernel = Matern { smoothness, length_scale, sill: 2.0, metric };
-                let spectral = Spectral::new(&kernel, 3, 1, 0, 2.5).unwrap();
+                let spectral = Spectral::new(&kernel, 3, 1, 0, [2.5, 0.0]).unwrap();
                 assert!(spectral.error < most, "{kernel:?}: {}", spectral.error);
             }
+        }
+    }
+
+    /// And in time, for every part that may stay.
+    #[test]
+    fn so_it_is_in_time() {
+        for (space, time, time_scale, static_share, most) in [
+            (Smoothness::Half, Smoothness::Half, 0.3, 0.0, 0.02),
+            (Smoothness::ThreeHalves, Smoothness::Half, 1.0, 0.4, 0.01),
+            (Smoothness::FiveHalves, Smoothness::ThreeHalves, 0.5, 0.9, 0.01),
+            (Smoothness::ThreeHalves, Smoothness::Infinite, 4.0, 0.1, 0.01),
+        ] {
+            let metric = Metric::Anisotropic { angle: 0.4, ratio: 2.0 };
+            let space = Matern { smoothness: space, length_scale: 0.4, sill: 2.0, metric };
+            let kernel =
+                SpaceTime { space: Arc::new(space), smoothness: time, time_scale, static_share };
+            let spectral = Spectral::new(&kernel, 3, 1, 0, [2.5, 2.0]).unwrap();
+            assert!(spectral.error < most, "{kernel:?}: {}", spectral.error);
         }
     }
 
@@ -244,7 +263,7 @@ mod tests {
             metric: Metric::Euclidean,
         };
         let [few, many] = [3, 40].map(|draws| {
-            let spectral = Spectral::new(&kernel, 2, draws, 9, 2.0).unwrap();
+            let spectral = Spectral::new(&kernel, 2, draws, 9, [2.0, 0.0]).unwrap();
             let mut out = Mat::zeros(draws, 2);
             spectral.add(&[vec![0.1, -0.3], vec![0.4, 0.9]], out.as_mut());
             out

@@ -9,13 +9,15 @@ use serde_json::json;
 use super::{
     Cli, Command,
     draws::Joint,
-    map::{self, Bar, line, plural, round},
+    map::{self, Bar, line, plural, round, shown},
+    times,
 };
 use crate::{
     error::{Error, Result},
     geo::{
         areas::{self, Areas},
         covariates::Cover,
+        cover::Shape,
         crs::Crs,
         frame::Frame,
         geotiff,
@@ -184,13 +186,15 @@ pub fn run(args: &Args) -> Result<()> {
     geotiff::cache(plan::cache(budget));
 
     told.covariates.for_maps()?;
-    if told.survey.columns.time.is_some() {
-        return Err(Error::input("means of districts are of surveys without times yet")
-            .try_this("leave --time out of the map's flags: all times are then read as one"));
-    }
     let layer = told.survey.columns.layer.as_deref();
     let survey = told.covariates.attach(told.survey.read()?, layer)?;
+    let moments = told.times.of(&survey)?;
     let frame = Frame::fit(&survey)?;
+    // The frame at each time; a survey without times has one.
+    let frames = match &moments[..] {
+        [] => vec![frame.clone()],
+        all => all.iter().map(|m| frame.on(m.period.middle())).collect::<Result<_>>()?,
+    };
     let context = frame.observations(&survey, &Device::Cpu)?;
     let outcome = map::outcome(&told, &survey);
     args.threshold.iter().try_for_each(|t| Spec::exceedance(*t).check(outcome.link))?;
@@ -229,8 +233,7 @@ pub fn run(args: &Args) -> Result<()> {
     let asked: &dyn Posterior = &*posteriors[0];
     let joint = Joint::prepare(&model, asked, &context, args.draws)?;
     let conditioned = joint.condition(&context)?;
-    let field = joint.field(asked, conditioned.as_deref(), args.seed, &grid, &frame)?;
-    let surfaces = joint.surfaces(asked, &cards.devices[0], &*field, outcome.link, &frame);
+    let field = joint.field(asked, conditioned.as_deref(), args.seed, &grid, &frames[0])?;
     let question = Question {
         shapes: &shapes,
         people: people.as_ref().map(|people| &people.pixels[..]),
@@ -239,37 +242,72 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let tile = draws::tile(told.tile.unwrap_or(plan::TILE), args.draws);
     let mut bar = Bar::new();
-    let found = means::run(&surfaces, &grid, &question, [tile, plan.workers], &mut |done, of| {
-        bar.show(done, of)
-    })?;
-    bar.clear();
-    if found.iter().all(|area| area.means.is_empty()) {
-        return Err(Error::input("none of the areas lies on the map")
-            .fact("areas", format!("{} in {}", areas.len(), areas.source.display()))
-            .fact("map", format!("{:?} ({})", grid.extent(), grid.crs.name()))
-            .try_this("check that both are about the same place"));
-    }
-
     let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
     survey.crs.transform(&grid.crs, &mut x, &mut y)?;
     let place = |(x, y): (&f64, &f64)| {
         [(x - grid.origin[0]) / grid.pixel[0], (y - grid.origin[1]) / grid.pixel[1]]
     };
     let sites: Vec<[f64; 2]> = x.iter().zip(&y).map(place).collect();
-    let sites: Vec<f64> = shapes
-        .iter()
-        .map(|shape| sites.iter().filter(|s| shape.contains(s[0], s[1])).count() as f64)
-        .collect();
-    let notes: Vec<String> = found
-        .iter()
-        .zip(&areas.notes)
-        .map(|(area, read)| note(area, read, people.is_some()))
-        .collect();
-    let columns = columns(args, &found, sites, &notes, people.is_some(), &outcome.name);
-    areas.write(&args.out, &columns)?;
+    let days = survey.times.as_ref().map(|times| &times.days[..]);
+    let (mut found, mut notes): (Vec<Area>, Vec<String>) = Default::default();
+    let mut columns: Vec<(String, Column)> = Vec::new();
+    for (pass, now) in frames.iter().enumerate() {
+        let surfaces = joint.surfaces(asked, &cards.devices[0], &*field, outcome.link, now);
+        let how = [tile, plan.workers];
+        let here = means::run(&surfaces, &grid, &question, how, &mut |done, of| {
+            bar.show(pass * of + done, frames.len() * of)
+        })?;
+        if here.iter().all(|area| area.means.is_empty()) {
+            bar.clear();
+            return Err(Error::input("none of the areas lies on the map")
+                .fact("areas", format!("{} in {}", areas.len(), areas.source.display()))
+                .fact("map", format!("{:?} ({})", grid.extent(), grid.crs.name()))
+                .try_this("check that both are about the same place"));
+        }
+        let moment = moments.get(pass);
+        // Of a map at times, those that were visited then.
+        let then = |i: usize| match (moment, days) {
+            (Some(moment), Some(days)) => moment.period.covers(days[i]),
+            _ => true,
+        };
+        let count = |shape: &Shape| {
+            let inside = |(i, s): &(usize, &[f64; 2])| then(*i) && shape.contains(s[0], s[1]);
+            sites.iter().enumerate().filter(inside).count() as f64
+        };
+        notes = here
+            .iter()
+            .zip(&areas.notes)
+            .map(|(area, read)| note(area, read, people.is_some()))
+            .collect();
+        let table = Table {
+            args,
+            now: &here,
+            before: (moments.len() > 1).then_some(&found),
+            time: moment.map(|m| &m.label[..]),
+            sites: shapes.iter().map(count).collect(),
+            notes: &notes,
+            counted: people.is_some(),
+            outcome: &outcome.name,
+        };
+        let more = table.columns();
+        match columns.is_empty() {
+            true => columns = more,
+            false => {
+                columns.iter_mut().zip(more).for_each(|((_, all), (_, more))| all.extend(more));
+            }
+        }
+        found = here;
+    }
+    bar.clear();
+    areas.repeated(frames.len()).write(&args.out, &columns)?;
 
     let covered = cover.as_ref().map_or_else(Vec::new, Cover::warnings);
-    let warnings = [covered, warnings(&areas, &found, &notes, people.as_ref())].concat();
+    let warnings = [
+        covered,
+        warnings(&areas, &found, &notes, people.as_ref()),
+        times::warnings(&survey, &moments),
+    ]
+    .concat();
     let note = json!({
         "isopleth": env!("CARGO_PKG_VERSION"),
         "command": std::env::args().collect::<Vec<_>>(),
@@ -292,6 +330,7 @@ pub fn run(args: &Args) -> Result<()> {
             "asked": people.asked,
             "people": found.iter().map(|area| area.people).sum::<f64>(),
         })),
+        "times": moments.iter().map(|m| &m.label[..]).collect::<Vec<_>>(),
         "draws": args.draws,
         "seed": args.seed,
         "level": args.level,
@@ -306,6 +345,10 @@ pub fn run(args: &Args) -> Result<()> {
     let text = serde_json::to_string_pretty(&note)
         .map_err(|e| Error::io("write", &args.out, std::io::Error::other(e)))?;
     whole::write_bytes(&args.out.with_file_name(beside), (text + "\n").as_bytes())?;
+    if !moments.is_empty() {
+        let labels: Vec<String> = moments.iter().map(|m| m.label.clone()).collect();
+        line("times", shown(&labels))?;
+    }
     tell(args, &areas, &found, people.as_ref(), &joint, &warnings, start)
 }
 
@@ -369,71 +412,99 @@ fn note(area: &Area, read: &str, counted: bool) -> String {
     notes.join("; ")
 }
 
-/// The columns of the table.
-fn columns(
-    args: &Args,
-    found: &[Area],
+/// What the table says of every area, at one time where there are times.
+struct Table<'a> {
+    args: &'a Args,
+    now: &'a [Area],
+    /// The same areas at the time before; nobody for the first of several times.
+    before: Option<&'a Vec<Area>>,
+    time: Option<&'a str>,
     sites: Vec<f64>,
-    notes: &[String],
+    notes: &'a [String],
     counted: bool,
-    outcome: &str,
-) -> Vec<(String, Column)> {
-    let level = format!("{:.6}", 100.0 * args.level);
-    let level = level.trim_end_matches('0').trim_end_matches('.');
-    let numbers = |f: &dyn Fn(&Area) -> f64| Column::Numbers(found.iter().map(f).collect());
-    let mut all: Vec<(String, Column)> = Vec::new();
-    let interval = |stem: &str, sd: bool, draws: &dyn Fn(&Area) -> Vec<f64>| {
-        let said: Vec<Option<Said>> =
-            found.iter().map(|area| Said::of(&draws(area), args.level)).collect();
-        let part = |f: fn(&Said) -> f64| {
-            Column::Numbers(said.iter().map(|s| s.as_ref().map_or(f64::NAN, f)).collect())
-        };
-        let (first, next) = match stem {
-            "" => ("mean".to_string(), String::new()),
-            stem => (stem.to_string(), format!("{stem}_")),
-        };
-        let mut columns = vec![(first, part(|s| s.mean))];
-        if sd {
-            columns.push((format!("{next}sd"), part(|s| s.sd)));
+    outcome: &'a str,
+}
+
+impl Table<'_> {
+    fn columns(self) -> Vec<(String, Column)> {
+        let Table { args, now: found, before, time, sites, notes, counted, outcome } = self;
+        let level = format!("{:.6}", 100.0 * args.level);
+        let level = level.trim_end_matches('0').trim_end_matches('.');
+        let numbers = |f: &dyn Fn(&Area) -> f64| Column::Numbers(found.iter().map(f).collect());
+        let mut all: Vec<(String, Column)> = Vec::new();
+        if let Some(time) = time {
+            all.push(("time".into(), Column::Text(vec![time.to_string(); found.len()])));
         }
-        columns.push((format!("{next}lower_{level}"), part(|s| s.lower)));
-        columns.push((format!("{next}upper_{level}"), part(|s| s.upper)));
-        columns
-    };
-    all.extend(interval("", true, &|area| area.means.clone()));
-    for t in &args.threshold {
-        let exceeds = numbers(&|area| means::exceedance(&area.means, *t));
-        all.push((format!("exceedance_{t}"), exceeds));
-    }
-    if counted {
-        let on_map = |area: &Area| if area.means.is_empty() { f64::NAN } else { area.people };
-        all.push(("population".into(), numbers(&on_map)));
-        let total = match outcome {
-            "prevalence" => Some("positive"),
-            "rate" => Some("cases"),
-            _ => None,
-        };
-        if let Some(total) = total {
-            let of_all = |area: &Area| -> Vec<f64> {
-                area.means.iter().map(|mean| mean * area.people).collect()
+        let interval = |stem: &str, sd: bool, draws: &dyn Fn(usize) -> Vec<f64>| {
+            let said: Vec<Option<Said>> =
+                (0..found.len()).map(|i| Said::of(&draws(i), args.level)).collect();
+            let part = |f: fn(&Said) -> f64| {
+                Column::Numbers(said.iter().map(|s| s.as_ref().map_or(f64::NAN, f)).collect())
             };
-            all.extend(interval(total, false, &of_all));
-        }
-        for (i, t) in args.threshold.iter().enumerate() {
-            // Of an area in which nobody lives, weights are sizes and no people.
-            let at_risk = |area: &Area| match area.above.get(i) {
-                Some(above) if area.by_size => vec![0.0; above.len()],
-                Some(above) => above.clone(),
-                None => Vec::new(),
+            let (first, next) = match stem {
+                "" => ("mean".to_string(), String::new()),
+                stem => (stem.to_string(), format!("{stem}_")),
             };
-            all.extend(interval(&format!("at_risk_{t}"), false, &at_risk));
+            let mut columns = vec![(first, part(|s| s.mean))];
+            if sd {
+                columns.push((format!("{next}sd"), part(|s| s.sd)));
+            }
+            columns.push((format!("{next}lower_{level}"), part(|s| s.lower)));
+            columns.push((format!("{next}upper_{level}"), part(|s| s.upper)));
+            columns
+        };
+        all.extend(interval("", true, &|i| found[i].means.clone()));
+        for t in &args.threshold {
+            let exceeds = numbers(&|area| means::exceedance(&area.means, *t));
+            all.push((format!("exceedance_{t}"), exceeds));
         }
+        if let Some(before) = before {
+            // Of each draw, which is one surface through all times.
+            let changes: Vec<Vec<f64>> = (0..found.len())
+                .map(|i| match before.get(i) {
+                    Some(before) => found[i]
+                        .means
+                        .iter()
+                        .zip(&before.means)
+                        .map(|(now, then)| now - then)
+                        .collect(),
+                    None => Vec::new(),
+                })
+                .collect();
+            all.extend(interval("change", false, &|i| changes[i].clone()));
+            let grows = changes.iter().map(|change| means::exceedance(change, 0.0)).collect();
+            all.push(("p_increase".into(), Column::Numbers(grows)));
+        }
+        if counted {
+            let on_map = |area: &Area| if area.means.is_empty() { f64::NAN } else { area.people };
+            all.push(("population".into(), numbers(&on_map)));
+            let total = match outcome {
+                "prevalence" => Some("positive"),
+                "rate" => Some("cases"),
+                _ => None,
+            };
+            if let Some(total) = total {
+                let of_all = |i: usize| -> Vec<f64> {
+                    found[i].means.iter().map(|mean| mean * found[i].people).collect()
+                };
+                all.extend(interval(total, false, &of_all));
+            }
+            for (i, t) in args.threshold.iter().enumerate() {
+                // Of an area in which nobody lives, weights are sizes and no people.
+                let at_risk = |k: usize| match found[k].above.get(i) {
+                    Some(above) if found[k].by_size => vec![0.0; above.len()],
+                    Some(above) => above.clone(),
+                    None => Vec::new(),
+                };
+                all.extend(interval(&format!("at_risk_{t}"), false, &at_risk));
+            }
+        }
+        all.push(("sites".into(), Column::Numbers(sites)));
+        all.push(("pixels".into(), numbers(&|area| area.pixels)));
+        all.push(("km2".into(), numbers(&|area| area.km2)));
+        all.push(("note".into(), Column::Text(notes.to_vec())));
+        all
     }
-    all.push(("sites".into(), Column::Numbers(sites)));
-    all.push(("pixels".into(), numbers(&|area| area.pixels)));
-    all.push(("km2".into(), numbers(&|area| area.km2)));
-    all.push(("note".into(), Column::Text(notes.to_vec())));
-    all
 }
 
 /// What the user should know before believing the table.

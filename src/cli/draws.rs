@@ -22,21 +22,23 @@ use crate::{
     sites::Observations,
 };
 
-/// Name of the draws in an output directory.
-pub(super) const FILE: &str = "draws.tif";
+/// Name of the draws in an output directory, at a time where there are several.
+pub(super) fn file(time: Option<&str>) -> String {
+    time.map_or("draws.tif".into(), |time| format!("draws_{time}.tif"))
+}
 
 /// Bytes of draws beyond which a number is taken for a slip.
 const MOST: usize = 200 << 30;
 
-/// Refuses draws that no disk is meant for.
+/// Refuses draws, at so many times, that no disk is meant for.
 ///
 /// # Errors
 /// [`Error::Input`] for no draws at all, or for too many.
-pub(super) fn check_disk(draws: usize, grid: &Grid) -> Result<()> {
+pub(super) fn check_disk([draws, times]: [usize; 2], grid: &Grid) -> Result<()> {
     if draws == 0 {
         return Err(Error::input("no surface is asked for").try_this("ask for --draws 100, say"));
     }
-    let bytes = grid.len().saturating_mul(4).saturating_mul(draws);
+    let bytes = grid.len().saturating_mul(4 * times).saturating_mul(draws);
     // A band is numbered by 16 bits.
     if bytes <= MOST && draws <= 65_535 {
         return Ok(());

@@ -147,10 +147,6 @@ pub fn run(args: &Args) -> Result<()> {
     // What costs nothing to check comes first.
     let specs = specs(args)?;
     args.covariates.for_maps()?;
-    if args.draws.is_some() && args.survey.columns.time.is_some() {
-        return Err(Error::input("joint draws over a map do not take times yet")
-            .try_this("leave --draws out, or --time"));
-    }
     if args.draws.is_some() && args.of != "surface" {
         return Err(Error::input(
             "draws are of the surface: new sites have no joint law to draw from",
@@ -175,7 +171,8 @@ pub fn run(args: &Args) -> Result<()> {
     specs.iter().try_for_each(|spec| spec.check(outcome.link))?;
     let grid = grid(args, resolution, &survey, &frame)?;
     let inside = overlap(&grid, &survey)?;
-    args.draws.map_or(Ok(()), |draws| super::draws::check_disk(draws, &grid))?;
+    let times = moments.len().max(1);
+    args.draws.map_or(Ok(()), |draws| super::draws::check_disk([draws, times], &grid))?;
     let (grid, cover) = cover(grid, &frame, output.scratch())?;
     let how = (reading, &args.windows);
     let (mut model, others) =
@@ -249,27 +246,43 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(draws) = args.draws {
         let joint = Joint::prepare(&model, asked[0], &context, draws)?;
         let conditioned = joint.condition(&context)?;
-        let field = joint.field(asked[0], conditioned.as_deref(), args.seed, &grid, &frame)?;
-        let surfaces = joint.surfaces(asked[0], &cards.devices[0], &*field, outcome.link, &frame);
-        let name = super::draws::FILE;
-        let title = |i: usize| format!("Draw {i} of {}, {}", outcome.name, outcome.whose());
-        let bands: Vec<Band> = (1..=draws)
-            .map(|i| Band { description: title(i), unit: outcome.unit.clone() })
-            .collect();
+        let frames = passes
+            .iter()
+            .map(|now| now.map_or(Ok(frame.clone()), |m| frame.on(m.period.middle())))
+            .collect::<Result<Vec<Frame>>>()?;
+        let field = joint.field(asked[0], conditioned.as_deref(), args.seed, &grid, &frames[0])?;
         let tags = super::draws::tags(&model.name, &outcome, args.seed, &joint);
-        let mut bar = Bar::new();
-        let file = output.scratch().join(name);
         let how = [args.tile.unwrap_or(plan.tile), plan.workers];
-        super::draws::write(&surfaces, &grid, &file, &bands, &tags, how, &mut |done, of| {
-            bar.show(done, of)
-        })?;
-        bar.clear();
-        let mut files = vec![name.to_string()];
-        if !args.no_pictures {
-            let look = (title(1), Scale::Level, true);
-            let drawn = picture(&file, look, &outcome, &survey, &grid, &model.name)?;
-            files.extend(drawn.file_name().and_then(|f| f.to_str()).map(String::from));
+        let mut bar = Bar::new();
+        let mut files = Vec::new();
+        // One surface through all times: draw 5 of one file is draw 5 of every other.
+        for (pass, (moment, now)) in passes.iter().zip(&frames).enumerate() {
+            let surfaces = joint.surfaces(asked[0], &cards.devices[0], &*field, outcome.link, now);
+            let when = moment.map_or(String::new(), |m| format!(" in {}", m.label));
+            let title =
+                |i: usize| format!("Draw {i} of {}{when}, {}", outcome.name, outcome.whose());
+            let bands: Vec<Band> = (1..=draws)
+                .map(|i| Band { description: title(i), unit: outcome.unit.clone() })
+                .collect();
+            let name = super::draws::file(moment.map(|m| &m.label[..]));
+            let file = output.scratch().join(&name);
+            super::draws::write(&surfaces, &grid, &file, &bands, &tags, how, &mut |done, of| {
+                bar.show(pass * of + done, passes.len() * of)
+            })?;
+            files.push(name);
+            if !args.no_pictures {
+                let look = (title(1), Scale::Level, true);
+                let drawn = match moment {
+                    None => picture(&file, look, &outcome, &survey, &grid, &model.name)?,
+                    Some(moment) => {
+                        let one = std::slice::from_ref(*moment);
+                        pictures(&file, look, one, &outcome, &survey, &grid, &model.name)?
+                    }
+                };
+                files.extend(drawn.file_name().and_then(|f| f.to_str()).map(String::from));
+            }
         }
+        bar.clear();
         made.push(ProductNote {
             product: format!("draws:{draws}"),
             description: format!("{draws} joint draws of {}; {}", outcome.name, joint.about),
@@ -977,7 +990,7 @@ pub(super) fn plural(n: usize) -> &'static str {
 }
 
 /// Labels in one line, the middle ones left out where there are many.
-fn shown(labels: &[String]) -> String {
+pub(super) fn shown(labels: &[String]) -> String {
     match labels {
         [first, second, .., last] if labels.len() > 8 => {
             format!("{}: {first}, {second} … {last}", labels.len())

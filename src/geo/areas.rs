@@ -120,6 +120,19 @@ impl Areas {
             .try_this("cut the layer down to the region of the map first")
     }
 
+    /// Every area so many times, all of them once and then again: a table with a row for each area and
+    /// time.
+    pub fn repeated(&self, times: usize) -> Self {
+        let mut all = self.clone();
+        for _ in 1..times {
+            all.columns.iter_mut().zip(&self.columns).for_each(|(a, b)| a.extend(b.clone()));
+            all.rings.extend_from_slice(&self.rings);
+            all.wkb.extend_from_slice(&self.wkb);
+            all.notes.extend_from_slice(&self.notes);
+        }
+        all
+    }
+
     /// Writes the areas with more columns: GeoPackage, GeoParquet (.parquet), or CSV without outlines.
     /// `path` holds the whole file or is untouched. A name that is there already gets a number.
     ///

@@ -71,6 +71,16 @@ impl Column {
             Column::Text(cells) => Column::Text(cells[start..end].to_vec()),
         }
     }
+
+    /// The same with the cells of another below; those of another kind are cells without a value.
+    pub fn extend(&mut self, below: Self) {
+        match (self, below) {
+            (Column::Numbers(values), Column::Numbers(more)) => values.extend(more),
+            (Column::Text(cells), Column::Text(more)) => cells.extend(more),
+            (Column::Numbers(values), other) => values.extend(vec![f64::NAN; other.len()]),
+            (Column::Text(cells), other) => cells.extend(vec![String::new(); other.len()]),
+        }
+    }
 }
 
 /// Rows of a file that are decoded at once.

@@ -2,8 +2,13 @@
 //!
 //! Source: Rasmussen & Williams (2006), eq. 4.14–4.17; Stein (1999) on why smoothness matters.
 
+use statrs::distribution::{ContinuousCDF, StudentsT};
+
 use super::{Entry, Kernel, Metric};
-use crate::{fused::simd, predictive::normal_cdf};
+use crate::{
+    fused::simd,
+    predictive::{normal_cdf, normal_quantile},
+};
 
 /// Order ν of a Matérn kernel: surfaces are differentiable ⌈ν⌉ − 1 times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -36,6 +41,18 @@ impl Smoothness {
             Self::FiveHalves => "5/2",
             Self::Infinite => "inf",
         }
+    }
+
+    /// A frequency on a line, radians per length scale: the quantile of a t with 2ν degrees of freedom
+    /// (Rasmussen & Williams 2006, eq. 4.15) at `share` in (0, 1).
+    pub fn frequency(self, share: f64) -> Option<f64> {
+        let freedom = match self {
+            Self::Half => return Some((std::f64::consts::PI * (share - 0.5)).tan()),
+            Self::ThreeHalves => 3.0,
+            Self::FiveHalves => 5.0,
+            Self::Infinite => return Some(normal_quantile(share)),
+        };
+        Some(StudentsT::new(0.0, 1.0, freedom).ok()?.inverse_cdf(share))
     }
 
     /// Correlation at `scaled` = distance / length scale, both in one unit.
@@ -145,8 +162,32 @@ impl Kernel for Matern {
             _ => None,
         }
     }
-    /// Rasmussen & Williams (2006), eq. 4.15: a bivariate t with 2ν degrees of freedom.
-    fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
+    /// Rasmussen & Williams (2006), eq. 4.15: on the plane, a bivariate t with 2ν degrees of freedom.
+    fn frequency(&self, at: &[f64]) -> Option<Vec<f64>> {
+        match (at, self.metric) {
+            ([share, turn], Metric::Euclidean) => Some(self.on_a_plane(*share, *turn).to_vec()),
+            // Lags are turned and stretched; frequencies by the transpose of that.
+            ([share, turn], Metric::Anisotropic { angle, ratio }) => {
+                let ([x, y], (sin, cos)) = (self.on_a_plane(*share, *turn), angle.sin_cos());
+                Some(vec![cos * x - ratio * sin * y, sin * x + ratio * cos * y])
+            }
+            ([share, up, turn], Metric::Euclidean) => {
+                let across = (1.0 - up * up).sqrt();
+                let (sin, cos) = (std::f64::consts::TAU * turn).sin_cos();
+                let out = self.out_in_space(*share);
+                Some(vec![out * across * cos, out * across * sin, out * up])
+            }
+            _ => None,
+        }
+    }
+    fn matern(&self) -> Option<Matern> {
+        Some(*self)
+    }
+}
+
+impl Matern {
+    /// A frequency of the plane, `share` of the distribution out and `turn` half turns round.
+    fn on_a_plane(&self, share: f64, turn: f64) -> [f64; 2] {
         let left = 1.0 - share;
         let out = match self.smoothness {
             Smoothness::Half => (left.powi(-2) - 1.0).sqrt(),
@@ -154,29 +195,18 @@ impl Kernel for Matern {
             Smoothness::FiveHalves => (5.0 * (left.powf(-0.4) - 1.0)).sqrt(),
             Smoothness::Infinite => (-2.0 * left.ln()).sqrt(),
         } / self.length_scale;
-        let (sin, cos) = (std::f64::consts::TAU * turn).sin_cos();
-        let (x, y) = (out * cos, out * sin);
-        match self.metric {
-            Metric::Euclidean => Some([x, y]),
-            // Lags are turned and stretched; frequencies by the transpose of that.
-            Metric::Anisotropic { angle, ratio } => {
-                let (sin, cos) = angle.sin_cos();
-                Some([cos * x - ratio * sin * y, sin * x + ratio * cos * y])
-            }
-            Metric::GreatCircle => None,
-        }
+        let (sin, cos) = (std::f64::consts::PI * turn).sin_cos();
+        [out * cos, out * sin]
     }
-    fn matern(&self) -> Option<Matern> {
-        Some(*self)
-    }
-    /// The same in three dimensions. With r = √(2ν) tan θ the distribution function of the length is a sum
-    /// of sines, and is turned round by halving.
-    fn frequency_in_space(&self, share: f64, direction: [f64; 3]) -> Option<[f64; 3]> {
+
+    /// How far out a frequency in three dimensions lies. With r = √(2ν) tan θ the distribution function of
+    /// the length is a sum of sines, and is turned round by halving.
+    fn out_in_space(&self, share: f64) -> f64 {
         let freedom = match self.smoothness {
             Smoothness::Half => 1.0f64,
             Smoothness::ThreeHalves => 3.0,
             Smoothness::FiveHalves => 5.0,
-            Smoothness::Infinite => 0.0,
+            Smoothness::Infinite => 1.0,
         };
         let shorter = |a: f64| -> f64 {
             let sum = match self.smoothness {
@@ -199,12 +229,9 @@ impl Kernel for Matern {
             let middle = 0.5 * (low + high);
             if shorter(middle) < share { low = middle } else { high = middle }
         }
-        let out = low.tan() * if freedom > 0.0 { freedom.sqrt() } else { 1.0 } / self.length_scale;
-        (self.metric == Metric::Euclidean).then(|| direction.map(|d| out * d))
+        low.tan() * freedom.sqrt() / self.length_scale
     }
-}
 
-impl Matern {
     /// Covariances at squared distances in length scales, in place.
     fn at_squares(&self, out: &mut [f64]) {
         match self.smoothness {

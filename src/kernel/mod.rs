@@ -52,14 +52,16 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
         None
     }
 
-    /// A frequency of the plane's spectral distribution, of which the covariance is the expected
-    /// cosine: `covariance(h) = sill · E cos(ω·h)`. `share` in (0, 1) says how far out it lies, as a
-    /// value of the distribution function, and `turn` in which direction, in turns. Nothing for
-    /// kernels whose spectral distribution is not known here.
+    /// A frequency of the spectral distribution, of which the covariance is the expected cosine:
+    /// `covariance(h) = sill · E cos(ω·h)`. `at`, a number in (0, 1) for each coordinate of a site, says
+    /// which: even numbers make frequencies of that distribution. The first is how far out it lies in space,
+    /// as a value of the distribution function, the others in which direction, half of all directions being
+    /// enough; for kernels of a time the last is how far out along time. Nothing for kernels whose spectral
+    /// distribution is not known here, in so many dimensions.
     ///
     /// # Units
     /// Radians per unit of the sites.
-    fn frequency(&self, _share: f64, _turn: f64) -> Option<[f64; 2]> {
+    fn frequency(&self, _at: &[f64]) -> Option<Vec<f64>> {
         None
     }
 
@@ -70,11 +72,6 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
 
     /// How the surface changes with time, for kernels of sites with a time; nothing for all others.
     fn change(&self) -> Option<Change> {
-        None
-    }
-
-    /// The same of the spectral distribution in three dimensions, in this direction (a unit vector).
-    fn frequency_in_space(&self, _share: f64, _direction: [f64; 3]) -> Option<[f64; 3]> {
         None
     }
 }
@@ -96,17 +93,14 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     fn unstretch(&self) -> Option<[f64; 4]> {
         (**self).unstretch()
     }
-    fn frequency(&self, share: f64, turn: f64) -> Option<[f64; 2]> {
-        (**self).frequency(share, turn)
+    fn frequency(&self, at: &[f64]) -> Option<Vec<f64>> {
+        (**self).frequency(at)
     }
     fn matern(&self) -> Option<Matern> {
         (**self).matern()
     }
     fn change(&self) -> Option<Change> {
         (**self).change()
-    }
-    fn frequency_in_space(&self, share: f64, direction: [f64; 3]) -> Option<[f64; 3]> {
-        (**self).frequency_in_space(share, direction)
     }
 }
 

@@ -68,6 +68,18 @@ impl Kernel for SpaceTime {
     fn unstretch(&self) -> Option<[f64; 4]> {
         self.space.unstretch()
     }
+    /// A share of the waves stands still in time; the others' frequencies are those of the correlation in
+    /// time, a t with 2ν degrees of freedom.
+    fn frequency(&self, at: &[f64]) -> Option<Vec<f64>> {
+        let ([in_space @ .., along], 3) = (at, at.len()) else { return None };
+        let mut frequency = self.space.frequency(in_space)?;
+        let changes = (along - self.static_share) / (1.0 - self.static_share);
+        frequency.push(match changes > 0.0 {
+            true => self.smoothness.frequency(changes)? / self.time_scale,
+            false => 0.0,
+        });
+        Some(frequency)
+    }
     fn change(&self) -> Option<Change> {
         Some(Change { time_scale: self.time_scale, static_share: self.static_share })
     }

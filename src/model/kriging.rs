@@ -117,7 +117,7 @@ impl Default for Config {
             widths: vec![256, 256, 128],
             window: 400,
             draws: 6,
-            near: 60,
+            near: 100,
             prior_mean: None,
             prior_sd: None,
         }

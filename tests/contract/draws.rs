@@ -5,7 +5,7 @@ use isopleth::{
     Link, Observations, Of, Posterior, Process, Result, Sites, Stream,
     baseline::{ExactGp, NearestGp},
     geo::{crs::Crs, frame::Frame, grid::Grid},
-    kernel::{Kernel, Matern, Metric, Smoothness},
+    kernel::{Kernel, Matern, Metric, Smoothness, SpaceTime},
     likelihood,
     linalg::Cholesky,
     mapping::draws::{self, BLOCK, Surfaces},
@@ -17,21 +17,40 @@ fn matern(smoothness: Smoothness, length_scale: f64, sill: f64) -> Matern {
     Matern { smoothness, length_scale, sill, metric: Metric::Euclidean }
 }
 
-fn places(n: usize, rng: &mut Stream) -> Vec<[f64; 2]> {
-    (0..n).map(|_| [rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)]).collect()
+/// A kernel of places; with a `time_scale`, two fifths of it stay and the others change with time.
+fn kernel(smoothness: Smoothness, time_scale: Option<f64>) -> Box<dyn Kernel> {
+    let space = matern(smoothness, 0.35, 1.4);
+    let Some(time_scale) = time_scale else { return Box::new(space) };
+    let (space, smoothness) = (std::sync::Arc::new(space), Smoothness::Half);
+    Box::new(SpaceTime { space, smoothness, time_scale, static_share: 0.4 })
 }
 
-/// Coordinates in f64, so that every process sees the same places to the last digit.
-fn sites(places: &[[f64; 2]]) -> Sites {
-    let flat: Vec<f64> = places.iter().flatten().copied().collect();
-    Sites::new(Tensor::from_vec(flat, (1, places.len(), 2), &CPU).unwrap())
+fn places(n: usize, rng: &mut Stream) -> Vec<Vec<f64>> {
+    (0..n).map(|_| vec![rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)]).collect()
+}
+
+/// Places with, where `timed`, a time.
+fn visits(n: usize, timed: bool, rng: &mut Stream) -> Vec<Vec<f64>> {
+    let mut all = places(n, rng);
+    all.iter_mut().for_each(|p| p.extend(timed.then(|| rng.uniform(-1.0, 1.0))));
+    all
+}
+
+/// Coordinates in f64, so that every process sees the same places to the last digit; a third is a time.
+fn sites(places: &[Vec<f64>]) -> Sites {
+    let n = places.len();
+    let axes = |axes: std::ops::Range<usize>| {
+        let flat: Vec<f64> = places.iter().flat_map(|p| p[axes.clone()].iter().copied()).collect();
+        Tensor::from_vec(flat, (1, n, axes.len()), &CPU).unwrap()
+    };
+    let t = (places[0].len() == 3).then(|| axes(2..3));
+    Sites { t, ..Sites::new(axes(0..2)) }
 }
 
 /// A surface seen at `n` places: counts out of 40, or noisy values.
 fn seen(gp: &ExactGp, counts: bool, n: usize, rng: &mut Stream) -> Observations {
-    let at = places(n, rng);
-    let all: Vec<Vec<f64>> = at.iter().map(|p| p.to_vec()).collect();
-    let factor = Cholesky::factor(isopleth::kernel::matrix(&*gp.kernel, &all, &all)).unwrap();
+    let at = visits(n, gp.kernel.change().is_some(), rng);
+    let factor = Cholesky::factor(isopleth::kernel::matrix(&*gp.kernel, &at, &at)).unwrap();
     let latent = factor.colour(&rng.normals(n));
     let noisy = latent.iter().map(|f| gp.mean + f + gp.nugget.sqrt() * rng.normal());
     let noisy: Vec<f64> = noisy.collect();
@@ -44,9 +63,8 @@ fn seen(gp: &ExactGp, counts: bool, n: usize, rng: &mut Stream) -> Observations 
     Observations::new(sites(&at), tensor(k, &[1, n, 1]), Some(trials)).unwrap()
 }
 
-fn exact(smoothness: Smoothness, counts: bool) -> ExactGp {
+fn exact(kernel: Box<dyn Kernel>, counts: bool) -> ExactGp {
     let likelihood = likelihood::find(if counts { "binomial" } else { "gaussian" }).unwrap();
-    let kernel = Box::new(matern(smoothness, 0.35, 1.4));
     ExactGp::new(kernel, 0.15, -0.4, likelihood).unwrap().uncertain_mean(4.0)
 }
 
@@ -61,16 +79,17 @@ fn dense(posterior: &dyn Posterior, targets: &Sites, n: usize) -> Vec<Vec<f64>> 
 #[test]
 fn fields_have_the_exact_joint_posterior() -> Result<()> {
     const DRAWS: usize = 3000;
-    for (smoothness, counts) in [
-        (Smoothness::Half, false),
-        (Smoothness::ThreeHalves, true),
-        (Smoothness::FiveHalves, false),
+    for (smoothness, counts, timed) in [
+        (Smoothness::Half, false, false),
+        (Smoothness::ThreeHalves, true, false),
+        (Smoothness::FiveHalves, false, false),
+        (Smoothness::ThreeHalves, true, true),
     ] {
         let mut rng = Stream::new(11, "field", u64::from(counts));
-        let gp = exact(smoothness, counts);
+        let gp = exact(kernel(smoothness, timed.then_some(0.8)), counts);
         let context = seen(&gp, counts, 40, &mut rng);
         let posterior = gp.condition(&context)?;
-        let at = places(30, &mut rng);
+        let at = visits(30, timed, &mut rng);
         let targets = sites(&at);
         let field = posterior.field(DRAWS, 1, 3.0)?;
         assert!(field.error() < 0.012, "{smoothness:?}: waves are off by {}", field.error());
@@ -138,20 +157,18 @@ fn fields_have_the_exact_joint_posterior() -> Result<()> {
 /// With as many neighbours as sites, the nearest-neighbour process draws what the exact one does.
 #[test]
 fn both_processes_draw_alike() -> Result<()> {
-    for counts in [false, true] {
+    for (counts, timed) in [(false, false), (true, false), (false, true)] {
         let mut rng = Stream::new(12, "alike", 0);
-        let gp = exact(Smoothness::ThreeHalves, counts);
+        let gp = exact(kernel(Smoothness::ThreeHalves, timed.then_some(0.8)), counts);
         let context = seen(&gp, counts, 35, &mut rng);
         let likelihood = likelihood::find(if counts { "binomial" } else { "gaussian" })?;
-        let near = NearestGp::new(
-            Box::new(matern(Smoothness::ThreeHalves, 0.35, 1.4)),
-            0.15,
-            -0.4,
-            likelihood,
-        )?
-        .uncertain_mean(4.0)
-        .neighbours(35, 35);
-        let targets = sites(&places(25, &mut rng));
+        // Times stretched by a half, and the kernel's with them.
+        let stretched = kernel(Smoothness::ThreeHalves, timed.then_some(0.4));
+        let near = NearestGp::new(stretched, 0.15, -0.4, likelihood)?
+            .stretched(if timed { 0.5 } else { 1.0 })?
+            .uncertain_mean(4.0)
+            .neighbours(35, 35);
+        let targets = sites(&visits(25, timed, &mut rng));
         let (one, other) = (gp.condition(&context)?, near.condition(&context)?);
         const DRAWS: usize = 2000;
         let [one, other] =
@@ -179,7 +196,7 @@ fn both_processes_draw_alike() -> Result<()> {
 #[test]
 fn nearest_neighbours_draw_their_own_marginals() -> Result<()> {
     let mut rng = Stream::new(13, "near", 0);
-    let gp = exact(Smoothness::Half, false);
+    let gp = exact(kernel(Smoothness::Half, None), false);
     let context = seen(&gp, false, 600, &mut rng);
     let near = NearestGp::new(
         Box::new(matern(Smoothness::Half, 0.35, 1.4)),
@@ -190,7 +207,7 @@ fn nearest_neighbours_draw_their_own_marginals() -> Result<()> {
     .uncertain_mean(4.0);
     let posterior = near.condition(&context)?;
     let mut at = places(40, &mut rng);
-    at.push([2.5, 2.0]);
+    at.push(vec![2.5, 2.0]);
     let targets = sites(&at);
     const DRAWS: usize = 3000;
     let drawn = posterior.field(DRAWS, 4, 5.0)?.at(&targets)?;
@@ -259,7 +276,7 @@ fn over(surfaces: &Surfaces, grid: &Grid, how: [usize; 2]) -> Vec<Vec<f32>> {
 fn seams_are_invisible() -> Result<()> {
     let mut rng = Stream::new(14, "seams", 0);
     let (grid, frame) = (grid(70, 100), frame());
-    let gp = exact(Smoothness::ThreeHalves, true);
+    let gp = exact(kernel(Smoothness::ThreeHalves, None), true);
     let context = seen(&gp, true, 50, &mut rng);
     let near = NearestGp::new(
         Box::new(matern(Smoothness::ThreeHalves, 0.35, 1.4)),
@@ -321,9 +338,10 @@ fn frequencies_make_the_covariance() {
         const N: usize = 20_000;
         for lag in [[0.1, 0.0], [0.5, -0.4], [0.0, 1.6]] {
             let waved = (0..N).map(|j| {
-                let turn = 0.5 * (j as f64 * 0.618_033_988_749_894_9).fract();
-                let [x, y] = kernel.frequency((j as f64 + 0.5) / N as f64, turn).unwrap();
-                (x * lag[0] + y * lag[1]).cos()
+                let turn = (j as f64 * 0.618_033_988_749_894_9).fract();
+                let at = [(j as f64 + 0.5) / N as f64, turn];
+                let frequency = kernel.frequency(&at).unwrap();
+                (frequency[0] * lag[0] + frequency[1] * lag[1]).cos()
             });
             let waved = 2.0 * waved.sum::<f64>() / N as f64;
             let exact = kernel.covariance(&lag, &[0.0, 0.0]);
@@ -334,7 +352,7 @@ fn frequencies_make_the_covariance() {
         }
     }
     let globe = Matern { metric: Metric::GreatCircle, ..matern(Smoothness::Half, 1.0, 1.0) };
-    assert!(globe.frequency(0.5, 0.1).is_none());
+    assert!(globe.frequency(&[0.5, 0.1]).is_none());
 }
 
 /// Ninety in a hundred intervals of district means hold the truth, over many small countries whose
@@ -344,7 +362,7 @@ fn frequencies_make_the_covariance() {
 fn intervals_of_district_means_hold_what_they_should() -> Result<()> {
     use isopleth::{mapping::areas::Said, predictive::normal_quantile};
     const COUNTRIES: u64 = 120;
-    let gp = exact(Smoothness::ThreeHalves, true);
+    let gp = exact(kernel(Smoothness::ThreeHalves, None), true);
     let gp = ExactGp::new(gp.kernel, 0.15, -0.4, likelihood::find("binomial")?)?;
     let frame = frame();
     let (mut joint, mut alone) = (0, 0);
@@ -352,10 +370,10 @@ fn intervals_of_district_means_hold_what_they_should() -> Result<()> {
         let mut rng = Stream::new(21, "country", country);
         let mut all = places(40, &mut rng);
         // A district of 8 × 8 pixels in the middle, and one in a corner.
-        let pixel = |i: usize, at: f64| [at + 0.06 * (i % 8) as f64, at + 0.06 * (i / 8) as f64];
+        let pixel =
+            |i: usize, at: f64| vec![at + 0.06 * (i % 8) as f64, at + 0.06 * (i / 8) as f64];
         all.extend((0..64).map(|i| pixel(i, -0.2)).chain((0..64).map(|i| pixel(i, 0.5))));
-        let places: Vec<Vec<f64>> = all.iter().map(|p| p.to_vec()).collect();
-        let factor = Cholesky::factor(isopleth::kernel::matrix(&*gp.kernel, &places, &places))?;
+        let factor = Cholesky::factor(isopleth::kernel::matrix(&*gp.kernel, &all, &all))?;
         let surface = factor.colour(&rng.normals(all.len()));
         let noisy = surface[..40].iter().map(|f| gp.mean + f + gp.nugget.sqrt() * rng.normal());
         let noisy: Vec<f64> = noisy.collect();

@@ -4,7 +4,11 @@ use std::fs;
 
 use isopleth::{
     Link, Stream,
-    geo::{geotiff::Raster, grid::Window, table::Columns},
+    geo::{
+        geotiff::Raster,
+        grid::Window,
+        table::{Column, Columns},
+    },
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -129,6 +133,83 @@ fn dates_are_read_and_rows_without_one_are_dropped() {
     }
 }
 
+/// Draws are surfaces through all times: their means and spreads are the maps', and the change from year to
+/// year is as sure as the two years together make it, which is surer than two years apart would.
+#[test]
+fn draws_and_districts_at_several_times() {
+    const DRAWS: usize = 400;
+    let desk = Desk::new();
+    let (file, out) = (desk.place("degrees.csv"), desk.place("out"));
+    // On the globe, since outlines are of degrees: 100 km are about one.
+    let degrees = |row: &str| -> String {
+        let mut cells: Vec<String> = row.split(',').map(String::from).collect();
+        cells[..2].iter_mut().for_each(|c| *c = (c.parse::<f64>().unwrap() / 100.0).to_string());
+        cells.join(",") + "\n"
+    };
+    let rows: String =
+        survey(|round| (2014 + round).to_string()).lines().skip(1).map(degrees).collect();
+    fs::write(&file, format!("lon,lat,tested,positive,year\n{rows}")).unwrap();
+    let asked =
+        ["map", "--surveys", &file, "--resolution", "10km", "--products", "mean,sd", "--out", &out];
+    let more = ["--time", "year", "--at", "2014..2016", "--draws", "400", "--no-pictures"];
+    ok(&[&asked[..], &more].concat());
+    let [means, sds] = ["mean", "sd"].map(|name| bands(&format!("{out}/{name}.tif")));
+    for (band, year) in (2014..=2016).enumerate() {
+        let draws = bands(&format!("{out}/draws_{year}.tif"));
+        assert_eq!(draws.len(), DRAWS);
+        assert!(draws[4].0.starts_with(&format!("Draw 5 of prevalence in {year}")));
+        for pixel in 0..means[band].1.len() {
+            let at = || draws.iter().map(|d| d.1[pixel]);
+            let mean = at().sum::<f64>() / DRAWS as f64;
+            let sd = (at().map(|v| (v - mean).powi(2)).sum::<f64>() / DRAWS as f64).sqrt();
+            let (own, spread) = (means[band].1[pixel], sds[band].1[pixel]);
+            assert!((mean - own).abs() < 5.0 * spread / (DRAWS as f64).sqrt(), "{mean}, not {own}");
+            assert!((0.8..1.25).contains(&(sd / spread)), "{sd}, not {spread}");
+        }
+    }
+
+    let half = |west: usize| {
+        format!(
+            r#"{{"type":"Feature","properties":{{"name":"{west}"}},"geometry":{{"type":"Polygon","coordinates":
+            [[[0.{west},0.05],[0.{e},0.05],[0.{e},0.75],[0.{west},0.75],[0.{west},0.05]]]}}}}"#,
+            e = west + 40
+        )
+    };
+    let (districts, table) = (desk.place("halves.geojson"), desk.place("halves.csv"));
+    let all = format!(r#"{{"type":"FeatureCollection","features":[{},{}]}}"#, half(10), half(50));
+    fs::write(&districts, all).unwrap();
+    let said = ok(&["areas", "--map", &out, "--areas", &districts, "--out", &table]);
+    assert!(said.contains("times  ") && said.contains("2014, 2015, 2016"), "{said}");
+    let table = Columns::read(std::path::Path::new(&table)).unwrap();
+    let numbers = |name: &str| table.numbers(name).unwrap().to_vec();
+    let years = table.column("time").unwrap();
+    let Column::Numbers(years) = years else { panic!("years are {years:?}") };
+    assert_eq!(*years, [2014.0, 2014.0, 2015.0, 2015.0, 2016.0, 2016.0]);
+    let [mean, sd, change] = ["mean", "sd", "change"].map(numbers);
+    let [low, high, grows] = ["change_lower_95", "change_upper_95", "p_increase"].map(numbers);
+    // Twenty villages a year, each in one half or the other.
+    assert_eq!(numbers("sites").iter().sum::<f64>(), {
+        let columns = Columns::read(std::path::Path::new(&file)).unwrap();
+        let x = columns.numbers("lon").unwrap();
+        let y = columns.numbers("lat").unwrap();
+        let inside = |(x, y): &(&f64, &f64)| (0.05..0.75).contains(*y) && (0.1..0.9).contains(*x);
+        x.iter().zip(y).filter(inside).count() as f64
+    });
+    let mut narrower = 0.0;
+    for i in 0..6 {
+        if i < 2 {
+            assert!(change[i].is_nan() && grows[i].is_nan(), "nothing came before");
+            continue;
+        }
+        assert!((change[i] - (mean[i] - mean[i - 2])).abs() < 1e-9);
+        assert!(change[i] > 0.05 && grows[i] > 0.95, "prevalence rises by 0.8 on the link scale");
+        let apart = 2.0 * 1.96 * sd[i].hypot(sd[i - 2]);
+        narrower += (high[i] - low[i]) / apart / 4.0;
+    }
+    // 0.89; by chance within 0.025 of it. Two surfaces, one for each year, would make it 1.
+    assert!(narrower < 0.95, "one surface through both years: {narrower}");
+}
+
 #[test]
 fn times_that_make_no_map_are_refused() {
     let desk = Desk::new();
@@ -150,8 +231,6 @@ fn times_that_make_no_map_are_refused() {
         text(&command(&desk.map(&desk.survey, &out, &["--at", "2015"])).output().unwrap().stderr)
             .contains("--time")
     );
-    let draws = with(&["--time", "year", "--at", "2015", "--draws", "5"]);
-    assert_error(&draws, "do not take times yet", &[], "--time");
     let moved = with(&["--time", "year", "--at", "2015", "--displacement", "5"]);
     assert_error(&moved, "displaced", &["--time"], "leave one");
     // A shipped model that knows no time.
