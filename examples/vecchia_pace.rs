@@ -57,7 +57,9 @@ fn surface(places: &[[f64; 2]], rng: &mut Stream) -> Vec<f64> {
     let kernel = kernel();
     let waves: Vec<[f64; 3]> = (0..WAVES)
         .map(|_| {
-            let [x, y] = kernel.frequency(rng.unit(), rng.unit()).expect("a Matérn kernel");
+            let at = [rng.unit(), rng.unit()];
+            let frequency = kernel.frequency(&at).expect("a Matérn kernel");
+            let (x, y) = (frequency[0], frequency[1]);
             [x, y, rng.uniform(0.0, std::f64::consts::TAU)]
         })
         .collect();

@@ -43,7 +43,7 @@ use super::{
     kriging::{
         CHUNK, Heard, Kriging, Levels, Lists, Ordered, Room, Shift, Weights, dot, levels, spaced,
     },
-    latent::{JITTER, Latent, Model, SAMPLES, Samples, Start},
+    latent::{Coarse, JITTER, Latent, Model, SAMPLES, Samples, Start},
     neighbours::Tree,
     nelder_mead::minimise,
 };
@@ -489,7 +489,7 @@ impl NearestGp {
         }
         // Two sparse factors; drawn readings, held twice while they are made; and columns of as many
         // draws as each thread works at.
-        let factors = sites * 2 * 12 * previous;
+        let factors = sites * 2 * 12 * previous + Coarse::bytes(sites);
         let drawn = sites * 3 * 4 * SAMPLES;
         let columns = sites * 10 * 8 * LANES * threads;
         let held = held + factors + drawn + 128 * sites + block;
@@ -546,7 +546,7 @@ impl NearestGp {
                 Form::Values { value, noise: vec![self.nugget; ordered.len()], shift }
             }
             Settled::Counts(mut latent) => {
-                let samples = latent.samples()?;
+                let samples = latent.samples(&ordered)?;
                 let jitter = JITTER * self.kernel.sill();
                 let whole = self.near.min(self.previous + 1) >= ordered.len();
                 let doubt = (0..ordered.len())
