@@ -2,11 +2,12 @@
 """What the years before are worth: simulated surveys of five rounds of 60 villages, foretold at 40 more villages of
 the last round that were held out.
 
-    scripts/space_time.py SURVEYS [ISOPLETH]
+    scripts/space_time.py SURVEYS [ISOPLETH [MODEL …]]
 
 Surveys are drawn by `isopleth sample` from a prior in which any share stays and the rest changes with a length scale of a
 tenth to three times the span of the rounds. The Gaussian process is fitted to all rounds with their times, to all as if
-they were one, and to the last round alone. Surveys are the units of chance.
+they were one, and to the last round alone; models that read time are given all rounds with their times. Surveys are the
+units of chance.
 """
 
 import collections
@@ -79,12 +80,12 @@ def main():
         draw = ["sample", place("five.toml"), "--out", place("five.csv"), "--count", str(2 * count), "--seed", "1"]
         subprocess.run([isopleth] + draw, check=True, stdout=subprocess.DEVNULL)
 
-        def met(rows, more):
+        def met(rows, more, model="gp"):
             with open(place("survey.csv"), "w") as file:
                 file.write("x,y,tested,positive,year,fold\n")
                 csv.writer(file).writerows(rows)
             how = ["--surveys", place("survey.csv"), "--crs", "local:km", "--folds", place("survey.csv") + ":fold"]
-            asked = [isopleth, "validate", "--model", "gp", "--json"] + how + more
+            asked = [isopleth, "validate", "--model", model, "--json"] + how + more
             said = subprocess.run(asked, check=True, capture_output=True, text=True).stdout
             return next(f for f in json.loads(said)["folds"] if f["fold"] == "held")
 
@@ -95,6 +96,7 @@ def main():
                 "with time": met(rows, ["--time", "year"]),
                 "all rounds as one": met(rows, []),
                 "last round alone": met(last, []),
+                **{model: met(rows, ["--time", "year"], model) for model in sys.argv[3:]},
             })
     n = len(found)
     print(f"{n} surveys, {HELD} villages of the last round held out in each")

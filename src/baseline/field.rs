@@ -434,7 +434,7 @@ impl Field for Local<'_> {
     fn at(&self, targets: &Sites) -> Result<Drawn> {
         let mut places = places(targets, self.dim, self.gp.reads_time())?;
         if self.gp.reads_time() {
-            places.iter_mut().for_each(|place| place[2] *= self.gp.stretch);
+            places.iter_mut().for_each(|place| nearest::stretch_time(place, self.gp.stretch));
         }
         let z = features(targets, self.effects.as_ref().map_or(0, |e| e.law.mean.len()))?;
         let draws = self.draws();

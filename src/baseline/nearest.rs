@@ -14,7 +14,7 @@
 //! **Prediction.** Each target is kriged from `near` observations, however the others are asked for: half
 //! of them the nearest, the others the nearest among ever fewer sites that are spread over everything, so
 //! that a place in a gap hears all of its sides. The mean of the surface is estimated from all sites. The
-//! farthest quarter of each part fades out, so that a map has no steps where one neighbour replaces another.
+//! farthest half of each part fades out, so that a map has no steps where one neighbour replaces another.
 //! Fitting chooses `near` by what twice as many would add, which is how a large nugget is paid for.
 //!
 //! **Counts.** A count of few trials says little, and 30 of them say little more: here the surface itself
@@ -747,9 +747,16 @@ const ROUND: Matern = Matern {
     metric: Metric::Euclidean,
 };
 
+/// The last coordinate of a site with a time.
+pub(super) fn stretch_time(site: &mut [f64], stretch: f64) {
+    if let Some(time) = site.last_mut() {
+        *time *= stretch;
+    }
+}
+
 /// A row with times multiplied by a factor.
 fn stretched(mut row: Row, stretch: f64) -> Row {
-    row.sites.iter_mut().for_each(|site| site[2] *= stretch);
+    row.sites.iter_mut().for_each(|site| stretch_time(site, stretch));
     row
 }
 
@@ -951,7 +958,7 @@ impl<G: std::ops::Deref<Target = NearestGp> + Send + Sync> Posterior for Conditi
         let timed = gp.reads_time();
         let mut places = places(targets, 0, timed)?;
         if timed {
-            places.iter_mut().flatten().for_each(|place| place[2] *= gp.stretch);
+            places.iter_mut().flatten().for_each(|place| stretch_time(place, gp.stretch));
         }
         for (row, sites) in self.rows.iter().zip(places) {
             let wide = sites.first().map_or(row.ordered.dim(), Vec::len);

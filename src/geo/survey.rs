@@ -768,13 +768,6 @@ impl Reading<'_> {
     /// The days of every row, NaN where there is none.
     fn times(&mut self) -> Result<Option<Times>> {
         let Some(named) = &self.options.time else { return Ok(None) };
-        if let Some(moved) = &self.options.displacement {
-            return Err(self
-                .refuse("sites that were displaced are not read with their times yet")
-                .fact("--time", named)
-                .fact("--displacement", moved)
-                .try_this("leave one of the two out"));
-        }
         let column = self.table.names()[self.table.find(named)?].clone();
         let cells = self.table.column(named)?;
         match time::read(cells) {

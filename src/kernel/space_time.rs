@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use super::{Entry, Kernel, Matern, Metric, Smoothness};
 
-/// A kernel of sites (x, y, time). Sites without a third coordinate are all of one time.
+/// A kernel of sites whose last coordinate is a time, behind those of the spatial kernel: (x, y, time), or (x, y,
+/// mark, time) over one of [displaced](super::displaced) sites. Sites of two coordinates are all of one time.
 #[derive(Debug, Clone)]
 pub struct SpaceTime {
     /// Covariance at one time; its sill is that of the whole.
@@ -52,11 +53,11 @@ impl SpaceTime {
 
 impl Kernel for SpaceTime {
     fn covariance(&self, a: &[f64], b: &[f64]) -> f64 {
-        let flat = |p: &[f64]| p.len().min(2);
-        let space = self.space.covariance(&a[..flat(a)], &b[..flat(b)]);
-        match (a.get(2), b.get(2)) {
-            (Some(a), Some(b)) => space * self.over(a - b),
-            _ => space,
+        match (a, b) {
+            ([a @ .., from], [b @ .., to]) if a.len() > 1 && b.len() > 1 => {
+                self.space.covariance(a, b) * self.over(from - to)
+            }
+            _ => self.space.covariance(&a[..a.len().min(2)], &b[..b.len().min(2)]),
         }
     }
     fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
@@ -104,3 +105,26 @@ pub const ENTRY: Entry = Entry {
     },
     at_length_scale: Some(0.483_357_724_596_507_7),
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{geo::displacement::Law, kernel::Displaced};
+
+    /// Marks of displaced sites stand between place and time.
+    #[test]
+    fn displaced_sites_have_times() {
+        let (smoothness, metric) = (Smoothness::ThreeHalves, Metric::Euclidean);
+        let inner = Matern { smoothness, length_scale: 1.0, sill: 2.0, metric };
+        let law = || vec![Law::up_to(0.3)];
+        let moved = || Displaced::new(inner, &law()).unwrap();
+        let mark = 1.0 / f64::from(1 << 20);
+        let [a, b] = [[0.1, 0.2, mark], [0.4, -0.3, 0.0]];
+        let space = moved().covariance(&a, &b);
+        assert!((space - inner.covariance(&a[..2], &b[..2])).abs() > 1e-3, "it is displaced");
+        let (smoothness, time_scale, static_share) = (Smoothness::Half, 0.5, 0.25);
+        let both = SpaceTime { space: Arc::new(moved()), smoothness, time_scale, static_share };
+        let [a, b] = [[0.1, 0.2, mark, 0.3], [0.4, -0.3, 0.0, -0.4]];
+        assert!((both.covariance(&a, &b) - space * both.over(0.7)).abs() < 1e-14);
+    }
+}

@@ -169,7 +169,7 @@ impl Placed {
             Ok(x.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?)
         };
         let (y, trials) = (host(&context.y)?, context.trials.as_ref().map(host).transpose()?);
-        let parts = PARTS.min(clusters.len());
+        let (parts, timed) = (PARTS.min(clusters.len()), context.sites.t.is_some());
         let mut copies = Vec::with_capacity(COPIES);
         for round in 0..BEFORE + COPIES {
             let order = rng.permutation(clusters.len());
@@ -192,17 +192,37 @@ impl Placed {
                     })
                     .collect();
                 let posterior = self.inner.condition(&placed(context, &here, Some(&others))?)?;
-                let s = Sites::plane(&places, device)?.s.to_dtype(context.sites.s.dtype())?;
-                let said = posterior.at(&Sites::new(s))?.marginals(0, Of::Observation)?;
+                // A place is asked about at the time of each visit to it.
+                let visits = |cluster: &[usize]| if timed { cluster.len() } else { 1 };
+                let (mut there, mut then) = (Vec::new(), Vec::new());
+                for (cluster, places) in asked.iter().zip(places.chunks_exact(PLACES)) {
+                    for place in places {
+                        for i in &cluster[..visits(cluster)] {
+                            there.push(*place);
+                            then.push(*i as u32);
+                        }
+                    }
+                }
+                let s = Sites::plane(&there, device)?.s.to_dtype(context.sites.s.dtype())?;
+                let then = Tensor::new(then, device)?;
+                let t = context.sites.t.as_ref().map(|t| t.contiguous()?.index_select(&then, 1));
+                let at = Sites { t: t.transpose()?, ..Sites::new(s) };
+                let said = posterior.at(&at)?.marginals(0, Of::Observation)?;
+                let mut from = 0;
                 for (k, cluster) in asked.iter().enumerate() {
-                    let told = |at: usize| -> f64 {
-                        let one = |i: &usize| match &trials {
-                            Some(trials) => score::log_count(&said, at, y[*i], trials[*i]),
-                            None => said.link_log_density(at, y[*i]),
+                    let told = |place: usize| -> f64 {
+                        let first = from + place * visits(cluster);
+                        let one = |(visit, i): (usize, &usize)| {
+                            let at = first + if timed { visit } else { 0 };
+                            match &trials {
+                                Some(trials) => score::log_count(&said, at, y[*i], trials[*i]),
+                                None => said.link_log_density(at, y[*i]),
+                            }
                         };
-                        cluster.iter().map(one).sum()
+                        cluster.iter().enumerate().map(one).sum()
                     };
-                    let log: Vec<f64> = (0..PLACES).map(|place| told(k * PLACES + place)).collect();
+                    let log: Vec<f64> = (0..PLACES).map(told).collect();
+                    from += PLACES * visits(cluster);
                     let place = places[k * PLACES + chosen(&log, rng.unit())];
                     cluster.iter().for_each(|i| here[*i] = place);
                 }

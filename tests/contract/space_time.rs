@@ -1,11 +1,12 @@
 //! Surfaces that change with time: the kernel is one on places and times, what never changes is remembered
 //! and the rest forgotten, both Gaussian processes agree, and fitting tells the two apart.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use isopleth::{
     Link, Observations, Of, Process, Result, Sites, Stream,
     baseline::{ExactGp, NearestGp},
-    kernel::{Kernel, Matern, Metric, Smoothness, SpaceTime, matrix},
+    geo::displacement::{Displacement, Law},
+    kernel::{Displaced, Kernel, Matern, Metric, Smoothness, SpaceTime, displaced::mark, matrix},
     likelihood,
     likelihood::Likelihood,
     linalg::lower,
@@ -60,7 +61,11 @@ fn drawn(kernel: &dyn Kernel, nugget: f64, places: &[Vec<f64>], seed: u64) -> Re
 
 /// Mean, and sds of surface and observation.
 fn ask(process: &dyn Process, context: &Observations, at: &[Vec<f64>]) -> Result<[Vec<f64>; 3]> {
-    let posterior = process.condition(context)?.at(&sites(at))?;
+    told(process, context, &sites(at))
+}
+
+fn told(process: &dyn Process, context: &Observations, at: &Sites) -> Result<[Vec<f64>; 3]> {
+    let posterior = process.condition(context)?.at(at)?;
     let surface = posterior.marginals(0, Of::Surface)?;
     Ok([surface.mean, surface.sd, posterior.marginals(0, Of::Observation)?.sd])
 }
@@ -124,10 +129,19 @@ fn what_never_changes_is_remembered_and_the_rest_forgotten() -> Result<()> {
     Ok(())
 }
 
-/// Time stretched or not, with every site a neighbour both processes are one.
+/// Time stretched or not, with every site a neighbour both processes are one; where sites were displaced by
+/// one of two laws too.
 #[test]
 fn with_every_visit_a_neighbour_it_is_the_exact_process() -> Result<()> {
     let (places, at) = (visits(61, 4, 3), visits(23, 7, 4));
+    // Marks stand behind the coordinates: of targets, that nothing is known to move them.
+    let moved = Displacement {
+        laws: vec![Law::up_to(0.2), Law::up_to(0.05)],
+        of: (0..61).map(|i| i % 2).collect(),
+    };
+    let none = Tensor::zeros((1, 23, 1), DType::F64, &Device::Cpu)?;
+    let targets = sites(&at);
+    let unmoved = Sites { s: Tensor::cat(&[&targets.s, &none], 2)?, ..targets.clone() };
     let known = kernel([Smoothness::ThreeHalves, Smoothness::Half], 0.8, 0.35);
     let latent = drawn(&known, 0.3, &places, 5)?;
     let tested: Vec<f64> = (0..61).map(|i| [1.0, 5.0, 80.0][i % 3]).collect();
@@ -138,16 +152,23 @@ fn with_every_visit_a_neighbour_it_is_the_exact_process() -> Result<()> {
         (seen(&places, &latent, None), of("gaussian"), 1e-8),
         (seen(&places, &counts, Some(&tested)), of("binomial"), 1e-6),
     ] {
-        let exact = ExactGp::new(Box::new(known.clone()), 0.3, 0.25, likelihood)?;
-        let exact = exact.uncertain_mean(4.0);
-        for stretch in [1.0, 0.05, 3.0] {
-            let slow = SpaceTime { time_scale: 0.8 * stretch, ..known.clone() };
+        for (stretch, displaced) in [(1.0, false), (0.05, false), (3.0, false), (0.3, true)] {
+            let (mut context, mut known) = (context.clone(), known.clone());
+            let targets = if displaced { &unmoved } else { &targets };
+            if displaced {
+                context.sites = mark(&context.sites, &moved)?;
+                let space = known.space.matern().expect("made of one");
+                known.space = std::sync::Arc::new(Displaced::new(space, &moved.laws)?);
+            }
+            let exact = ExactGp::new(Box::new(known.clone()), 0.3, 0.25, likelihood)?;
+            let exact = exact.uncertain_mean(4.0);
+            let slow = SpaceTime { time_scale: 0.8 * stretch, ..known };
             let nearest = NearestGp::new(Box::new(slow), 0.3, 0.25, likelihood)?;
             let nearest = nearest.uncertain_mean(4.0).neighbours(60, 61).stretched(stretch)?;
             let (a, b) = (nearest.log_marginals(&context)?, exact.log_marginals(&context)?);
             // Newton stops at 1e-5 of the latent where only the density is asked for.
             near("log marginal", &a, &b, if likelihood.counts() { 1e-5 } else { 1e-8 });
-            let (a, b) = (ask(&nearest, &context, &at)?, ask(&exact, &context, &at)?);
+            let (a, b) = (told(&nearest, &context, targets)?, told(&exact, &context, targets)?);
             (0..3).for_each(|i| near("prediction", &a[i], &b[i], close));
         }
     }

@@ -210,6 +210,32 @@ fn draws_and_districts_at_several_times() {
     assert!(narrower < 0.95, "one surface through both years: {narrower}");
 }
 
+/// Villages displaced by up to 40 km, visited in three years: another map than of places that are known, and
+/// much the same by both processes.
+#[test]
+fn displaced_villages_are_mapped_year_by_year() {
+    let desk = Desk::new();
+    let asked = ["--time", "year", "--at", "2014,2016", "--no-pictures"];
+    let map = |name: &str, more: &[&str]| {
+        let out = desk.place(name);
+        let said = ok(&[&desk.map(&desk.survey, &out, &asked)[..], more].concat());
+        assert_eq!(said.contains("integrated over"), !more.is_empty(), "{said}");
+        bands(&format!("{out}/mean.tif"))
+    };
+    let known = map("known", &[]);
+    let moved = map("moved", &["--displacement", "40"]);
+    let near = map("near", &["--displacement", "40", "--model", "vecchia"]);
+    let apart = |a: &[f64], b: &[f64]| {
+        a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f64>() / a.len() as f64
+    };
+    for year in 0..2 {
+        let [other, same] = [&known, &near].map(|of| apart(&moved[year].1, &of[year].1));
+        assert!(other > 1e-3, "{other} from known places");
+        assert!(same < 0.01, "{same} between processes");
+    }
+    assert!(average(&moved[1].1) > average(&moved[0].1) + 0.1, "prevalence rises");
+}
+
 #[test]
 fn times_that_make_no_map_are_refused() {
     let desk = Desk::new();
@@ -231,8 +257,6 @@ fn times_that_make_no_map_are_refused() {
         text(&command(&desk.map(&desk.survey, &out, &["--at", "2015"])).output().unwrap().stderr)
             .contains("--time")
     );
-    let moved = with(&["--time", "year", "--at", "2015", "--displacement", "5"]);
-    assert_error(&moved, "displaced", &["--time"], "leave one");
     // A shipped model that knows no time.
     let args = ["map", "--surveys", &desk.survey, "--crs", "local:km", "--resolution", "10km"];
     let more = ["--time", "year", "--at", "2015", "--model", "prevalence", "--out", &out];
@@ -277,6 +301,14 @@ fn a_model_of_times_is_trained_and_mapped() {
     let said = ok(&[&args[..], &to, &["--time", "year", "--at", "2014,2016"]].concat());
     assert!(said.contains("2 times") || said.contains("2014, 2016"), "{said}");
     assert_eq!(bands(&format!("{out}/mean.tif")).len(), 2);
+    // Villages that stand elsewhere than they were recorded are placed in each of their years.
+    let (moved, more) =
+        (desk.place("moved"), ["--time", "year", "--at", "2014", "--displacement", "9"]);
+    let to = ["--model", &model, "--no-pictures", "--products", "mean", "--out", &moved];
+    ok(&[&args[..], &to, &more].concat());
+    let apart =
+        bands(&format!("{moved}/mean.tif"))[0].1[0] - bands(&format!("{out}/mean.tif"))[0].1[0];
+    assert!(apart.abs() > 1e-6, "places were drawn");
     let mismatched = fs::read_to_string(&recipe).unwrap().replace("times = {}\n", "");
     let bad = desk.place("bad.toml");
     fs::write(&bad, mismatched).unwrap();
