@@ -13,6 +13,7 @@ pub mod regression;
 pub mod rules;
 pub mod sequential;
 mod spectral;
+mod system;
 pub mod variogram;
 
 pub use exact_gp::ExactGp;

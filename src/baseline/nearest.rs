@@ -43,9 +43,10 @@ use super::{
     kriging::{
         CHUNK, Heard, Kriging, Levels, Lists, Ordered, Room, Shift, Weights, dot, levels, spaced,
     },
-    latent::{Coarse, JITTER, Latent, Model, SAMPLES, Samples, Start},
+    latent::{JITTER, Latent, Model, SAMPLES, Samples, Start},
     neighbours::Tree,
     nelder_mead::minimise,
+    system::Coarse,
 };
 use crate::{
     error::{Error, Result},
