@@ -88,6 +88,11 @@ const SHIPPED: &[Shipped] = &[
         bytes: include_bytes!("../models/prevalence.safetensors"),
     },
     Shipped {
+        name: "prevalence-st",
+        about: "binomial counts at several times: prevalence surface and new village, on the plane",
+        bytes: include_bytes!("../models/prevalence-st.safetensors"),
+    },
+    Shipped {
         name: "continuous",
         about: "continuous values: surface and new noisy value, for surveys on the plane",
         bytes: include_bytes!("../models/continuous.safetensors"),

@@ -61,9 +61,9 @@ use crate::{
 /// finds good.
 pub const PREVIOUS: usize = 30;
 /// Neighbours a target is kriged from, unless fitting finds that more are worth it.
-pub const NEAR: usize = 40;
+pub const NEAR: usize = 60;
 /// The most that fitting chooses.
-const MOST_NEAR: usize = 160;
+const MOST_NEAR: usize = 120;
 /// Densities that the first search looks at, at most; and sites, where they are counts, whose mode
 /// is another at every step.
 const SOME: usize = 5_000;
@@ -974,7 +974,9 @@ impl<G: std::ops::Deref<Target = NearestGp> + Send + Sync> Posterior for Conditi
                 .par_chunks(CHUNK)
                 .map(|chunk| {
                     let places: Vec<&[f64]> = chunk.iter().map(Vec::as_slice).collect();
-                    gp.weigh(row, &places).into_iter().map(|w| [w.mean, w.variance]).collect()
+                    // Weights are many: a few blocks at a time.
+                    let parts = places.chunks(8 * LANES).flat_map(|part| gp.weigh(row, part));
+                    parts.map(|w| [w.mean, w.variance]).collect()
                 })
                 .collect();
             for [m, variance] in chunks.concat() {

@@ -273,8 +273,8 @@ impl Coarse {
     /// Cells around the first of the order, which are far apart; nothing where there are few places.
     pub fn new(ordered: &Ordered, prior: &Factor, root: &[f64]) -> Result<Option<Self>> {
         let n = root.len();
-        let cells = (n / CELL).min(CELLS);
-        if cells < LANES {
+        let cells = Self::cells(n);
+        if cells == 0 {
             return Ok(None);
         }
         let mut found = Found::new();
@@ -307,7 +307,17 @@ impl Coarse {
 
     /// Bytes that it holds and is made in.
     pub const fn bytes(places: usize) -> usize {
-        4 * places + 24 * CELLS * CELLS
+        let cells = Self::cells(places);
+        if cells == 0 { 0 } else { 4 * places + 24 * cells * cells }
+    }
+
+    /// How many cells; none where there are few places.
+    const fn cells(places: usize) -> usize {
+        match places / CELL {
+            few if few < LANES => 0,
+            many if many > CELLS => CELLS,
+            cells => cells,
+        }
     }
 
     /// `x += Q t`, where `Q = P (Pᵀ S P)⁻¹ Pᵀ`.

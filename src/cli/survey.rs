@@ -201,8 +201,8 @@ pub fn agree_in_time(model: &str, reads_time: bool, survey: &Survey) -> Result<(
         .fact("--time", &times.column)
         .fact("times of the survey", times.about())
         .try_this(
-            "use --model gp, which is fitted to the survey and its times; or leave --time out, \
-                     and all times are read as one",
+            "use --model gp, which is fitted to the survey and its times, or for positives of tested \
+             --model prevalence-st; or leave --time out, and all times are read as one",
         )),
         _ => Ok(()),
     }

@@ -108,7 +108,8 @@ fn every_year_is_a_band() {
     assert!(fs::metadata(format!("{out}/mean.png")).unwrap().len() > 5_000);
 }
 
-/// Dates in a column of text, and what is missing; the nearest-neighbour process agrees with the exact one.
+/// Dates in a column of text, and what is missing; the nearest-neighbour process
+/// and the shipped network agree with the exact one.
 #[test]
 fn dates_are_read_and_rows_without_one_are_dropped() {
     let desk = Desk::new();
@@ -130,6 +131,14 @@ fn dates_are_read_and_rows_without_one_are_dropped() {
     ok(&[&desk.map(&desk.survey, &near, &asked)[..], &["--model", "vecchia"]].concat());
     for (a, b) in bands(&format!("{near}/mean.tif")).iter().zip(&b) {
         assert!((average(&a.1) - average(&b.1)).abs() < 0.03, "exact and nearest neighbours");
+    }
+    // And the network that reads time, within what 60 villages leave open.
+    let network = desk.place("network");
+    ok(&[&desk.map(&desk.survey, &network, &asked)[..], &["--model", "prevalence-st"]].concat());
+    for (year, (a, b)) in bands(&format!("{network}/mean.tif")).iter().zip(&b).enumerate() {
+        let apart =
+            a.1.iter().zip(&b.1).map(|(a, b)| (a - b).abs()).sum::<f64>() / b.1.len() as f64;
+        assert!(apart < 0.05, "{year}: the network and the exact process are {apart} apart");
     }
 }
 
