@@ -746,7 +746,8 @@ impl Process for Kriging {
                 target: 2048,
             };
         }
-        Memory { conditioning: 4 * held + windows + (3 << 20), held, target: 1024 }
+        // Covariances among neighbours stand in the room that targets are given.
+        Memory { conditioning: 4 * held + windows + (3 << 20), held, target: 1536 }
     }
 
     /// The log density of the true covariance under what is read of each row's context.
