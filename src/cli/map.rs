@@ -272,13 +272,7 @@ pub fn run(args: &Args) -> Result<()> {
             files.push(name);
             if !args.no_pictures {
                 let look = (title(1), Scale::Level, true);
-                let drawn = match moment {
-                    None => picture(&file, look, &outcome, &survey, &grid, &model.name)?,
-                    Some(moment) => {
-                        let one = std::slice::from_ref(*moment);
-                        pictures(&file, look, one, &outcome, &survey, &grid, &model.name)?
-                    }
-                };
+                let drawn = picture(&file, look, *moment, &outcome, &survey, &grid, &model.name)?;
                 files.extend(drawn.file_name().and_then(|f| f.to_str()).map(String::from));
             }
         }
@@ -304,7 +298,10 @@ pub fn run(args: &Args) -> Result<()> {
             // Only a map of levels has the colours of what was observed.
             let look = (title, spec.entry.scale, spec.entry.name == "mean");
             files.push(match &moments[..] {
-                [] => picture(&files[0], look, &outcome, &survey, &grid, &model.name)?,
+                [] => picture(&files[0], look, None, &outcome, &survey, &grid, &model.name)?,
+                [one] => {
+                    picture(&files[0], look, Some(one), &outcome, &survey, &grid, &model.name)?
+                }
                 times => pictures(&files[0], look, times, &outcome, &survey, &grid, &model.name)?,
             });
         }
@@ -962,10 +959,14 @@ fn tell_output(out: &Path, outcome: &Outcome, survey: &Survey, record: &Record) 
     record.warnings.iter().try_for_each(|w| line("warning", w))?;
     line("files", format!("in {}", out.display()))?;
     // A picture lies beside its raster and differs in the ending only.
-    let names = |p: &ProductNote| match &p.files[..] {
-        [raster] => raster.clone(),
-        [raster, ..] => format!("{raster}, .png"),
-        [] => String::new(),
+    let names = |p: &ProductNote| {
+        let (pictures, rasters): (Vec<&String>, Vec<&String>) =
+            p.files.iter().partition(|file| file.ends_with(".png"));
+        let ending = if pictures.is_empty() { "" } else { ", .png" };
+        match &rasters[..] {
+            [first, .., last] => format!("{first} … {last}{ending}"),
+            one => one.iter().map(|raster| format!("{raster}{ending}")).collect(),
+        }
     };
     let rows = record.products.iter().map(|p| (names(p), p.description.clone()));
     let page =
@@ -1054,6 +1055,7 @@ fn colours(scale: Scale) -> (Palette, Option<[f64; 2]>) {
 fn picture(
     file: &Path,
     (title, scale, coloured): (String, Scale, bool),
+    moment: Option<&Moment>,
     outcome: &Outcome,
     survey: &Survey,
     grid: &Grid,
@@ -1064,15 +1066,23 @@ fn picture(
     let values = Raster::open(file)?.thumbnail(rows, cols)?;
     let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
     survey.crs.transform(&grid.crs, &mut x, &mut y)?;
-    let seen = survey.outcome.observed();
-    let mut picture =
-        Picture::new(title, values).on(grid).with_sites(grid, &x, &y, coloured.then_some(&seen));
+    let days = survey.times.as_ref().map(|t| &t.days);
+    let then = |i: &usize| match (moment, days) {
+        (Some(moment), Some(days)) => moment.period.covers(days[*i]),
+        _ => true,
+    };
+    let here: Vec<usize> = (0..x.len()).filter(then).collect();
+    let pick = |v: &[f64]| here.iter().map(|i| v[*i]).collect::<Vec<f64>>();
+    let seen = pick(&survey.outcome.observed());
+    let picture = Picture::new(title, values).on(grid);
+    let mut picture = picture.with_sites(grid, &pick(&x), &pick(&y), coloured.then_some(&seen));
+    let when = moment.map_or(String::new(), |m| format!("{} · ", m.label));
     picture.subtitle =
-        format!("{} sites · pixels of {} · model {model}", survey.x.len(), grid.resolution());
-    picture.legend = if coloured {
-        format!("survey site, coloured by observed {}", outcome.name)
-    } else {
-        "survey site".into()
+        format!("{when}{} sites · pixels of {} · model {model}", x.len(), grid.resolution());
+    let which = if moment.is_some() { "survey site of that time" } else { "survey site" };
+    picture.legend = match coloured {
+        true => format!("{which}, coloured by observed {}", outcome.name),
+        false => which.into(),
     };
     (picture.palette, picture.range) = colours(scale);
     let path = file.with_extension("png");
