@@ -109,10 +109,8 @@ fn prior_at(prior: &Spectral, draws: usize, places: &[Vec<f64>]) -> Mat<f32> {
     whole
 }
 
-/// Coordinates of one row of targets, and, of `timed` sites, their times behind; as many numbers for each
-/// as sites have.
-fn places(targets: &Sites, dim: usize, timed: bool) -> Result<Vec<Vec<f64>>> {
-    let mut rows = exact_gp::places(targets, 0, timed)?;
+/// The one row of targets, of as many numbers for each as sites have.
+fn one_row(mut rows: Vec<Vec<Vec<f64>>>, dim: usize) -> Result<Vec<Vec<f64>>> {
     let (rows, places) = (rows.len(), rows.pop().unwrap_or_default());
     if rows != 1 {
         return Err(Error::axis("rows of targets to draw surfaces over", rows, 1));
@@ -165,7 +163,8 @@ impl<'a> Dense<'a> {
         let features = gp.features();
         let sites: Vec<Vec<f64>> =
             row.sites.iter().map(|site| site[..site.len() - features].to_vec()).collect();
-        let (n, dim, timed) = (sites.len(), spread(&sites, gp.reads_time())?, gp.reads_time());
+        let (n, timed) = (sites.len(), gp.reads_time());
+        let dim = spread(&sites, timed)?;
         let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent, timed))?;
         let z = behind(&row.sites, features);
         let mut slopes = slopes(draws, features, seed);
@@ -246,7 +245,7 @@ impl Field for Dense<'_> {
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
         let dim = self.sites.first().map_or(2, Vec::len);
-        let places = places(targets, dim, self.gp.reads_time())?;
+        let places = one_row(exact_gp::places(targets, 0, self.gp.reads_time())?, dim)?;
         let z = features(targets, self.gp.features())?;
         let parts: Vec<Vec<f32>> = places
             .par_chunks(CHUNK)
@@ -368,7 +367,8 @@ impl<'a> Local<'a> {
                 .fact("memory", format!("{:.1} GiB", (4 * n * draws) as f64 / f64::from(1 << 30)))
                 .try_this(format!("ask for {} draws at the most", (MOST_HELD / n.max(1)).max(1))));
         }
-        let (dim, timed) = (spread(&sites, gp.reads_time())?, gp.reads_time());
+        let timed = gp.reads_time();
+        let dim = spread(&sites, timed)?;
         let prior = Spectral::new(&*gp.kernel, dim, draws, seed, reach(&sites, extent, timed))?;
         let mut told = prior_at(&prior, draws, &sites);
         match row.latent() {
@@ -432,10 +432,7 @@ impl Field for Local<'_> {
     }
 
     fn at(&self, targets: &Sites) -> Result<Drawn> {
-        let mut places = places(targets, self.dim, self.gp.reads_time())?;
-        if self.gp.reads_time() {
-            places.iter_mut().for_each(|place| nearest::stretch_time(place, self.gp.stretch));
-        }
+        let places = one_row(self.gp.places(targets)?, self.dim)?;
         let z = features(targets, self.effects.as_ref().map_or(0, |e| e.law.mean.len()))?;
         let draws = self.draws();
         let parts: Vec<Drawn> = places

@@ -308,6 +308,16 @@ impl NearestGp {
         self.kernel.change().is_some()
     }
 
+    /// Targets, `[batch][site][dimension + time]`, their times stretched.
+    pub(super) fn places(&self, targets: &Sites) -> Result<Vec<Vec<Vec<f64>>>> {
+        let timed = self.reads_time();
+        let mut places = places(targets, 0, timed)?;
+        if timed {
+            places.iter_mut().flatten().for_each(|place| stretch_time(place, self.stretch));
+        }
+        Ok(places)
+    }
+
     /// Rows of a context, their times stretched.
     fn rows(&self, context: &Observations) -> Result<Vec<Row>> {
         let timed = self.reads_time();
@@ -749,7 +759,7 @@ const ROUND: Matern = Matern {
 };
 
 /// The last coordinate of a site with a time.
-pub(super) fn stretch_time(site: &mut [f64], stretch: f64) {
+fn stretch_time(site: &mut [f64], stretch: f64) {
     if let Some(time) = site.last_mut() {
         *time *= stretch;
     }
@@ -956,12 +966,7 @@ impl<G: std::ops::Deref<Target = NearestGp> + Send + Sync> Posterior for Conditi
         let gp: &NearestGp = &self.gp;
         let shape = (targets.batch(), targets.len(), 1);
         let (mut mean, mut surface, mut observation) = (Vec::new(), Vec::new(), Vec::new());
-        let timed = gp.reads_time();
-        let mut places = places(targets, 0, timed)?;
-        if timed {
-            places.iter_mut().flatten().for_each(|place| stretch_time(place, gp.stretch));
-        }
-        for (row, sites) in self.rows.iter().zip(places) {
+        for (row, sites) in self.rows.iter().zip(gp.places(targets)?) {
             let wide = sites.first().map_or(row.ordered.dim(), Vec::len);
             if row.ordered.len() > 0 && wide != row.ordered.dim() {
                 return Err(Error::axis(

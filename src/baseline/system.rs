@@ -261,6 +261,19 @@ pub(super) struct System<'a> {
     pub coarse: Option<&'a Coarse>,
 }
 
+/// `S x`.
+fn applied<C: Column>(prior: &Factor, root: &[f64], x: &[C]) -> Vec<C> {
+    let mut out = x.to_vec();
+    scale(&mut out, root);
+    prior.covariance(&mut out);
+    scale(&mut out, root);
+    for (out, x) in out.iter_mut().zip(x) {
+        let before = *out;
+        *out = C::map(|lane| before.get(lane) + x.get(lane));
+    }
+    out
+}
+
 /// What near readings miss of the system: how whole cells hang together.
 pub(super) struct Coarse {
     /// The cell of each place.
@@ -284,7 +297,6 @@ impl Coarse {
                 found.first().map_or(0, |(_, j)| *j)
             })
             .collect();
-        let system = System { prior, root, near: prior, coarse: None };
         let columns: Vec<Vec<Lane>> = (0..cells.div_ceil(LANES))
             .into_par_iter()
             .map(|group| {
@@ -293,7 +305,7 @@ impl Coarse {
                     if mine { root[i] } else { 0.0 }
                 };
                 let column: Vec<Lane> = (0..n).map(|i| Lane::map(|lane| one(i, lane))).collect();
-                let applied = system.apply(&column);
+                let applied = applied(prior, root, &column);
                 let mut sums = vec![Lane::default(); cells];
                 for (i, a) in applied.iter().enumerate() {
                     add_lane(&mut sums[cell[i] as usize], root[i], a);
@@ -339,15 +351,7 @@ impl Coarse {
 
 impl System<'_> {
     fn apply<C: Column>(&self, x: &[C]) -> Vec<C> {
-        let mut out = x.to_vec();
-        scale(&mut out, self.root);
-        self.prior.covariance(&mut out);
-        scale(&mut out, self.root);
-        for (out, x) in out.iter_mut().zip(x) {
-            let before = *out;
-            *out = C::map(|lane| before.get(lane) + x.get(lane));
-        }
-        out
+        applied(self.prior, self.root, x)
     }
 
     /// `z = M r` for the residual r: the near readings' word, and then the cells'.

@@ -190,11 +190,7 @@ pub fn run(args: &Args) -> Result<()> {
     let survey = told.covariates.attach(told.survey.read()?, layer)?;
     let moments = told.times.of(&survey)?;
     let frame = Frame::fit(&survey)?;
-    // The frame at each time; a survey without times has one.
-    let frames = match &moments[..] {
-        [] => vec![frame.clone()],
-        all => all.iter().map(|m| frame.on(m.period.middle())).collect::<Result<_>>()?,
-    };
+    let frames = times::frames(&frame, &moments)?;
     let context = frame.observations(&survey, &Device::Cpu)?;
     let outcome = map::outcome(&told, &survey);
     args.threshold.iter().try_for_each(|t| Spec::exceedance(*t).check(outcome.link))?;
@@ -248,7 +244,6 @@ pub fn run(args: &Args) -> Result<()> {
         [(x - grid.origin[0]) / grid.pixel[0], (y - grid.origin[1]) / grid.pixel[1]]
     };
     let sites: Vec<[f64; 2]> = x.iter().zip(&y).map(place).collect();
-    let days = survey.times.as_ref().map(|times| &times.days[..]);
     let (mut found, mut notes): (Vec<Area>, Vec<String>) = Default::default();
     let mut columns: Vec<(String, Column)> = Vec::new();
     for (pass, now) in frames.iter().enumerate() {
@@ -265,14 +260,10 @@ pub fn run(args: &Args) -> Result<()> {
                 .try_this("check that both are about the same place"));
         }
         let moment = moments.get(pass);
-        // Of a map at times, those that were visited then.
-        let then = |i: usize| match (moment, days) {
-            (Some(moment), Some(days)) => moment.period.covers(days[i]),
-            _ => true,
-        };
+        let visited = survey.visited(moment);
         let count = |shape: &Shape| {
-            let inside = |(i, s): &(usize, &[f64; 2])| then(*i) && shape.contains(s[0], s[1]);
-            sites.iter().enumerate().filter(inside).count() as f64
+            let inside = |i: &&usize| shape.contains(sites[**i][0], sites[**i][1]);
+            visited.iter().filter(inside).count() as f64
         };
         notes = here
             .iter()

@@ -221,15 +221,15 @@ pub fn run(args: &Args) -> Result<()> {
         [] => vec![None],
         moments => moments.iter().map(Some).collect(),
     };
+    let frames = times::frames(&frame, &moments)?;
     let mut found = Vec::with_capacity(passes.len());
-    for (band, moment) in passes.iter().enumerate() {
-        let now = moment.map(|m| frame.on(m.period.middle())).transpose()?;
+    for (band, now) in frames.iter().enumerate() {
         products.iter_mut().for_each(|product| product.turn_to(band));
         found.push(mapping::run_each(
             &asked,
             &context,
             &grid,
-            now.as_ref().unwrap_or(&frame),
+            now,
             &mut products,
             &plan,
             &mut |done, of| bar.show(band * of + done, passes.len() * of),
@@ -246,10 +246,6 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(draws) = args.draws {
         let joint = Joint::prepare(&model, asked[0], &context, draws)?;
         let conditioned = joint.condition(&context)?;
-        let frames = passes
-            .iter()
-            .map(|now| now.map_or(Ok(frame.clone()), |m| frame.on(m.period.middle())))
-            .collect::<Result<Vec<Frame>>>()?;
         let field = joint.field(asked[0], conditioned.as_deref(), args.seed, &grid, &frames[0])?;
         let tags = super::draws::tags(&model.name, &outcome, args.seed, &joint);
         let how = [args.tile.unwrap_or(plan.tile), plan.workers];
@@ -1000,6 +996,30 @@ pub(super) fn shown(labels: &[String]) -> String {
     }
 }
 
+/// A picture of a grid with the sites of a time, or all of them, and colours of a scale; sites are coloured
+/// by what was observed of `outcome` where so asked.
+fn with_survey(
+    picture: Picture,
+    (scale, coloured): (Scale, bool),
+    moment: Option<&Moment>,
+    outcome: &str,
+    survey: &Survey,
+    grid: &Grid,
+) -> Result<Picture> {
+    let here = survey.visited(moment);
+    let pick = |v: &[f64]| here.iter().map(|i| v[*i]).collect::<Vec<f64>>();
+    let (mut x, mut y, seen) = (pick(&survey.x), pick(&survey.y), pick(&survey.outcome.observed()));
+    survey.crs.transform(&grid.crs, &mut x, &mut y)?;
+    let mut picture = picture.on(grid).with_sites(grid, &x, &y, coloured.then_some(&seen));
+    let which = if moment.is_some() { "survey site of that time" } else { "survey site" };
+    picture.legend = match coloured {
+        true => format!("{which}, coloured by observed {outcome}"),
+        false => which.into(),
+    };
+    (picture.palette, picture.range) = colours(scale);
+    Ok(picture)
+}
+
 /// Draws every band of a product, each with the sites of its time, side by side.
 fn pictures(
     file: &Path,
@@ -1013,24 +1033,9 @@ fn pictures(
     let shrink = (grid.rows.max(grid.cols) as f64 / 450.0).max(1.0);
     let [rows, cols] = [grid.rows, grid.cols].map(|n| ((n as f64 / shrink) as usize).max(1));
     let raster = Raster::open(file)?;
-    let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
-    survey.crs.transform(&grid.crs, &mut x, &mut y)?;
-    let (seen, days) = (survey.outcome.observed(), survey.times.as_ref().map(|t| &t.days));
     let one = |(band, moment): (usize, &Moment)| -> Result<Picture> {
-        let here: Vec<usize> = (0..x.len())
-            .filter(|i| days.is_some_and(|days| moment.period.covers(days[*i])))
-            .collect();
-        let pick = |v: &[f64]| here.iter().map(|i| v[*i]).collect::<Vec<f64>>();
-        let values = raster.thumbnail_of(band, rows, cols)?;
-        let picture = Picture::new(&moment.label, values).on(grid);
-        let seen = pick(&seen);
-        let mut picture = picture.with_sites(grid, &pick(&x), &pick(&y), coloured.then_some(&seen));
-        picture.legend = match coloured {
-            true => format!("survey site of that time, coloured by observed {}", outcome.name),
-            false => "survey site of that time".into(),
-        };
-        (picture.palette, picture.range) = colours(scale);
-        Ok(picture)
+        let picture = Picture::new(&moment.label, raster.thumbnail_of(band, rows, cols)?);
+        with_survey(picture, (scale, coloured), Some(moment), &outcome.name, survey, grid)
     };
     let all = (1..).zip(times).map(one).collect::<Result<Vec<_>>>()?;
     let subtitle =
@@ -1064,27 +1069,11 @@ fn picture(
     let shrink = (grid.rows.max(grid.cols) as f64 / 900.0).max(1.0);
     let [rows, cols] = [grid.rows, grid.cols].map(|n| ((n as f64 / shrink) as usize).max(1));
     let values = Raster::open(file)?.thumbnail(rows, cols)?;
-    let (mut x, mut y) = (survey.x.clone(), survey.y.clone());
-    survey.crs.transform(&grid.crs, &mut x, &mut y)?;
-    let days = survey.times.as_ref().map(|t| &t.days);
-    let then = |i: &usize| match (moment, days) {
-        (Some(moment), Some(days)) => moment.period.covers(days[*i]),
-        _ => true,
-    };
-    let here: Vec<usize> = (0..x.len()).filter(then).collect();
-    let pick = |v: &[f64]| here.iter().map(|i| v[*i]).collect::<Vec<f64>>();
-    let seen = pick(&survey.outcome.observed());
-    let picture = Picture::new(title, values).on(grid);
-    let mut picture = picture.with_sites(grid, &pick(&x), &pick(&y), coloured.then_some(&seen));
+    let (look, picture) = ((scale, coloured), Picture::new(title, values));
+    let mut picture = with_survey(picture, look, moment, &outcome.name, survey, grid)?;
     let when = moment.map_or(String::new(), |m| format!("{} · ", m.label));
     picture.subtitle =
-        format!("{when}{} sites · pixels of {} · model {model}", x.len(), grid.resolution());
-    let which = if moment.is_some() { "survey site of that time" } else { "survey site" };
-    picture.legend = match coloured {
-        true => format!("{which}, coloured by observed {}", outcome.name),
-        false => which.into(),
-    };
-    (picture.palette, picture.range) = colours(scale);
+        format!("{when}{} sites · pixels of {} · model {model}", survey.len(), grid.resolution());
     let path = file.with_extension("png");
     picture.save(&path)?;
     Ok(path)

@@ -3,6 +3,7 @@
 use crate::{
     error::{Error, Result},
     geo::{
+        frame::Frame,
         survey::{Survey, Targets},
         time::{self, Moment, date, year},
     },
@@ -38,6 +39,17 @@ impl TimeArgs {
             .try_this(format!("say which with --at, for example --at {range}")));
         }
         Ok(moments)
+    }
+}
+
+/// The frame at each time; a survey without times has one.
+///
+/// # Errors
+/// As [`Frame::on`].
+pub(super) fn frames(frame: &Frame, moments: &[Moment]) -> Result<Vec<Frame>> {
+    match moments {
+        [] => Ok(vec![frame.clone()]),
+        all => all.iter().map(|m| frame.on(m.period.middle())).collect(),
     }
 }
 

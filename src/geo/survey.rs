@@ -14,7 +14,7 @@ use super::{
     displacement::{self, Displacement, Law},
     geometry::{Choice, Geometry},
     table::{Column, Columns, Keep, Loaded, Points, load},
-    time::{self, Times},
+    time::{self, Moment, Times},
 };
 use crate::error::{Error, Result};
 
@@ -228,6 +228,16 @@ fn spelled(name: &str, spellings: &str) -> bool {
 pub(super) const CODES: &[f64] = &[-999.0, -9999.0, -99999.0, -999999.0, 1e20, 9.96921e36];
 
 impl Survey {
+    /// Rows that were visited at a time; all of them where none is named, or of a survey without times.
+    pub fn visited(&self, moment: Option<&Moment>) -> Vec<usize> {
+        let days = self.times.as_ref().map(|times| &times.days);
+        let then = |i: &usize| match (moment, days) {
+            (Some(moment), Some(days)) => moment.period.covers(days[*i]),
+            _ => true,
+        };
+        (0..self.len()).filter(then).collect()
+    }
+
     /// Reads and checks a survey table: CSV, Parquet, GeoParquet, GeoPackage, GeoJSON, Shapefile.
     ///
     /// Rows without coordinates or outcome, rows at 0, 0 (unless the plane is local), rows with

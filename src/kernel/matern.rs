@@ -43,16 +43,24 @@ impl Smoothness {
         }
     }
 
+    /// Degrees of freedom of the t that frequencies follow, 2ν; none where it is the normal.
+    const fn freedom(self) -> Option<f64> {
+        match self {
+            Self::Half => Some(1.0),
+            Self::ThreeHalves => Some(3.0),
+            Self::FiveHalves => Some(5.0),
+            Self::Infinite => None,
+        }
+    }
+
     /// A frequency on a line, radians per length scale: the quantile of a t with 2ν degrees of freedom
     /// (Rasmussen & Williams 2006, eq. 4.15) at `share` in (0, 1).
     pub fn frequency(self, share: f64) -> Option<f64> {
-        let freedom = match self {
-            Self::Half => return Some((std::f64::consts::PI * (share - 0.5)).tan()),
-            Self::ThreeHalves => 3.0,
-            Self::FiveHalves => 5.0,
-            Self::Infinite => return Some(normal_quantile(share)),
-        };
-        Some(StudentsT::new(0.0, 1.0, freedom).ok()?.inverse_cdf(share))
+        match self.freedom() {
+            Some(1.0) => Some((std::f64::consts::PI * (share - 0.5)).tan()),
+            Some(freedom) => Some(StudentsT::new(0.0, 1.0, freedom).ok()?.inverse_cdf(share)),
+            None => Some(normal_quantile(share)),
+        }
     }
 
     /// Correlation at `scaled` = distance / length scale, both in one unit.
@@ -202,12 +210,7 @@ impl Matern {
     /// How far out a frequency in three dimensions lies. With r = √(2ν) tan θ the distribution function of
     /// the length is a sum of sines, and is turned round by halving.
     fn out_in_space(&self, share: f64) -> f64 {
-        let freedom = match self.smoothness {
-            Smoothness::Half => 1.0f64,
-            Smoothness::ThreeHalves => 3.0,
-            Smoothness::FiveHalves => 5.0,
-            Smoothness::Infinite => 1.0,
-        };
+        let freedom = self.smoothness.freedom().unwrap_or(1.0);
         let shorter = |a: f64| -> f64 {
             let sum = match self.smoothness {
                 Smoothness::Half => a - (2.0 * a).sin() / 2.0,
