@@ -6,7 +6,9 @@
 //!
 //! Sites are nodes of a lattice, the field exact on it (circulant embedding), LENGTH in spacings of evenly
 //! spread sites, NUGGET an sd where the field's is 1. LAYOUT: `even`, `clustered`, `gaps`. KERNEL: `half`,
-//! `three`. A CUT is `plain`, `vecchia` or SITES:FAR:CELL:BLEND[:SPAN].
+//! `three`. A CUT is `plain` or SITES:FAR:CELL:BLEND[:SPAN], of the model `continuous`; `vecchia`; the name of a
+//! model, which is asked as it is; or `local=FILE`, a model that was trained at [`DENSITY`] sites a unit square
+//! and is shown all sites at once in that unit.
 
 use std::time::Instant;
 
@@ -21,6 +23,20 @@ use isopleth::{
     score::crps,
     sites::mean_sd,
 };
+
+/// Sites a unit square that the model of `local=FILE` was trained at.
+const DENSITY: f64 = 125.0;
+
+/// How far to stretch `sites` for [`DENSITY`] where they are: cells of some twenty sites are empty or not.
+fn to_density(sites: &[[f64; 2]]) -> f64 {
+    let side = (sites.len() as f64 / 20.0).sqrt().max(1.0);
+    let mut cells: Vec<[i64; 2]> =
+        sites.iter().map(|s| s.map(|x| (0.5 * (x + 1.0) * side).floor() as i64)).collect();
+    cells.sort_unstable();
+    cells.dedup();
+    let area = cells.len() as f64 * (2.0 / side).powi(2);
+    (sites.len() as f64 / area / DENSITY).sqrt()
+}
 
 /// In-place FFT of a power of two, unscaled; pairs (re, im).
 fn fft(x: &mut [[f64; 2]]) {
@@ -206,6 +222,20 @@ fn main() -> Result<()> {
                 "plain" => model.condition(&context)?.at(&targets)?,
                 "vecchia" => {
                     NearestGp::fit(&context, gaussian)?.condition(&context)?.at(&targets)?
+                }
+                cut if cut.starts_with("local=") => {
+                    let local = Checkpoint::resolve(&cut[6..])?.process(&Device::Cpu)?;
+                    let by = to_density(&sites);
+                    let far = |s: &[[f64; 2]]| -> Vec<[f64; 2]> {
+                        s.iter().map(|s| s.map(|x| x * by)).collect()
+                    };
+                    let sites = Sites::plane(&far(&sites), &Device::Cpu)?;
+                    let context = Observations { sites, ..context.clone() };
+                    local.condition(&context)?.at(&Sites::plane(&far(&places), &Device::Cpu)?)?
+                }
+                cut if cut.starts_with(char::is_alphabetic) => {
+                    let model = Checkpoint::resolve(cut)?.process(&Device::Cpu)?;
+                    model.condition(&context)?.at(&targets)?
                 }
                 cut => {
                     let v: Vec<f64> =

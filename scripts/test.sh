@@ -9,6 +9,7 @@ export CANDLE_NUM_THREADS="${CANDLE_NUM_THREADS:-1}"
 mkdir -p target
 log=target/test.log
 start=$SECONDS
+# Examples are built by lints.
 cargo test --release --locked --no-fail-fast "$@" 2>&1 | tee "$log"
 code=$?
 

@@ -1,5 +1,6 @@
 //! Classical processes: the yardstick of every model, and what a user can ask for instead.
 
+mod columns;
 mod elimination;
 pub mod exact_gp;
 mod field;

@@ -127,13 +127,12 @@ struct Density {
 pub(super) struct Fitted {
     ordered: Ordered,
     form: Form,
-    log_marginal: f64,
 }
 
 /// What a row says.
 enum Form {
     /// Deviations from the prior mean, with their noise.
-    Values { value: Vec<f64>, noise: Vec<f64>, shift: Shift },
+    Values { value: Vec<f64>, noise: Vec<f64>, shift: Shift, log_marginal: f64 },
     /// The surface at every place that was counted at, drawn readings of it, and arithmetic's noise.
     Counts { latent: Box<Latent>, samples: Samples, doubt: Vec<f64> },
 }
@@ -156,6 +155,15 @@ impl Jury {
         let ordered = Ordered::of(&rows.swap_remove(0), &ROUND, likelihood.counts());
         let lists = ordered.lists(PREVIOUS);
         Ok(Jury { ordered, lists, start: Start::default() })
+    }
+}
+
+impl Fitted {
+    fn log_marginal(&self) -> f64 {
+        match &self.form {
+            Form::Values { log_marginal, .. } => *log_marginal,
+            Form::Counts { latent, .. } => latent.log_marginal(),
+        }
     }
 }
 
@@ -498,13 +506,16 @@ impl NearestGp {
             let conditioning = held + lists + block + 256 * sites;
             return Memory { conditioning, held: held + block, target: 512 };
         }
-        // Two sparse factors; drawn readings, held twice while they are made; and columns of as many
-        // draws as each thread works at.
-        let factors = sites * 2 * 12 * previous + Coarse::bytes(sites);
+        // Two sparse factors, each by rows and by columns, and their parts while they are made; drawn
+        // readings, held twice while they are made; columns of as many draws as each thread works at; and
+        // covariances, which are heard twice.
+        let factors = sites * 4 * 12 * previous + Coarse::bytes(sites);
+        let parts = sites * 2 * 12 * previous;
         let drawn = sites * 3 * 4 * SAMPLES;
         let columns = sites * 10 * 8 * LANES * threads;
-        let held = held + factors + drawn + 128 * sites + block;
-        Memory { conditioning: held + lists + drawn + columns + 256 * sites, held, target: 512 }
+        let held = held + factors + drawn + 128 * sites + 2 * block;
+        let conditioning = held + lists + drawn.max(parts) + columns + 256 * sites;
+        Memory { conditioning, held, target: 512 }
     }
 
     /// [`NearestGp::log_marginals`] of one row that is asked of process after process, each much like the one
@@ -531,14 +542,22 @@ impl NearestGp {
         [self.mean_variance, self.slope_variance, self.slope_variance]
     }
 
-    /// The posterior given `context`, which takes this process along; and the approximate log marginal
-    /// likelihood of each row, in nats.
+    /// The posterior given `context`, which takes this process along.
     ///
     /// # Errors
     /// As [`Process::condition`].
-    pub fn conditioned(self, context: &Observations) -> Result<(Box<dyn Posterior>, Vec<f64>)> {
+    pub fn conditioned(self, context: &Observations) -> Result<Box<dyn Posterior>> {
         let rows = self.absorb_all(context)?;
-        let log_marginals = rows.iter().map(|row| row.log_marginal).collect();
+        Ok(Box::new(Conditioned { gp: Box::new(self), rows }))
+    }
+
+    /// The same, and the approximate log marginal likelihood of each row, in nats.
+    ///
+    /// # Errors
+    /// As [`Process::condition`].
+    pub fn weighed(self, context: &Observations) -> Result<(Box<dyn Posterior>, Vec<f64>)> {
+        let rows = self.absorb_all(context)?;
+        let log_marginals = rows.iter().map(Fitted::log_marginal).collect();
         Ok((Box::new(Conditioned { gp: Box::new(self), rows }), log_marginals))
     }
 
@@ -550,11 +569,10 @@ impl NearestGp {
     fn absorb(&self, ordered: Ordered) -> Result<Fitted> {
         let lists = ordered.lists(self.previous);
         let settled = self.settle(&ordered, &lists, None, &mut Start::default(), 1e-5)?;
-        let log_marginal = settled.log_marginal();
         let form = match settled {
-            Settled::Values { shift, .. } => {
+            Settled::Values { shift, log_marginal } => {
                 let value = ordered.y.iter().map(|y| y - self.mean).collect();
-                Form::Values { value, noise: vec![self.nugget; ordered.len()], shift }
+                Form::Values { value, noise: vec![self.nugget; ordered.len()], shift, log_marginal }
             }
             Settled::Counts(mut latent) => {
                 let samples = latent.samples(&ordered)?;
@@ -566,7 +584,7 @@ impl NearestGp {
                 Form::Counts { latent, samples, doubt }
             }
         };
-        Ok(Fitted { ordered, form, log_marginal })
+        Ok(Fitted { ordered, form })
     }
 
     /// Values are read as they are, `terms` of them or all; counts through their mode, from the guess
@@ -609,7 +627,7 @@ impl NearestGp {
     /// The sums that make the density of `terms` of what is heard, each given its neighbours before it.
     fn density(&self, ordered: &Ordered, before: &Lists, terms: &[u32], heard: Heard) -> Density {
         let least = self.least();
-        let each = |out: &mut Vec<Density>, i: u32, said: super::kriging::Said, _: Weights| {
+        let each = |out: &mut Vec<Density>, i: u32, said: super::kriging::Said| {
             let variance = (said.variance + heard.noise[i as usize]).max(least);
             let z = heard.value[i as usize] - said.value;
             let x = said.levels;
@@ -625,7 +643,7 @@ impl NearestGp {
                 None => out.push(one),
             }
         };
-        let parts = self.kriging().sweep(ordered, heard, before, terms, false, each);
+        let parts = self.kriging().sweep(ordered, heard, before, terms, each);
         let mut total = Density::default();
         parts.iter().flatten().for_each(|part| total.add(part));
         total
@@ -684,7 +702,7 @@ impl NearestGp {
             let lists = ordered.around(block, self.near, &mut room.found);
             let asked = lists.asked(block);
             match form {
-                Form::Values { value, noise, shift } => {
+                Form::Values { value, noise, shift, .. } => {
                     let heard = Heard { value, noise };
                     let said = kriging.ask(ordered, heard, &asked, &mut room);
                     for (said, weights) in said.into_iter().zip(room.weights(&asked)) {
@@ -699,10 +717,13 @@ impl NearestGp {
                 Form::Counts { latent, samples, doubt } => {
                     let bare = Kriging { levels: 0, ..kriging };
                     let heard = Heard { value: &latent.surface, noise: &latent.noise };
-                    let read = bare.ask(ordered, heard, &asked, &mut room);
+                    bare.meet(ordered, &asked, &mut room);
+                    room.keep();
+                    let read = bare.hear(ordered, heard, &asked, &mut room);
                     let readings = room.weights(&asked);
+                    room.again();
                     let heard = Heard { noise: doubt, ..heard };
-                    let said = bare.ask(ordered, heard, &asked, &mut room);
+                    let said = bare.hear(ordered, heard, &asked, &mut room);
                     for (lane, weights) in room.weights(&asked).into_iter().enumerate() {
                         let whole = levels(block[lane]);
                         let mut open = whole;
@@ -745,7 +766,7 @@ impl Settled {
     fn log_marginal(&self) -> f64 {
         match self {
             Settled::Values { log_marginal, .. } => *log_marginal,
-            Settled::Counts(latent) => latent.log_marginal,
+            Settled::Counts(latent) => latent.log_marginal(),
         }
     }
 }

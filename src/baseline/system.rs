@@ -20,13 +20,13 @@ use faer::Mat;
 use rayon::prelude::*;
 
 use super::{
+    columns::{Column, Few, MOST, Sparse, Sums, all},
     elimination::{LANES, Lane},
-    kriging::{Heard, Kriging, Lists, Ordered},
+    kriging::{Asked, CHUNK, Heard, Kriging, Lists, Ordered, Room},
     neighbours::Found,
 };
 use crate::{
     error::{Error, Result},
-    fused::simd,
     linalg::Cholesky,
     rng::Stream,
 };
@@ -35,221 +35,135 @@ use crate::{
 const CELL: usize = 64;
 const CELLS: usize = 512;
 
+/// Systems of smaller eigenvalues are set up for cells, and solved for draws, in 32 bits. Rounding, 6e-8 of the
+/// largest eigenvalue, is then far below a hundredth, which is as near as draws are solved for.
+pub(super) const FAINT: f64 = 1e5;
+
 /// Each place regressed on earlier ones: `x = Σ weight · x[before] + noise`.
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Factor {
-    starts: Vec<u32>,
-    before: Vec<u32>,
-    weight: Vec<f64>,
+    /// What each place is regressed on.
+    rows: Sparse,
+    /// The places that are regressed on each.
+    columns: Sparse,
     /// Of the noise.
     pub variance: Vec<f64>,
 }
 
-/// A column of numbers, or [`LANES`] side by side.
-pub(super) trait Column: Copy + Default + Send + Sync {
-    const WIDTH: usize;
-    fn map(f: impl FnMut(usize) -> f64) -> Self;
-    fn get(&self, lane: usize) -> f64;
-    fn solve(factor: &Factor, x: &mut [Self]);
-    fn solve_transposed(factor: &Factor, x: &mut [Self]);
-    fn times(factor: &Factor, x: &mut [Self]);
-    fn times_transposed(factor: &Factor, x: &mut [Self]);
-}
-
-/// The loops of [`Factor`] for one kind of column.
-macro_rules! columns {
-    ($type:ty, $add:ident, $solve:ident, $solve_transposed:ident, $times:ident, $times_transposed:ident) => {
-        simd::vectorised! {
-            /// `x = B⁻¹ x`.
-            pub fn $solve(starts: &[u32], before: &[u32], weight: &[f64], x: &mut [$type]) {
-                for i in 0..x.len() {
-                    let row = starts[i] as usize..starts[i + 1] as usize;
-                    let (done, this) = x.split_at_mut(i);
-                    for (j, w) in before[row.clone()].iter().zip(&weight[row]) {
-                        $add(&mut this[0], *w, &done[*j as usize]);
-                    }
-                }
-            }
-        }
-        simd::vectorised! {
-            /// `x = B⁻ᵀ x`.
-            pub fn $solve_transposed(starts: &[u32], before: &[u32], weight: &[f64], x: &mut [$type]) {
-                for i in (0..x.len()).rev() {
-                    let row = starts[i] as usize..starts[i + 1] as usize;
-                    let (open, this) = x.split_at_mut(i);
-                    for (j, w) in before[row.clone()].iter().zip(&weight[row]) {
-                        $add(&mut open[*j as usize], *w, &this[0]);
-                    }
-                }
-            }
-        }
-        simd::vectorised! {
-            /// `x = B x`, the last first, since it is nobody's neighbour.
-            pub fn $times(starts: &[u32], before: &[u32], weight: &[f64], x: &mut [$type]) {
-                for i in (0..x.len()).rev() {
-                    let row = starts[i] as usize..starts[i + 1] as usize;
-                    let (open, this) = x.split_at_mut(i);
-                    for (j, w) in before[row.clone()].iter().zip(&weight[row]) {
-                        $add(&mut this[0], -*w, &open[*j as usize]);
-                    }
-                }
-            }
-        }
-        simd::vectorised! {
-            /// `x = Bᵀ x`, the first first.
-            pub fn $times_transposed(starts: &[u32], before: &[u32], weight: &[f64], x: &mut [$type]) {
-                for i in 0..x.len() {
-                    let row = starts[i] as usize..starts[i + 1] as usize;
-                    let (done, this) = x.split_at_mut(i);
-                    for (j, w) in before[row.clone()].iter().zip(&weight[row]) {
-                        $add(&mut done[*j as usize], -*w, &this[0]);
-                    }
-                }
-            }
-        }
-    };
-}
-
-#[inline(always)]
-fn add_one(out: &mut f64, w: f64, x: &f64) {
-    *out = w.mul_add(*x, *out);
-}
-
-#[inline(always)]
-fn add_lane(out: &mut Lane, w: f64, x: &Lane) {
-    for (out, x) in out.0.iter_mut().zip(&x.0) {
-        *out = w.mul_add(*x, *out);
-    }
-}
-
-columns!(f64, add_one, solve_one, solve_transposed_one, times_one, times_transposed_one);
-columns!(Lane, add_lane, solve_lanes, solve_transposed_lanes, times_lanes, times_transposed_lanes);
-
-impl Column for f64 {
-    const WIDTH: usize = 1;
-    fn map(mut f: impl FnMut(usize) -> f64) -> Self {
-        f(0)
-    }
-    fn get(&self, _: usize) -> f64 {
-        *self
-    }
-    fn solve(factor: &Factor, x: &mut [Self]) {
-        solve_one(&factor.starts, &factor.before, &factor.weight, x);
-    }
-    fn solve_transposed(factor: &Factor, x: &mut [Self]) {
-        solve_transposed_one(&factor.starts, &factor.before, &factor.weight, x);
-    }
-    fn times(factor: &Factor, x: &mut [Self]) {
-        times_one(&factor.starts, &factor.before, &factor.weight, x);
-    }
-    fn times_transposed(factor: &Factor, x: &mut [Self]) {
-        times_transposed_one(&factor.starts, &factor.before, &factor.weight, x);
-    }
-}
-
-impl Column for Lane {
-    const WIDTH: usize = LANES;
-    fn map(f: impl FnMut(usize) -> f64) -> Self {
-        Lane(std::array::from_fn(f))
-    }
-    fn get(&self, lane: usize) -> f64 {
-        self.0[lane]
-    }
-    fn solve(factor: &Factor, x: &mut [Self]) {
-        solve_lanes(&factor.starts, &factor.before, &factor.weight, x);
-    }
-    fn solve_transposed(factor: &Factor, x: &mut [Self]) {
-        solve_transposed_lanes(&factor.starts, &factor.before, &factor.weight, x);
-    }
-    fn times(factor: &Factor, x: &mut [Self]) {
-        times_lanes(&factor.starts, &factor.before, &factor.weight, x);
-    }
-    fn times_transposed(factor: &Factor, x: &mut [Self]) {
-        times_transposed_lanes(&factor.starts, &factor.before, &factor.weight, x);
-    }
-}
-
 impl Factor {
-    /// Of a surface with this noise, each place given its neighbours of the lists.
-    pub fn new(kriging: Kriging, ordered: &Ordered, lists: &Lists, noise: &[f64]) -> Self {
+    /// Of the surface with each of these noises, each place given its neighbours of the lists.
+    pub fn of<const K: usize>(
+        kriging: Kriging,
+        ordered: &Ordered,
+        lists: &Lists,
+        noises: [&[f64]; K],
+    ) -> [Self; K] {
         let n = ordered.len();
-        let terms: Vec<u32> = (0..n as u32).collect();
         let zero = vec![0.0; n];
         let kriging = Kriging { levels: 0, ..kriging };
-        let heard = Heard { value: &zero, noise };
         let least = f64::EPSILON * kriging.kernel.sill();
-        let rows = kriging.sweep(ordered, heard, lists, &terms, true, |out, i, said, weights| {
-            let variance = (said.variance + noise[i as usize]).max(least);
-            out.push((variance, weights));
-        });
-        let entries = rows.iter().flatten().map(|(_, weights)| weights.len()).sum();
-        let mut factor = Factor {
-            starts: Vec::with_capacity(n + 1),
-            before: Vec::with_capacity(entries),
-            weight: Vec::with_capacity(entries),
-            variance: Vec::with_capacity(n),
-        };
-        factor.starts.push(0);
-        for (variance, weights) in rows.into_iter().flatten() {
-            factor.variance.push(variance);
-            factor.before.extend(weights.iter().map(|(j, _)| *j));
-            factor.weight.extend(weights.iter().map(|(_, w)| *w));
-            factor.starts.push(factor.before.len() as u32);
+        let terms: Vec<u32> = (0..n as u32).collect();
+        let parts: Vec<[(Sparse, Vec<f64>); K]> = terms
+            .par_chunks(CHUNK)
+            .map_init(Room::default, |room, chunk| {
+                let mut parts = std::array::from_fn(|_| (Sparse::none(), Vec::new()));
+                for block in chunk.chunks(LANES) {
+                    let asked: Vec<Asked> =
+                        block.iter().map(|i| ordered.asked(lists, *i)).collect();
+                    kriging.meet(ordered, &asked, room);
+                    if K > 1 {
+                        room.keep();
+                    }
+                    for (k, ((rows, variance), noise)) in parts.iter_mut().zip(noises).enumerate() {
+                        if k > 0 {
+                            room.again();
+                        }
+                        let heard = Heard { value: &zero, noise };
+                        let said = kriging.hear(ordered, heard, &asked, room);
+                        let weights = room.weights(&asked);
+                        for ((i, said), weights) in block.iter().zip(said).zip(weights) {
+                            variance.push((said.variance + noise[*i as usize]).max(least));
+                            rows.others.extend(weights.iter().map(|(j, _)| *j));
+                            rows.weight.extend(weights.iter().map(|(_, w)| *w));
+                            rows.starts.push(rows.others.len() as u32);
+                        }
+                    }
+                }
+                parts
+            })
+            .collect();
+        let mut whole: [(Sparse, Vec<f64>); K] =
+            std::array::from_fn(|_| (Sparse::none(), Vec::new()));
+        let entries: usize = parts.iter().map(|parts| parts[0].0.others.len()).sum();
+        for (rows, variance) in &mut whole {
+            rows.starts.reserve_exact(n);
+            rows.others.reserve_exact(entries);
+            rows.weight.reserve_exact(entries);
+            variance.reserve_exact(n);
         }
-        factor
+        for parts in parts {
+            for ((rows, variance), part) in whole.iter_mut().zip(parts) {
+                let before = rows.others.len() as u32;
+                rows.starts.extend(part.0.starts[1..].iter().map(|start| before + start));
+                rows.others.extend(part.0.others);
+                rows.weight.extend(part.0.weight);
+                variance.extend(part.1);
+            }
+        }
+        whole.map(|(rows, variance)| Factor { columns: rows.turned(), rows, variance })
     }
 
     /// Of the same in units of `1 / root` at each place.
     pub fn scaled(mut self, root: &[f64]) -> Self {
-        for i in 0..self.variance.len() {
-            self.variance[i] *= root[i] * root[i];
-            for at in self.starts[i] as usize..self.starts[i + 1] as usize {
-                self.weight[at] *= root[i] / root[self.before[at] as usize];
-            }
-        }
+        self.variance.iter_mut().zip(root).for_each(|(variance, root)| *variance *= root * root);
+        self.rows.scale(|i, j| root[i] / root[j]);
+        self.columns.scale(|j, i| root[i] / root[j]);
         self
+    }
+
+    /// `x = B⁻¹ x`.
+    pub fn solve<C: Column>(&self, x: &mut [C]) {
+        C::sweep(&self.rows, x, true, 1.0);
+    }
+
+    /// `x = B⁻ᵀ x`.
+    fn solve_transposed<C: Column>(&self, x: &mut [C]) {
+        C::sweep(&self.columns, x, false, 1.0);
+    }
+
+    /// `x = B x`, the last first, since it is nobody's neighbour.
+    fn times<C: Column>(&self, x: &mut [C]) {
+        C::sweep(&self.rows, x, false, -1.0);
+    }
+
+    /// `x = Bᵀ x`, the first first.
+    fn times_transposed<C: Column>(&self, x: &mut [C]) {
+        C::sweep(&self.columns, x, true, -1.0);
+    }
+
+    /// What is to be expected of all places, given the first of them.
+    pub fn kriged(&self, first: &[f64]) -> Vec<f64> {
+        let mut x = vec![0.0; self.variance.len()];
+        x[..first.len()].copy_from_slice(first);
+        self.times(&mut x);
+        x[first.len()..].fill(0.0);
+        self.solve(&mut x);
+        x
     }
 
     /// `x = B⁻¹ D B⁻ᵀ x`: the covariance.
     pub fn covariance<C: Column>(&self, x: &mut [C]) {
-        C::solve_transposed(self, x);
-        scale(x, &self.variance);
-        C::solve(self, x);
+        self.solve_transposed(x);
+        C::scale(x, &self.variance);
+        self.solve(x);
     }
 
     /// `x = Bᵀ D⁻¹ B x`: its inverse.
     fn precision<C: Column>(&self, x: &mut [C]) {
-        C::times(self, x);
-        for (x, variance) in x.iter_mut().zip(&self.variance) {
-            let before = *x;
-            *x = C::map(|lane| before.get(lane) / variance);
-        }
-        C::times_transposed(self, x);
-    }
-}
-
-/// Each row times a number.
-pub(super) fn scale<C: Column>(x: &mut [C], by: &[f64]) {
-    for (x, by) in x.iter_mut().zip(by) {
-        let before = *x;
-        *x = C::map(|lane| before.get(lane) * by);
-    }
-}
-
-/// `Σ a b` of each lane.
-fn inner<C: Column>(a: &[C], b: &[C]) -> C {
-    let mut sum = C::default();
-    for (a, b) in a.iter().zip(b) {
-        let before = sum;
-        sum = C::map(|lane| before.get(lane) + a.get(lane) * b.get(lane));
-    }
-    sum
-}
-
-/// `out += by · x`, each lane by its own.
-fn add<C: Column>(out: &mut [C], by: C, x: &[C]) {
-    for (out, x) in out.iter_mut().zip(x) {
-        let before = *out;
-        *out = C::map(|lane| before.get(lane) + by.get(lane) * x.get(lane));
+        self.times(x);
+        let inverse: Vec<f64> = self.variance.iter().map(|v| v.recip()).collect();
+        C::scale(x, &inverse);
+        self.times_transposed(x);
     }
 }
 
@@ -264,14 +178,17 @@ pub(super) struct System<'a> {
 /// `S x`.
 fn applied<C: Column>(prior: &Factor, root: &[f64], x: &[C]) -> Vec<C> {
     let mut out = x.to_vec();
-    scale(&mut out, root);
+    C::scale(&mut out, root);
     prior.covariance(&mut out);
-    scale(&mut out, root);
-    for (out, x) in out.iter_mut().zip(x) {
-        let before = *out;
-        *out = C::map(|lane| before.get(lane) + x.get(lane));
-    }
+    C::scale(&mut out, root);
+    C::blend(&mut out, &all(1.0), &all(1.0), x);
     out
+}
+
+/// `a − b`.
+fn minus<C: Column>(a: &[C], mut b: Vec<C>) -> Vec<C> {
+    C::blend(&mut b, &all(-1.0), &all(1.0), a);
+    b
 }
 
 /// What near readings miss of the system: how whole cells hang together.
@@ -284,7 +201,7 @@ pub(super) struct Coarse {
 
 impl Coarse {
     /// Cells around the first of the order, which are far apart; nothing where there are few places.
-    pub fn new(ordered: &Ordered, prior: &Factor, root: &[f64]) -> Result<Option<Self>> {
+    pub fn new(ordered: &Ordered, prior: &Factor, root: &[f64], sill: f64) -> Result<Option<Self>> {
         let n = root.len();
         let cells = Self::cells(n);
         if cells == 0 {
@@ -297,30 +214,52 @@ impl Coarse {
                 found.first().map_or(0, |(_, j)| *j)
             })
             .collect();
-        let columns: Vec<Vec<Lane>> = (0..cells.div_ceil(LANES))
+        let largest = sill * root.iter().map(|r| r * r).sum::<f64>();
+        let whole = match largest < FAINT {
+            true => Self::whole::<Few>(&cell, cells, prior, root),
+            false => Self::whole::<Lane>(&cell, cells, prior, root),
+        };
+        Ok(Some(Coarse { factor: Cholesky::factor(whole)?, cell }))
+    }
+
+    /// `Pᵀ S P`.
+    fn whole<C: Column>(cell: &[u32], cells: usize, prior: &Factor, root: &[f64]) -> Mat<f64> {
+        let n = root.len();
+        let columns: Vec<Vec<Sums>> = (0..cells.div_ceil(C::WIDTH))
             .into_par_iter()
             .map(|group| {
                 let one = |i: usize, lane: usize| {
-                    let mine = cell[i] as usize == group * LANES + lane;
+                    let mine = cell[i] as usize == group * C::WIDTH + lane;
                     if mine { root[i] } else { 0.0 }
                 };
-                let column: Vec<Lane> = (0..n).map(|i| Lane::map(|lane| one(i, lane))).collect();
+                let column: Vec<C> = (0..n).map(|i| C::map(|lane| one(i, lane))).collect();
                 let applied = applied(prior, root, &column);
-                let mut sums = vec![Lane::default(); cells];
+                let mut sums = vec![Sums::default(); cells];
                 for (i, a) in applied.iter().enumerate() {
-                    add_lane(&mut sums[cell[i] as usize], root[i], a);
+                    let sum = &mut sums[cell[i] as usize];
+                    for (l, sum) in sum.iter_mut().enumerate().take(C::WIDTH) {
+                        *sum = root[i].mul_add(a.get(l), *sum);
+                    }
                 }
                 sums
             })
             .collect();
-        let whole = Mat::from_fn(cells, cells, |i, j| columns[j / LANES][i].0[j % LANES]);
-        Ok(Some(Coarse { factor: Cholesky::factor(whole)?, cell }))
+        // Symmetric but for rounding.
+        Mat::from_fn(cells, cells, |i, j| {
+            let at = |i: usize, j: usize| columns[j / C::WIDTH][i][j % C::WIDTH];
+            0.5 * (at(i, j) + at(j, i))
+        })
     }
 
     /// Bytes that it holds and is made in.
     pub const fn bytes(places: usize) -> usize {
         let cells = Self::cells(places);
         if cells == 0 { 0 } else { 4 * places + 24 * cells * cells }
+    }
+
+    /// Whether there are places enough for cells.
+    pub const fn worth(places: usize) -> bool {
+        Self::cells(places) > 0
     }
 
     /// How many cells; none where there are few places.
@@ -360,9 +299,7 @@ impl System<'_> {
         z.extend_from_slice(r);
         self.near.precision(z);
         if let Some(coarse) = self.coarse {
-            let applied = self.apply(z);
-            let left: Vec<C> =
-                r.iter().zip(&applied).map(|(r, a)| C::map(|l| r.get(l) - a.get(l))).collect();
+            let left = minus(r, self.apply(z));
             coarse.add(self.root, &left, z);
         }
     }
@@ -371,50 +308,43 @@ impl System<'_> {
     /// What is kriged from the solution as a `dual` then lacks no more either: the residual, which is the
     /// error times up to the largest eigenvalue, is as small. Returns how many steps it took.
     pub fn solve<C: Column>(&self, b: &[C], x: &mut [C], energy: f64, dual: bool) -> Result<usize> {
-        let residual = |x: &[C]| -> Vec<C> {
-            let applied = self.apply(x);
-            b.iter().zip(&applied).map(|(b, a)| C::map(|lane| b.get(lane) - a.get(lane))).collect()
-        };
-        let mut r = residual(x);
+        let residual = |x: &[C]| minus(b, self.apply(x));
+        let nowhere = x.iter().all(|x| (0..C::WIDTH).all(|lane| x.get(lane) == 0.0));
+        let mut r = if nowhere { b.to_vec() } else { residual(x) };
         if let Some(coarse) = self.coarse {
             coarse.add(self.root, &r, x);
             r = residual(x);
         }
         let mut whole = b.to_vec();
         self.near.precision(&mut whole);
-        let whole = inner(b, &whole);
-        let enough = C::map(|lane| energy.max(1e-28 * whole.get(lane)));
-        let size = inner(b, b);
-        let rest = C::map(|lane| energy.max(1e-26 * size.get(lane)));
+        let (whole, size) = (C::inner(b, &whole), C::inner(b, b));
+        let enough = whole.map(|whole| energy.max(1e-28 * whole));
+        let rest = size.map(|size| energy.max(1e-26 * size));
         let mut z = Vec::with_capacity(r.len());
         self.improve(&r, &mut z);
         let mut p = z.clone();
-        let mut left = inner(&r, &z);
+        let mut left = C::inner(&r, &z);
         for steps in 0..500 {
-            let square = if dual { inner(&r, &r) } else { C::default() };
-            let open = |lane: usize| {
-                left.get(lane) > enough.get(lane) || square.get(lane) > rest.get(lane)
-            };
-            if (0..C::WIDTH).all(|lane| !open(lane)) {
-                return match (0..C::WIDTH).all(|lane| left.get(lane).is_finite()) {
+            let square = if dual { C::inner(&r, &r) } else { Sums::default() };
+            let open: [bool; MOST] =
+                std::array::from_fn(|l| left[l] > enough[l] || square[l] > rest[l]);
+            if !open.contains(&true) {
+                return match left.iter().all(|left| left.is_finite()) {
                     true => Ok(steps),
                     false => Err(Error::input("the counts have no finite likelihood")),
                 };
             }
             let ap = self.apply(&p);
-            let bent = inner(&p, &ap);
-            // A lane that has arrived stays where it is.
-            let step = C::map(|l| if open(l) { left.get(l) / bent.get(l) } else { 0.0 });
-            add(x, step, &p);
-            add(&mut r, C::map(|lane| -step.get(lane)), &ap);
+            let bent = C::inner(&p, &ap);
+            // A column that has arrived stays where it is.
+            let step: Sums = std::array::from_fn(|l| if open[l] { left[l] / bent[l] } else { 0.0 });
+            C::blend(x, &all(1.0), &step, &p);
+            C::blend(&mut r, &all(1.0), &step.map(|step| -step), &ap);
             self.improve(&r, &mut z);
-            let now = inner(&r, &z);
-            let turn = C::map(|l| if open(l) { now.get(l) / left.get(l) } else { 0.0 });
-            for (p, z) in p.iter_mut().zip(&z) {
-                let before = *p;
-                *p = C::map(|lane| z.get(lane) + turn.get(lane) * before.get(lane));
-            }
-            left = C::map(|l| if open(l) { now.get(l) } else { left.get(l) });
+            let now = C::inner(&r, &z);
+            let turn: Sums = std::array::from_fn(|l| if open[l] { now[l] / left[l] } else { 0.0 });
+            C::blend(&mut p, &turn, &all(1.0), &z);
+            left = std::array::from_fn(|l| if open[l] { now[l] } else { left[l] });
         }
         Err(Error::input("the equations of the nearest neighbours did not settle in 500 steps")
             .try_this("check the counts for extreme values"))
@@ -443,36 +373,35 @@ impl System<'_> {
         let mut v: Vec<Lane> = (0..n).map(|_| Lane::map(|_| unit * sign(&mut rng))).collect();
         let root: Vec<f64> = self.near.variance.iter().map(|v| v.sqrt().recip()).collect();
         let mut last = vec![Lane::default(); n];
-        let mut beta = Lane::default();
+        let mut beta = Sums::default();
         // Diagonals and what stands beside them, of each lane.
         let mut tri: Vec<(Lane, Lane)> = Vec::new();
         let mut told = f64::NAN;
         for step in 0..60.min(n) {
             let mut w = v.clone();
-            scale(&mut w, &root);
-            Lane::times_transposed(self.near, &mut w);
+            Lane::scale(&mut w, &root);
+            self.near.times_transposed(&mut w);
             let mut w = self.apply(&w);
-            Lane::times(self.near, &mut w);
-            scale(&mut w, &root);
-            let alpha = inner(&w, &v);
-            add(&mut w, Lane::map(|l| -alpha.0[l]), &v);
-            add(&mut w, Lane::map(|l| -beta.0[l]), &last);
-            beta = inner(&w, &w);
-            beta = Lane::map(|l| beta.0[l].sqrt());
-            tri.push((alpha, beta));
-            if step % 3 == 2 || step + 1 == n || (0..LANES).all(|l| beta.0[l] < 1e-9) {
+            self.near.times(&mut w);
+            Lane::scale(&mut w, &root);
+            let alpha = Lane::inner(&w, &v);
+            Lane::blend(&mut w, &all(1.0), &alpha.map(|a| -a), &v);
+            Lane::blend(&mut w, &all(1.0), &beta.map(|b| -b), &last);
+            beta = Lane::inner(&w, &w).map(f64::sqrt);
+            let lanes = |sums: &Sums| Lane::map(|l| sums[l]);
+            tri.push((lanes(&alpha), lanes(&beta)));
+            if step % 3 == 2 || step + 1 == n || beta.iter().all(|b| *b < 1e-9) {
                 let now = n as f64 * quadrature(&tri);
-                if (now - told).abs() < 1e-3 * now.abs() + 1e-3 || beta.0.iter().all(|b| *b < 1e-9)
-                {
+                if (now - told).abs() < 1e-3 * now.abs() + 1e-3 || beta.iter().all(|b| *b < 1e-9) {
                     return now;
                 }
                 told = now;
             }
-            last = v;
             // Nothing is left in a lane: it stays at zero, and its matrix falls apart there.
-            let by = Lane::map(|l| if beta.0[l] > 1e-9 { beta.0[l].recip() } else { 0.0 });
-            beta = Lane::map(|l| if beta.0[l] > 1e-9 { beta.0[l] } else { 0.0 });
-            v = w.iter().map(|w| Lane::map(|l| w.0[l] * by.0[l])).collect();
+            let by = beta.map(|b| if b > 1e-9 { b.recip() } else { 0.0 });
+            beta = beta.map(|b| if b > 1e-9 { b } else { 0.0 });
+            Lane::blend(&mut w, &by, &Sums::default(), &v);
+            last = std::mem::replace(&mut v, w);
         }
         told
     }
@@ -596,25 +525,25 @@ mod tests {
         };
         let ordered = Ordered::of(&row, &kernel, true);
         let (lists, kriging) = (ordered.lists(30), Kriging { kernel: &kernel, levels: 1 });
-        let prior = Factor::new(kriging, &ordered, &lists, &vec![1e-10; n]);
         // From readings that say next to nothing to such as say a lot.
         let root: Vec<f64> = (0..n).map(|i| [0.02, 0.5, 0.5, 1.0][i % 4]).collect();
         let noise: Vec<f64> = root.iter().map(|r| 1e-10 + 1.0 / (r * r)).collect();
-        let near = Factor::new(kriging, &ordered, &lists, &noise).scaled(&root);
-        let coarse = Coarse::new(&ordered, &prior, &root)?;
+        let [prior, near] = Factor::of(kriging, &ordered, &lists, [&vec![1e-10; n], &noise]);
+        let near = near.scaled(&root);
+        let coarse = Coarse::new(&ordered, &prior, &root, 1.0)?;
         assert!(coarse.is_some());
         let alone = System { prior: &prior, root: &root, near: &near, coarse: None };
         let both = System { coarse: coarse.as_ref(), ..alone };
         // Surfaces of the prior, read with noise, as draws are.
         let mut b: Vec<Lane> =
             (0..n).map(|i| Lane::map(|_| prior.variance[i].sqrt() * rng.normal())).collect();
-        Lane::solve(&prior, &mut b);
+        prior.solve(&mut b);
         for (b, r) in b.iter_mut().zip(&root) {
             let surface = *b;
             *b = Lane::map(|l| r * (r * surface.0[l] + rng.normal()));
         }
         prior.covariance(&mut b);
-        scale(&mut b, &root);
+        Lane::scale(&mut b, &root);
         let one: Vec<f64> = b.iter().map(|b| b.0[2]).collect();
         let (mut x, mut y, mut z) =
             (vec![Lane::default(); n], vec![Lane::default(); n], one.clone());
@@ -636,20 +565,16 @@ mod tests {
     #[test]
     fn a_factor_undoes_itself() {
         let mut rng = Stream::new(2, "factor", 0);
-        let mut factor = Factor {
-            starts: vec![0],
-            before: Vec::new(),
-            weight: Vec::new(),
-            variance: Vec::new(),
-        };
-        for i in 0..40 {
-            for _ in 0..i.min(4) {
-                factor.before.push(rng.below(i) as u32);
-                factor.weight.push(rng.uniform(-0.5, 0.5));
+        let (mut rows, mut variance) = (Sparse::none(), Vec::new());
+        for i in 0..40usize {
+            for _ in 0..i.min(7) {
+                rows.others.push(rng.below(i) as u32);
+                rows.weight.push(rng.uniform(-0.5, 0.5));
             }
-            factor.starts.push(factor.before.len() as u32);
-            factor.variance.push(rng.uniform(0.5, 2.0));
+            rows.starts.push(rows.others.len() as u32);
+            variance.push(rng.uniform(0.5, 2.0));
         }
+        let factor = Factor { columns: rows.turned(), rows, variance };
         let lanes: Vec<Lane> = (0..40).map(|_| Lane::map(|_| rng.normal())).collect();
         let mut back = lanes.clone();
         factor.covariance(&mut back);
@@ -660,6 +585,20 @@ mod tests {
             factor.precision(&mut one);
             let off = one.iter().zip(&lanes).map(|(a, b)| (a - b.0[lane]).abs());
             assert!(off.fold(0.0, f64::max) < 1e-11);
+        }
+        // Transposed is what stands on the other side of an inner product, scaled or not.
+        let root: Vec<f64> = (0..40).map(|_| rng.uniform(0.5, 2.0)).collect();
+        for factor in [&factor, &factor.clone().scaled(&root)] {
+            let (mut a, mut b) = (lanes.clone(), lanes.clone());
+            factor.solve(&mut a);
+            factor.solve_transposed(&mut b);
+            let (one, other) = (Lane::inner(&a, &lanes), Lane::inner(&lanes, &b));
+            assert!((0..LANES).all(|l| (one[l] - other[l]).abs() < 1e-11));
+            let (mut a, mut b) = (lanes.clone(), lanes.clone());
+            factor.times(&mut a);
+            factor.times_transposed(&mut b);
+            let (one, other) = (Lane::inner(&a, &lanes), Lane::inner(&lanes, &b));
+            assert!((0..LANES).all(|l| (one[l] - other[l]).abs() < 1e-11));
         }
         factor.precision(&mut back);
         assert!(back.iter().zip(&lanes).all(|(a, b)| (a.0[3] - b.0[3]).abs() < 1e-11));

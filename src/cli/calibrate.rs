@@ -60,7 +60,10 @@ pub fn run(args: &Args) -> Result<()> {
     })?;
     let seconds = started.elapsed().as_secs_f64();
     if args.record {
-        checkpoint.card.scores.insert("calibration".into(), object(args, &report, seconds));
+        // Where the file lay is no part of what it is.
+        let mut scores = object(args, &report, seconds);
+        scores["model"] = json!(checkpoint.card.name);
+        checkpoint.card.scores.insert("calibration".into(), scores);
         checkpoint.write(file)?;
     }
     if args.json { say(object(args, &report, seconds)) } else { table(args, &report, seconds) }

@@ -91,6 +91,16 @@ impl Smoothness {
         }
     }
 
+    /// Covariances at squared distances in length scales, in place.
+    pub(super) fn at_squares(self, sill: f64, out: &mut [f64]) {
+        match self {
+            Smoothness::Half => half(sill, out),
+            Smoothness::ThreeHalves => three_halves(sill, out),
+            Smoothness::FiveHalves => five_halves(sill, out),
+            Smoothness::Infinite => infinite(sill, out),
+        }
+    }
+
     /// Effective range in length scales: where the correlation falls to 0.05.
     ///
     /// ```
@@ -145,7 +155,7 @@ impl Kernel for Matern {
         };
         let turn = turn.map(|v| v / self.length_scale);
         squares(at, turn, x, y, out);
-        self.at_squares(out);
+        self.smoothness.at_squares(self.sill, out);
     }
     fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
         if self.metric != Metric::Euclidean {
@@ -156,7 +166,7 @@ impl Kernel for Matern {
         for (out, place) in out.iter_mut().zip(places) {
             *out = scale * place.iter().zip(at).map(|(a, b)| (a - b) * (a - b)).sum::<f64>();
         }
-        self.at_squares(out);
+        self.smoothness.at_squares(self.sill, out);
     }
     fn sill(&self) -> f64 {
         self.sill
@@ -233,16 +243,6 @@ impl Matern {
             if shorter(middle) < share { low = middle } else { high = middle }
         }
         low.tan() * freedom.sqrt() / self.length_scale
-    }
-
-    /// Covariances at squared distances in length scales, in place.
-    fn at_squares(&self, out: &mut [f64]) {
-        match self.smoothness {
-            Smoothness::Half => half(self.sill, out),
-            Smoothness::ThreeHalves => three_halves(self.sill, out),
-            Smoothness::FiveHalves => five_halves(self.sill, out),
-            Smoothness::Infinite => infinite(self.sill, out),
-        }
     }
 }
 

@@ -37,7 +37,20 @@ pub trait Kernel: Send + Sync + std::fmt::Debug {
         }
     }
 
-    /// The same among places of any number of coordinates.
+    /// [`Kernel::column`] of every place and itself and those after it, one column after the other.
+    ///
+    /// # Shapes
+    /// `x` and `y` `[site]`, `out` `[site · (site + 1) / 2]`.
+    fn columns(&self, x: &[f64], y: &[f64], out: &mut [f64]) {
+        let mut rest = out;
+        for j in 0..x.len() {
+            let (column, after) = rest.split_at_mut(x.len() - j);
+            self.column([x[j], y[j]], &x[j..], &y[j..], column);
+            rest = after;
+        }
+    }
+
+    /// The same as [`Kernel::column`] among places of any number of coordinates.
     fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
         out.iter_mut().zip(places).for_each(|(out, place)| *out = self.covariance(place, at));
     }
@@ -83,6 +96,9 @@ impl Kernel for std::sync::Arc<dyn Kernel> {
     }
     fn column(&self, at: [f64; 2], x: &[f64], y: &[f64], out: &mut [f64]) {
         (**self).column(at, x, y, out);
+    }
+    fn columns(&self, x: &[f64], y: &[f64], out: &mut [f64]) {
+        (**self).columns(x, y, out);
     }
     fn column_of(&self, at: &[f64], places: &[&[f64]], out: &mut [f64]) {
         (**self).column_of(at, places, out);

@@ -12,6 +12,7 @@
 use std::sync::Arc;
 
 use super::{Kernel, Smoothness};
+use crate::fused::simd;
 
 /// What a kernel is around one place.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -111,6 +112,22 @@ impl Varying {
     }
 }
 
+simd::vectorised! {
+    /// `hᵀ M⁻¹ h` between the first place and each, and what correlations there are multiplied by.
+    pub fn apart(x: &[f64], y: &[f64], xx: &[f64], xy: &[f64], yy: &[f64], weight: &[f64], square: &mut [f64], factor: &mut [f64]) {
+        let n = square.len();
+        let (x, y, xx, xy, yy, weight) = (&x[..n], &y[..n], &xx[..n], &xy[..n], &yy[..n], &weight[..n]);
+        let factor = &mut factor[..n];
+        for i in 0..n {
+            let [a, b, c] = [0.5 * (xx[0] + xx[i]), 0.5 * (xy[0] + xy[i]), 0.5 * (yy[0] + yy[i])];
+            let size = a * c - b * b;
+            let (dx, dy) = (x[i] - x[0], y[i] - y[0]);
+            square[i] = (c * dx * dx - 2.0 * b * dx * dy + a * dy * dy).max(0.0) / size;
+            factor[i] = weight[0] * weight[i] / size.sqrt();
+        }
+    }
+}
+
 fn place(site: &[f64]) -> [f64; 2] {
     [site[0], site.get(1).copied().unwrap_or(0.0)]
 }
@@ -126,6 +143,27 @@ impl Kernel for Varying {
         let here = self.shape(at[0], at[1]);
         for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
             *out = self.between(&self.shape(*x, *y), &here, x - at[0], y - at[1]);
+        }
+    }
+    /// Asks for the local kernel of every place once.
+    fn columns(&self, x: &[f64], y: &[f64], out: &mut [f64]) {
+        let n = x.len();
+        let mut shapes = vec![0.0; 4 * n];
+        let mut factor = vec![0.0; n];
+        for i in 0..n {
+            let Shape { square, weight } = self.shape(x[i], y[i]);
+            (0..3).for_each(|k| shapes[k * n + i] = square[k]);
+            shapes[3 * n + i] = weight;
+        }
+        let mut rest = out;
+        for j in 0..n {
+            let (column, after) = rest.split_at_mut(n - j);
+            let [xx, xy, yy, weight] = std::array::from_fn(|k| &shapes[k * n + j..(k + 1) * n]);
+            let factor = &mut factor[..n - j];
+            apart(&x[j..], &y[j..], xx, xy, yy, weight, column, factor);
+            self.smoothness.at_squares(1.0, column);
+            column.iter_mut().zip(factor).for_each(|(c, factor)| *c *= *factor);
+            rest = after;
         }
     }
     fn sill(&self) -> f64 {

@@ -346,11 +346,11 @@ fn cells(row: &Row, sites: &mut [u32], most: usize, out: &mut Vec<Vec<u32>>) {
 }
 
 impl Windows {
-    fn of(row: &Row, most: usize, likelihood: &dyn Likelihood) -> Self {
+    /// The sites' `order` is as [`spread`] has it.
+    fn of(row: &Row, order: &[usize], most: usize, likelihood: &dyn Likelihood) -> Self {
         let n = row.y.len();
         let mut levels: Vec<Vec<u32>> = vec![(0..n as u32).collect()];
         if n > most {
-            let order = spread(&row.sites, &row.y);
             let mut part = n;
             while part > most {
                 part /= COARSER;
@@ -466,14 +466,16 @@ impl Kriging {
                 let sign = if k % 2 == 0 { 1.0 } else { -1.0 };
                 let normal: [f64; READ] = std::array::from_fn(|_| sign * rng.normal());
                 let read = self.outside(&reading.draw(c, &normal), &window);
-                let (posterior, evidence) =
-                    self.gp(kernel(c, &read, dim), row)?.conditioned(alone)?;
+                let gp = self.gp(kernel(c, &read, dim), row)?;
+                if self.likelihood.counts() {
+                    members.push((log, gp.conditioned(alone)?));
+                    continue;
+                }
                 // What the survey itself says of each draw tells the better of them.
+                let (posterior, evidence) = gp.weighed(alone)?;
                 let wide: f64 = (0..READ).map(|i| reading.factor[c][i][i].ln()).sum();
                 let drawn = wide - 0.5 * normal.iter().map(|z| z * z).sum::<f64>();
-                let heed = if self.likelihood.counts() { 0.0 } else { HEED };
-                let weight = (1.0 - heed) * log + heed * (evidence[0] - drawn);
-                members.push((weight, posterior));
+                members.push(((1.0 - HEED) * log + HEED * (evidence[0] - drawn), posterior));
             }
         }
         Ok(members)
@@ -481,7 +483,9 @@ impl Kriging {
 
     /// The one covariance that many windows agree on, or one that varies between them.
     fn pooled(&self, row: &Row, alone: &Observations, dim: usize) -> Result<Members> {
-        let Windows { all, fine } = Windows::of(row, self.config.window, self.likelihood);
+        let spread_out = spread(&row.sites, &row.y);
+        let Windows { all, fine } =
+            Windows::of(row, &spread_out, self.config.window, self.likelihood);
         let readings = self.readings(&all)?;
         let Some(whole) = all.last() else { return self.in_doubt(row, alone, dim) };
         // Odds of a smoothness multiply over windows, its prior divided out.
@@ -493,11 +497,16 @@ impl Kriging {
             }
         }
         let counts = self.likelihood.counts();
-        let judged = judges(alone, JUDGES)?;
+        // A row has no sites that were not observed.
+        let spread_out = match row.y.len() == alone.len() {
+            true => spread_out,
+            false => spread(&alone.sites.host()?[0], &vec![0.0; alone.len()]),
+        };
+        let judged = judges(alone, &spread_out, JUDGES)?;
         let jury = |of: &Observations| Jury::new(of, self.likelihood).map(RefCell::new);
         let first_word = if counts { Some(jury(&judged)?) } else { None };
         let last_word = match counts && alone.len() > 2 * JUDGES {
-            true => Some(jury(&judges(alone, MANY_COUNTS)?)?),
+            true => Some(jury(&judges(alone, &spread_out, MANY_COUNTS)?)?),
             false => None,
         };
         let by = |jury: Option<&RefCell<Jury>>, read: Read| -> Result<f64> {
@@ -510,6 +519,7 @@ impl Kriging {
         let mut likely: Vec<usize> = (0..ORDERS.len()).collect();
         likely.sort_by(|a, b| order[*b].total_cmp(&order[*a]));
         let mut best: Option<(f64, Read)> = None;
+        let mut off_before: Option<[f64; READ]> = None;
         // Windows are not independent and the network is not exact: the second is tried too.
         for c in likely.into_iter().take(2) {
             let mut said: Vec<Information> = readings
@@ -520,10 +530,19 @@ impl Kriging {
             let mut total = Information::NONE;
             said.iter().for_each(|one| total.add(one, 1.0));
             let agreed = total.with(self.shift(whole), self.sd).mean()?;
+            // What windows have wrong of one smoothness they have of the next, more or less.
+            let start: [f64; READ] = match off_before {
+                Some(off) if counts => std::array::from_fn(|i| agreed[i] + off[i]),
+                _ => agreed,
+            };
+            let tried = match (counts, off_before) {
+                (true, Some(_)) => COUNTS_TRIED[0] / 2,
+                (true, None) => COUNTS_TRIED[0],
+                (false, _) => TRIED,
+            };
             let free = if dim == 2 && !counts { READ } else { 3 };
-            let tried = if counts { COUNTS_TRIED[0] } else { TRIED };
             let first = |read: &[f64; READ]| by(first_word.as_ref(), kernel(c, read, dim));
-            let (mut read, mut value) = polished(c, &agreed, free, 0.4, tried, &first);
+            let (mut read, mut value) = polished(c, &start, free, 0.4, tried, &first);
             let among_few = value;
             if last_word.is_some() {
                 let second = |read: &[f64; READ]| by(last_word.as_ref(), kernel(c, read, dim));
@@ -531,6 +550,7 @@ impl Kriging {
             }
             // What all windows have wrong alike, the whole has put right.
             let off: [f64; READ] = std::array::from_fn(|i| read[i] - agreed[i]);
+            off_before = Some(off);
             for one in &mut said {
                 for (pull, row) in one.pull.iter_mut().zip(&one.precision) {
                     *pull += row.iter().zip(&off).map(|(p, o)| p * o).sum::<f64>();
@@ -562,7 +582,7 @@ impl Kriging {
             Error::input("the observations have no finite likelihood under any covariance")
                 .try_this("check the observations for extreme values")
         })?;
-        Ok(vec![(0.0, self.gp(read, row)?.conditioned(alone)?.0)])
+        Ok(vec![(0.0, self.gp(read, row)?.conditioned(alone)?)])
     }
 }
 
@@ -593,21 +613,21 @@ fn polished(
 }
 
 /// Sites that judge between covariances, `most` of them: half evenly spread, for how the surface hangs
-/// together from afar; half whole neighbourhoods, for how it does from near. All where there are few.
-fn judges(context: &Observations, most: usize) -> Result<Observations> {
+/// together from afar; half whole neighbourhoods, for how it does from near. All where there are few. Their
+/// `order` is as [`spread`] has it.
+fn judges(context: &Observations, order: &[usize], most: usize) -> Result<Observations> {
     let n = context.len();
     if n <= most {
         return Ok(context.clone());
     }
     let s = context.sites.host()?.remove(0);
     const BLOCK: usize = 100;
-    let order = spread(&s, &vec![0.0; n]);
     let flat: Vec<f64> = s.iter().flatten().copied().collect();
     let tree = Tree::new(&flat, s[0].len());
     let mut kept: BTreeSet<u32> = order[..most / 2].iter().map(|i| *i as u32).collect();
     let mut found = Vec::new();
     for i in order {
-        tree.nearest(&s[i], BLOCK, n, &mut found);
+        tree.nearest(&s[*i], BLOCK, n, &mut found);
         kept.extend(found.iter().map(|(_, j)| *j));
         if kept.len() >= most {
             break;
@@ -743,7 +763,7 @@ impl Process for Kriging {
             return Memory {
                 conditioning: (members - 1) * one.held + one.conditioning + windows + (3 << 20),
                 held: members * one.held,
-                target: 2048,
+                target: 2816,
             };
         }
         // Covariances among neighbours stand in the room that targets are given.

@@ -105,12 +105,28 @@ fn a_column_is_the_covariance_of_each_site() {
                 let single = kernel.covariance(site, &at);
                 assert!((out - single).abs() < 1e-14, "{kernel:?}: {out} and {single}");
             }
+            assert_columns(&*kernel, &sites);
         }
         let places: Vec<[f64; 2]> = sites(9, 6).iter().map(|p| [p[0], p[1]]).collect();
         let gram = isopleth::kernel::gram(&*kernel, &places);
         assert!((gram[(7, 3)] - kernel.covariance(&places[7], &places[3])).abs() < 1e-14);
         assert!((gram[(4, 4)] - kernel.sill()).abs() < 1e-14 && gram[(3, 7)] == 0.0);
     }
+}
+
+/// All columns at once are each of them.
+fn assert_columns(kernel: &dyn isopleth::kernel::Kernel, sites: &[Vec<f64>]) {
+    let [x, y] = [0, 1].map(|d| sites.iter().map(|p| p[d]).collect::<Vec<f64>>());
+    let mut out = vec![f64::NAN; sites.len() * (sites.len() + 1) / 2];
+    kernel.columns(&x, &y, &mut out);
+    let mut out = out.iter();
+    for (j, at) in sites.iter().enumerate() {
+        for site in &sites[j..] {
+            let (seen, single) = (out.next().unwrap(), kernel.covariance(site, at));
+            assert!((seen - single).abs() < 1e-14, "{kernel:?}: {seen} and {single}");
+        }
+    }
+    assert!(out.next().is_none());
 }
 
 #[test]
@@ -191,6 +207,7 @@ fn a_varying_kernel_is_a_kernel() {
         for (out, site) in out.iter().zip(&sites) {
             assert!((out - kernel.covariance(site, &[0.2, -0.4])).abs() < 1e-14);
         }
+        assert_columns(&kernel, &sites);
     }
 }
 

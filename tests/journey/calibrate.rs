@@ -132,6 +132,11 @@ fn figures_are_of_these_tasks_and_no_others() {
     for word in ["surface", "new observation", "95 %", "nearest-site", "exact-gp", "crps"] {
         assert!(said.contains(word), "no `{word}` in\n{said}");
     }
+    ok(&["calibrate", &model, "--tasks", "12", "--record"]);
+    let kept = fs::read(&model).unwrap();
+    let kept = String::from_utf8_lossy(&kept);
+    assert!(kept.contains("calibration"), "the card keeps the report");
+    assert!(!kept.contains(folder.path().to_str().unwrap()), "and not where the file lay");
 }
 
 #[test]
