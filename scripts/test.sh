@@ -9,9 +9,17 @@ export CANDLE_NUM_THREADS="${CANDLE_NUM_THREADS:-1}"
 mkdir -p target
 log=target/test.log
 start=$SECONDS
-# Examples are built by lints.
-cargo test --release --locked --no-fail-fast "$@" 2>&1 | tee "$log"
-code=$?
+run() { cargo test --release --locked --no-fail-fast "$@" 2>&1 | tee -a "$log"; }
+: >"$log"
+if [ $# -gt 0 ]; then
+    run "$@"
+    code=$?
+else
+    # Examples are built where they are linted.
+    run --lib --bins --tests
+    code=$?
+    run --doc || code=$?
+fi
 
 echo
 sed -n 's/^test \(.*\) \.\.\. FAILED$/failed: \1/p' "$log"

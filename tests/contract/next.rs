@@ -153,7 +153,7 @@ fn paired(seed: u64) -> Result<[f64; 2]> {
 
 #[test]
 fn a_plan_beats_chance_on_simulated_surfaces() -> Result<()> {
-    let surfaces = 80;
+    let surfaces = 40;
     let found: Vec<[f64; 2]> = (0..surfaces).into_par_iter().map(paired).collect::<Result<_>>()?;
     let n = surfaces as f64;
     let gains: Vec<f64> = found.iter().map(|[ours, chance]| chance - ours).collect();
