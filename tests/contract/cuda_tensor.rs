@@ -162,7 +162,7 @@ fn tensor_cores_equal_full_attention() {
     let mut worst = [0.0f64; 3];
     // Every bias with both metrics, and every shape with both, though not all three with each other.
     for (i, shape) in shapes().into_iter().enumerate() {
-        for (j, terms) in BIASES.into_iter().enumerate() {
+        for (j, terms) in BIASES.iter().enumerate() {
             let metric = [Metric::Euclidean, Metric::GreatCircle][(i + j) % 2];
             let case = case(&mut rng, &shape, terms, metric);
             let least = of_f32(terms);
