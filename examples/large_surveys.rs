@@ -6,9 +6,9 @@
 //!
 //! Sites are nodes of a lattice, the field exact on it (circulant embedding), LENGTH in spacings of evenly
 //! spread sites, NUGGET an sd where the field's is 1. LAYOUT: `even`, `clustered`, `gaps`. KERNEL: `half`,
-//! `three`. A CUT is `plain` or SITES:FAR:CELL:BLEND[:SPAN], of the model `continuous`; `vecchia`; the name of a
-//! model, which is asked as it is; or `local=FILE`, a model that was trained at [`DENSITY`] sites a unit square
-//! and is shown all sites at once in that unit.
+//! `three`. A CUT is SITES:FAR:CELL:BLEND[:SPAN], of the model `continuous`; `vecchia`; the name of a model,
+//! which is shown all sites at once; or `local=FILE`, a model that was trained at [`DENSITY`] sites a unit
+//! square and is shown them in that unit.
 
 use std::time::Instant;
 
@@ -219,7 +219,6 @@ fn main() -> Result<()> {
         for (cut, lines) in args[6..].iter().zip(&mut table) {
             let start = Instant::now();
             let said = match cut.as_str() {
-                "plain" => model.condition(&context)?.at(&targets)?,
                 "vecchia" => {
                     NearestGp::fit(&context, gaussian)?.condition(&context)?.at(&targets)?
                 }

@@ -71,6 +71,11 @@ pub(super) struct Said {
     pub variance: f64,
 }
 
+/// The most neighbours of any place.
+fn most(asked: &[Asked]) -> usize {
+    asked.iter().map(|a| a.neighbours.len()).max().unwrap_or(0)
+}
+
 /// Values at sites, deviations from the prior mean, and the noise of each.
 #[derive(Clone, Copy)]
 pub(super) struct Heard<'a> {
@@ -297,7 +302,7 @@ impl Room {
 
     /// The weights behind what was just asked.
     pub fn weights(&mut self, asked: &[Asked]) -> Vec<Weights> {
-        let n = asked.iter().map(|a| a.neighbours.len()).max().unwrap_or(0);
+        let n = most(asked);
         weigh(n, &mut self.lower);
         let last = &self.lower[row_of(n)..];
         let one = |(lane, asked): (usize, &Asked)| {
@@ -333,7 +338,7 @@ impl Kriging<'_> {
 
     /// Covariances of places and neighbours, for [`Kriging::hear`], which uses them up.
     pub fn meet(&self, ordered: &Ordered, asked: &[Asked], room: &mut Room) {
-        let n = asked.iter().map(|a| a.neighbours.len()).max().unwrap_or(0);
+        let n = most(asked);
         room.lower.resize(row_of(n + 1), Lane::default());
         let Room { lower, x, y, columns, .. } = room;
         for lane in 0..LANES {
@@ -394,7 +399,7 @@ impl Kriging<'_> {
         asked: &[Asked],
         room: &mut Room,
     ) -> [Said; LANES] {
-        let n = asked.iter().map(|a| a.neighbours.len()).max().unwrap_or(0);
+        let n = most(asked);
         let sill = self.kernel.sill();
         room.value.clear();
         room.value.resize(n, Lane::default());
@@ -430,22 +435,35 @@ impl Kriging<'_> {
         terms: &[u32],
         each: impl Fn(&mut Vec<T>, u32, Said) + Sync,
     ) -> Vec<Vec<T>> {
-        terms
-            .par_chunks(CHUNK)
-            .map_init(Room::default, |room, chunk| {
-                let mut out = Vec::with_capacity(chunk.len());
-                for block in chunk.chunks(LANES) {
-                    let asked: Vec<Asked> =
-                        block.iter().map(|i| ordered.asked(lists, *i)).collect();
-                    let said = self.ask(ordered, heard, &asked, room);
-                    for (i, said) in block.iter().zip(said) {
-                        each(&mut out, *i, said);
-                    }
-                }
-                out
-            })
-            .collect()
+        blocks(ordered, lists, terms, Vec::new, |out, room, block, asked| {
+            let said = self.ask(ordered, heard, asked, room);
+            for (i, said) in block.iter().zip(said) {
+                each(out, *i, said);
+            }
+        })
     }
+}
+
+/// What comes of `terms`, a chunk of them at a time: of each block of up to [`LANES`] sites with their
+/// neighbours of the lists, added to what came of those before it, in the order of the terms.
+pub(super) fn blocks<T: Send>(
+    ordered: &Ordered,
+    lists: &Lists,
+    terms: &[u32],
+    none: impl Fn() -> T + Sync,
+    add: impl Fn(&mut T, &mut Room, &[u32], &[Asked]) + Sync,
+) -> Vec<T> {
+    terms
+        .par_chunks(CHUNK)
+        .map_init(Room::default, |room, chunk| {
+            let mut out = none();
+            for block in chunk.chunks(LANES) {
+                let asked: Vec<Asked> = block.iter().map(|i| ordered.asked(lists, *i)).collect();
+                add(&mut out, room, block, &asked);
+            }
+            out
+        })
+        .collect()
 }
 
 /// How far the mean lies from the prior's, level by level, and what is left open of that.

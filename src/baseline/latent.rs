@@ -35,7 +35,7 @@ use super::{
     elimination::{LEVELS, Lane},
     field::add_row,
     kriging::{Kriging, Levels, Lists, Ordered, Shift, Weights, dot, levels},
-    system::{Coarse, FAINT, Factor, System},
+    system::{Coarse, Factor, System, faint},
 };
 use crate::{
     error::{Error, Result},
@@ -56,8 +56,6 @@ pub(super) const JITTER: f64 = 1e-10;
 /// the mode.
 const STALE: [f64; 2] = [0.25, 0.02];
 const FEW: usize = 1_000;
-/// Steps of a solution from which on cells are worth their while.
-const MANY_STEPS: usize = 25;
 /// Weights are held fast once latents move by less, root mean square.
 const HOLD: f64 = 0.25;
 /// And again, for the last time, once they move by less than this.
@@ -94,6 +92,12 @@ pub(super) struct Start {
     latent: Vec<f64>,
     surface: Vec<f64>,
     level: Vec<Vec<f64>>,
+}
+
+/// Weights of counts that are held fast, and the cells made for them.
+struct Held {
+    weight: Vec<f64>,
+    coarse: Option<Coarse>,
 }
 
 /// What a process of counts is.
@@ -178,7 +182,7 @@ impl Model<'_> {
         close: f64,
     ) -> Result<Latent> {
         let (n, m) = (ordered.len(), ordered.y.len());
-        let jitter = self.jitter();
+        let (jitter, sill) = (self.jitter(), self.kriging.kernel.sill());
         let count = self.doubt.iter().rposition(|v| *v > 0.0).map_or(0, |last| last + 1);
         let known: Vec<Levels> = (0..n).map(|i| levels(ordered.site(i))).collect();
         let mut told = start.latent.len() == m && start.surface.len() == n;
@@ -227,22 +231,13 @@ impl Model<'_> {
             None => Factor::of(self.kriging, ordered, lists, [&vec![jitter; n], &noise]),
         };
         let mut near = (near.scaled(&root), root);
-        // Where solving takes many steps: weights that are held fast from near the mode on, so that the
-        // cells made for them serve to the end. The mode is the same, whatever the weights.
-        let (mut slow, mut hold) = (guessed, guessed);
-        let mut held: Option<Vec<f64>> = None;
-        let mut coarse: Option<Coarse> = None;
+        // Of many, weights are held fast from near the mode on. The mode is the same, whatever they are; and
+        // those that were held from within sight of it are its own, nearly.
+        let (mut hold, mut held) = (guessed, None::<Held>);
         for _ in 0..100 {
-            // Weights that were held from within sight of the mode on are those of the mode, nearly.
-            if settled && coarse.is_none() {
-                held = None;
-            }
-            let reading = self.read(ordered, f, held.as_deref());
+            let reading = self.read(ordered, f, held.as_ref().map(|held| &held.weight[..]));
             let root = root_of(&reading);
-            if hold && held.is_none() {
-                held = Some(reading.weight.clone());
-            }
-            let anew = coarse.is_none() && (settled || hold);
+            let anew = held.is_none() && (settled || hold);
             // As long as readings are much as they were, so is the approximation.
             let mut off = root.iter().zip(&near.1).map(|(a, b)| (a / b - 1.0).abs());
             let stale = match n < FEW {
@@ -252,43 +247,39 @@ impl Model<'_> {
                     square > STALE[usize::from(anew)].powi(2) * n as f64
                 }
             };
-            if slow && anew {
-                coarse = Coarse::new(ordered, &prior, &root, self.kriging.kernel.sill())?;
+            if guessed && anew {
+                let coarse = Coarse::new(ordered, &prior, &root, sill)?;
+                held = Some(Held { weight: reading.weight.clone(), coarse });
             }
             if stale {
                 let noise = noise_of(&reading);
                 let [factor] = Factor::of(self.kriging, ordered, lists, [&noise]);
                 near = (factor.scaled(&root), root.clone());
             }
-            let system =
-                System { prior: &prior, root: &root, near: &near.0, coarse: coarse.as_ref() };
+            let coarse = held.as_ref().and_then(|held| held.coarse.as_ref());
+            let system = System { prior: &prior, root: &root, near: &near.0, coarse };
             let small = if settled { energy } else { energy.max(1e-3 * gain) };
-            let rough = slow && held.is_none() && !settled;
             // S⁻¹ Π^½ K of each level's readings and, first, of the counts'.
-            let mut columns: Vec<(Vec<f64>, &mut Vec<f64>, bool)> = Vec::with_capacity(1 + count);
-            columns.push((reading.place.clone(), surface, false));
+            let mut columns: Vec<(Vec<f64>, &mut Vec<f64>)> = Vec::with_capacity(1 + count);
+            columns.push((reading.place.clone(), surface));
             for (l, level) in level.iter_mut().enumerate() {
                 let read = (0..n).map(|i| reading.precision[i] * known[i][l]).collect();
-                columns.push((read, level, rough));
+                columns.push((read, level));
             }
-            let solved: Result<Vec<(Vec<f64>, usize)>> = columns
+            let solved: Result<Vec<Vec<f64>>> = columns
                 .into_par_iter()
-                .map(|(mut b, guess, rough)| {
+                .map(|(mut b, guess)| {
                     prior.covariance(&mut b);
                     f64::scale(&mut b, &root);
                     let mut x: Vec<f64> = guess.iter().zip(&root).map(|(u, r)| u * r).collect();
-                    // What is not known of the mean will be solved for again.
-                    let whole =
-                        if rough { b.iter().zip(&x).map(|(b, x)| b * x).sum() } else { 0.0 };
-                    let steps = system.solve(&b, &mut x, small.max(1e-3 * whole), !rough)?;
+                    system.solve(&b, &mut x, small, true)?;
                     for ((guess, x), root) in guess.iter_mut().zip(&x).zip(&root) {
                         *guess = x / root;
                     }
-                    Ok((x, steps))
+                    Ok(x)
                 })
                 .collect();
-            let (solved, steps): (Vec<_>, Vec<_>) = solved?.into_iter().unzip();
-            slow |= Coarse::worth(n) && steps.into_iter().max() > Some(MANY_STEPS);
+            let solved = solved?;
             let (x, columns) = (&solved[0], &solved[1..]);
             // Xᵀ (K + Π⁻¹)⁻¹ of the pseudo-values and of the levels.
             let mut pulled = Levels::default();
@@ -318,7 +309,7 @@ impl Model<'_> {
                     self.aim(ordered, &prior, &reading, &root, x, columns, &known, &shift).surface;
                 let lack = 0.0;
                 return Ok(Latent {
-                    coarse,
+                    coarse: held.and_then(|held| held.coarse),
                     surface,
                     noise,
                     shift,
@@ -328,7 +319,7 @@ impl Model<'_> {
                     near,
                     root,
                     lack,
-                    sill: self.kriging.kernel.sill(),
+                    sill,
                 });
             }
             let aim = self.aim(ordered, &prior, &reading, &root, x, columns, &known, &shift);
@@ -350,10 +341,10 @@ impl Model<'_> {
                     let far = (moved.clone().map(|d| d * d).sum::<f64>() / m as f64).sqrt();
                     let moved = moved.fold(0.0, f64::max);
                     settled = step == 1.0 && moved < close;
-                    hold = slow && step == 1.0 && far < HOLD;
+                    hold = guessed && step == 1.0 && far < HOLD;
                     // Once more where the mode is in sight, and then for good.
                     if !hold || (far < SIGHT && last >= SIGHT) {
-                        (held, coarse) = (None, None);
+                        held = None;
                     }
                     last = far;
                     gain = if told { then } else { (value - objective).abs().min(gain) };
@@ -364,7 +355,7 @@ impl Model<'_> {
                 if told || step < 1e-6 {
                     match told {
                         true => {
-                            (held, coarse) = (None, None);
+                            held = None;
                             (*f, *surface) = (vec![0.0; m], vec![0.0; n]);
                             told = false;
                         }
@@ -492,7 +483,7 @@ pub(super) struct Samples {
 }
 
 impl Latent {
-    /// What all readings say of the surface, for [`LANES`] surfaces `s` read with noise: `s` becomes
+    /// What all readings say of the surface, for surfaces `s` side by side, read with noise: `s` becomes
     /// what is read, and what is said is returned.
     pub fn reread<C: Column>(&self, s: &mut [C], noise: impl Fn(usize) -> C) -> Result<Vec<C>> {
         for (i, s) in s.iter_mut().enumerate() {
@@ -543,9 +534,10 @@ impl Latent {
             self.coarse = Coarse::new(ordered, &self.prior, &self.root, self.sill)?;
         }
         self.lack = self.hundredth()?;
-        // No eigenvalue of the system is above this.
-        let largest = self.sill * self.root.iter().map(|r| r * r).sum::<f64>();
-        if largest < FAINT { self.drawn::<Few>() } else { self.drawn::<Lane>() }
+        match faint(self.sill, &self.root) {
+            true => self.drawn::<Few>(),
+            false => self.drawn::<Lane>(),
+        }
     }
 
     fn drawn<C: Column>(&self) -> Result<Samples> {
@@ -612,7 +604,7 @@ impl Samples {
 mod tests {
     use super::*;
     use crate::{
-        baseline::exact_gp::Row,
+        baseline::{exact_gp::Row, system::tests::town_in_a_country},
         kernel::{Matern, Metric, Smoothness},
         likelihood,
     };
@@ -623,11 +615,8 @@ mod tests {
     fn the_way_to_the_mode_does_not_matter() -> Result<()> {
         let mut rng = Stream::new(8, "many counts", 0);
         let n = 9_000;
-        // A town in the middle of a country, and some places visited twice.
-        let mut sites: Vec<Vec<f64>> = (0..n)
-            .map(|i| if i % 2 == 0 { 1.0 } else { 0.1 })
-            .map(|half| vec![rng.uniform(-half, half), rng.uniform(-half, half)])
-            .collect();
+        // Some places are visited twice.
+        let mut sites = town_in_a_country(n, &mut rng);
         (0..50).for_each(|i| sites[n - 1 - i] = sites[i].clone());
         let risk =
             |s: &[f64]| (1.0 + (-1.0 + 1.5 * (4.0 * s[0]).sin() * s[1]).exp().recip()).recip();

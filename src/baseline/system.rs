@@ -22,7 +22,7 @@ use rayon::prelude::*;
 use super::{
     columns::{Column, Few, MOST, Sparse, Sums, all},
     elimination::{LANES, Lane},
-    kriging::{Asked, CHUNK, Heard, Kriging, Lists, Ordered, Room},
+    kriging::{Asked, Heard, Kriging, Lists, Ordered, Room, blocks},
     neighbours::Found,
 };
 use crate::{
@@ -37,7 +37,12 @@ const CELLS: usize = 512;
 
 /// Systems of smaller eigenvalues are set up for cells, and solved for draws, in 32 bits. Rounding, 6e-8 of the
 /// largest eigenvalue, is then far below a hundredth, which is as near as draws are solved for.
-pub(super) const FAINT: f64 = 1e5;
+const FAINT: f64 = 1e5;
+
+/// Whether 32 bits will do for the system of a surface of this sill: no eigenvalue is above what is summed.
+pub(super) fn faint(sill: f64, root: &[f64]) -> bool {
+    sill * root.iter().map(|r| r * r).sum::<f64>() < FAINT
+}
 
 /// Each place regressed on earlier ones: `x = Σ weight · x[before] + noise`.
 #[cfg_attr(test, derive(Clone))]
@@ -63,37 +68,30 @@ impl Factor {
         let kriging = Kriging { levels: 0, ..kriging };
         let least = f64::EPSILON * kriging.kernel.sill();
         let terms: Vec<u32> = (0..n as u32).collect();
-        let parts: Vec<[(Sparse, Vec<f64>); K]> = terms
-            .par_chunks(CHUNK)
-            .map_init(Room::default, |room, chunk| {
-                let mut parts = std::array::from_fn(|_| (Sparse::none(), Vec::new()));
-                for block in chunk.chunks(LANES) {
-                    let asked: Vec<Asked> =
-                        block.iter().map(|i| ordered.asked(lists, *i)).collect();
-                    kriging.meet(ordered, &asked, room);
-                    if K > 1 {
-                        room.keep();
-                    }
-                    for (k, ((rows, variance), noise)) in parts.iter_mut().zip(noises).enumerate() {
-                        if k > 0 {
-                            room.again();
-                        }
-                        let heard = Heard { value: &zero, noise };
-                        let said = kriging.hear(ordered, heard, &asked, room);
-                        let weights = room.weights(&asked);
-                        for ((i, said), weights) in block.iter().zip(said).zip(weights) {
-                            variance.push((said.variance + noise[*i as usize]).max(least));
-                            rows.others.extend(weights.iter().map(|(j, _)| *j));
-                            rows.weight.extend(weights.iter().map(|(_, w)| *w));
-                            rows.starts.push(rows.others.len() as u32);
-                        }
-                    }
+        let none = || std::array::from_fn(|_| (Sparse::none(), Vec::new()));
+        let add = |parts: &mut [(Sparse, Vec<f64>); K],
+                   room: &mut Room,
+                   block: &[u32],
+                   asked: &[Asked]| {
+            kriging.meet(ordered, asked, room);
+            if K > 1 {
+                room.keep();
+            }
+            for (k, ((rows, variance), noise)) in parts.iter_mut().zip(noises).enumerate() {
+                if k > 0 {
+                    room.again();
                 }
-                parts
-            })
-            .collect();
-        let mut whole: [(Sparse, Vec<f64>); K] =
-            std::array::from_fn(|_| (Sparse::none(), Vec::new()));
+                let said = kriging.hear(ordered, Heard { value: &zero, noise }, asked, room);
+                for ((i, said), weights) in block.iter().zip(said).zip(room.weights(asked)) {
+                    variance.push((said.variance + noise[*i as usize]).max(least));
+                    rows.others.extend(weights.iter().map(|(j, _)| *j));
+                    rows.weight.extend(weights.iter().map(|(_, w)| *w));
+                    rows.starts.push(rows.others.len() as u32);
+                }
+            }
+        };
+        let parts = blocks(ordered, lists, &terms, none, add);
+        let mut whole = none();
         let entries: usize = parts.iter().map(|parts| parts[0].0.others.len()).sum();
         for (rows, variance) in &mut whole {
             rows.starts.reserve_exact(n);
@@ -207,15 +205,14 @@ impl Coarse {
         if cells == 0 {
             return Ok(None);
         }
-        let mut found = Found::new();
         let cell: Vec<u32> = (0..n)
-            .map(|i| {
-                ordered.around_site(i, 1, cells, &mut found);
+            .into_par_iter()
+            .map_init(Found::new, |found, i| {
+                ordered.around_site(i, 1, cells, found);
                 found.first().map_or(0, |(_, j)| *j)
             })
             .collect();
-        let largest = sill * root.iter().map(|r| r * r).sum::<f64>();
-        let whole = match largest < FAINT {
+        let whole = match faint(sill, root) {
             true => Self::whole::<Few>(&cell, cells, prior, root),
             false => Self::whole::<Lane>(&cell, cells, prior, root),
         };
@@ -255,11 +252,6 @@ impl Coarse {
     pub const fn bytes(places: usize) -> usize {
         let cells = Self::cells(places);
         if cells == 0 { 0 } else { 4 * places + 24 * cells * cells }
-    }
-
-    /// Whether there are places enough for cells.
-    pub const fn worth(places: usize) -> bool {
-        Self::cells(places) > 0
     }
 
     /// How many cells; none where there are few places.
@@ -375,7 +367,7 @@ impl System<'_> {
         let mut last = vec![Lane::default(); n];
         let mut beta = Sums::default();
         // Diagonals and what stands beside them, of each lane.
-        let mut tri: Vec<(Lane, Lane)> = Vec::new();
+        let mut tri: Vec<(Sums, Sums)> = Vec::new();
         let mut told = f64::NAN;
         for step in 0..60.min(n) {
             let mut w = v.clone();
@@ -388,8 +380,7 @@ impl System<'_> {
             Lane::blend(&mut w, &all(1.0), &alpha.map(|a| -a), &v);
             Lane::blend(&mut w, &all(1.0), &beta.map(|b| -b), &last);
             beta = Lane::inner(&w, &w).map(f64::sqrt);
-            let lanes = |sums: &Sums| Lane::map(|l| sums[l]);
-            tri.push((lanes(&alpha), lanes(&beta)));
+            tri.push((alpha, beta));
             if step % 3 == 2 || step + 1 == n || beta.iter().all(|b| *b < 1e-9) {
                 let now = n as f64 * quadrature(&tri);
                 if (now - told).abs() < 1e-3 * now.abs() + 1e-3 || beta.iter().all(|b| *b < 1e-9) {
@@ -407,14 +398,14 @@ impl System<'_> {
     }
 }
 
-/// `e₁ᵀ ln(T) e₁` of tridiagonal matrices, averaged over lanes.
-fn quadrature(tri: &[(Lane, Lane)]) -> f64 {
+/// `e₁ᵀ ln(T) e₁` of tridiagonal matrices, averaged over the lanes of [`Lane`].
+fn quadrature(tri: &[(Sums, Sums)]) -> f64 {
     let one = |lane: usize| -> f64 {
         // A lane that ended early is what it was then.
-        let ended = tri.iter().position(|(_, beta)| beta.0[lane] < 1e-9);
+        let ended = tri.iter().position(|(_, beta)| beta[lane] < 1e-9);
         let k = ended.map_or(tri.len(), |at| at + 1);
-        let diagonal: Vec<f64> = tri[..k].iter().map(|(alpha, _)| alpha.0[lane]).collect();
-        let beside: Vec<f64> = tri[..k - 1].iter().map(|(_, beta)| beta.0[lane]).collect();
+        let diagonal: Vec<f64> = tri[..k].iter().map(|(alpha, _)| alpha[lane]).collect();
+        let beside: Vec<f64> = tri[..k - 1].iter().map(|(_, beta)| beta[lane]).collect();
         let nodes = nodes(diagonal, beside);
         nodes.iter().map(|(value, weight)| weight * value.max(f64::MIN_POSITIVE).ln()).sum()
     };
@@ -467,7 +458,7 @@ fn nodes(mut d: Vec<f64>, mut e: Vec<f64>) -> Vec<(f64, f64)> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::{
         baseline::exact_gp::Row,
@@ -505,17 +496,21 @@ mod tests {
         }
     }
 
+    /// Half of the sites in a tenth of the country's width.
+    pub fn town_in_a_country(n: usize, rng: &mut Stream) -> Vec<Vec<f64>> {
+        (0..n)
+            .map(|i| if i % 2 == 0 { 1.0 } else { 0.1 })
+            .map(|half| vec![rng.uniform(-half, half), rng.uniform(-half, half)])
+            .collect()
+    }
+
     /// A smooth surface that 2,000 faint readings tell, of one column and of eight: cells change no solution,
     /// and are near it in half of the steps.
     #[test]
     fn cells_find_the_same_sooner() -> Result<()> {
         let mut rng = Stream::new(3, "cells", 0);
         let n = 2000;
-        let sites: Vec<Vec<f64>> = (0..n)
-            // A town in the middle of a country.
-            .map(|i| if i % 2 == 0 { 1.0 } else { 0.1 })
-            .map(|half| vec![rng.uniform(-half, half), rng.uniform(-half, half)])
-            .collect();
+        let sites = town_in_a_country(n, &mut rng);
         let row = Row { sites, y: vec![0.0; n], trials: vec![1.0; n] };
         let kernel = Matern {
             smoothness: Smoothness::ThreeHalves,

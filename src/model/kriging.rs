@@ -531,14 +531,9 @@ impl Kriging {
             said.iter().for_each(|one| total.add(one, 1.0));
             let agreed = total.with(self.shift(whole), self.sd).mean()?;
             // What windows have wrong of one smoothness they have of the next, more or less.
-            let start: [f64; READ] = match off_before {
-                Some(off) if counts => std::array::from_fn(|i| agreed[i] + off[i]),
-                _ => agreed,
-            };
-            let tried = match (counts, off_before) {
-                (true, Some(_)) => COUNTS_TRIED[0] / 2,
-                (true, None) => COUNTS_TRIED[0],
-                (false, _) => TRIED,
+            let (start, tried) = match off_before {
+                Some(off) => (std::array::from_fn(|i| agreed[i] + off[i]), COUNTS_TRIED[0] / 2),
+                None => (agreed, if counts { COUNTS_TRIED[0] } else { TRIED }),
             };
             let free = if dim == 2 && !counts { READ } else { 3 };
             let first = |read: &[f64; READ]| by(first_word.as_ref(), kernel(c, read, dim));
@@ -550,7 +545,7 @@ impl Kriging {
             }
             // What all windows have wrong alike, the whole has put right.
             let off: [f64; READ] = std::array::from_fn(|i| read[i] - agreed[i]);
-            off_before = Some(off);
+            off_before = counts.then_some(off);
             for one in &mut said {
                 for (pull, row) in one.pull.iter_mut().zip(&one.precision) {
                     *pull += row.iter().zip(&off).map(|(p, o)| p * o).sum::<f64>();
