@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Each country has 60 villages at random places and 24 × 18 pixels. Three ways to its districts: the
-//! exact Gaussian process that is told the country's own kernel, one that is fitted to its 60 villages,
-//! and the shipped model of prevalence, on countries of the prior that it was trained on. Beside the
+//! exact Gaussian process that is told the country's own kernel, one that is fitted to its 60 villages
+//! (as a map does it, and with the likeliest kernel alone), and the shipped model of prevalence, on countries of the prior that it was trained on. Beside the
 //! interval from joint draws stands what adding up marginal variances would give.
 //!
 //! Ways whose name begins with `covariate` are countries where a covariate acts, smooth in space and more
@@ -17,16 +17,13 @@
 use candle_core::{Device, Tensor};
 use isopleth::{
     Link, Observations, Of, Posterior, Process, Result, Sites, Stream,
-    baseline::{Coefficients, ExactGp, Regressed},
+    baseline::{Coefficients, ExactGp, IntegratedGp, Regressed},
     checkpoint::Checkpoint,
     geo::{crs::Crs, frame::Frame},
     kernel::{Matern, Metric, Smoothness, gram},
     likelihood,
     linalg::Cholesky,
-    mapping::{
-        areas::Said,
-        draws::{Surfaces, dependence},
-    },
+    mapping::{areas::Said, dependence, draws::Surfaces},
     task::design::Layout,
 };
 use rayon::prelude::*;
@@ -131,8 +128,16 @@ fn frame() -> Result<Frame> {
     })
 }
 
-/// A country of a known Gaussian process: told (`known`) or fitted.
-fn by_gp(index: u64, draws: usize, known: bool) -> Result<Held> {
+/// What a Gaussian process knows of the country's.
+#[derive(Clone, Copy)]
+enum By {
+    Told,
+    Likeliest,
+    All,
+}
+
+/// A country of a known Gaussian process.
+fn by_gp(index: u64, draws: usize, how: By) -> Result<Held> {
     let mut rng = Stream::new(1, "country of a known process", index);
     let all = places(&mut rng);
     let smoothness = [Smoothness::Half, Smoothness::ThreeHalves][rng.below(2)];
@@ -160,9 +165,10 @@ fn by_gp(index: u64, draws: usize, known: bool) -> Result<Held> {
         Some((Tensor::ones((1, VILLAGES), candle_core::DType::F32, cpu)? * tested)?),
     )?;
     let likelihood = likelihood::find("binomial")?;
-    let gp = match known {
-        true => ExactGp::new(Box::new(kernel), nugget, mean, likelihood)?,
-        false => ExactGp::fit(&context, likelihood)?,
+    let gp: Box<dyn Process> = match how {
+        By::Told => Box::new(ExactGp::new(Box::new(kernel), nugget, mean, likelihood)?),
+        By::Likeliest => Box::new(ExactGp::fit(&context, likelihood)?),
+        By::All => Box::new(IntegratedGp::fit(&context, likelihood)?),
     };
     let posterior = gp.condition(&context)?;
     let field = posterior.field(draws, index, 2.5)?;
@@ -180,8 +186,12 @@ fn by_model(checkpoint: &Checkpoint, index: u64, draws: usize) -> Result<Held> {
     let task = tasks.pack(tasks.draws_at(&layout, 1, &mut rng)?)?.task;
     let process = checkpoint.process(&Device::Cpu)?;
     let posterior = process.condition(&task.context)?;
-    let fitted = dependence(&task.context, checkpoint.likelihood()?)?;
-    let conditioned = fitted.condition(&task.context)?;
+    let mut some = Stream::new(1, "anchors", index).permutation(PIXELS[0] * PIXELS[1]);
+    some.truncate(dependence::ANCHORS);
+    let some: Vec<[f64; 2]> = some.iter().map(|pixel| layout.xy[VILLAGES + pixel]).collect();
+    let anchors = Sites::plane(&some, &Device::Cpu)?;
+    let moving = dependence::learned(&*process, &task.context, &anchors, checkpoint.likelihood()?)?;
+    let conditioned = moving.condition(&task.context)?;
     let field = conditioned.field(draws, index, 2.5)?;
     let frame = frame()?;
     let surfaces = Surfaces::joined(&*posterior, Device::Cpu, &*field, Link::Logit, &frame);
@@ -258,14 +268,14 @@ fn by_covariate(index: u64, draws: usize, mapped: Mapped) -> Result<Held> {
             let gp = ExactGp::new(Box::new(kernel), nugget, mean, likelihood)?;
             own(&gp.with_covariates(1, EFFECT * EFFECT)?)
         }
-        Mapped::Fitted => own(&ExactGp::fit(&context, likelihood)?),
+        Mapped::Fitted => own(&IntegratedGp::fit(&context, likelihood)?),
         Mapped::Vecchia => own(&Regressed::nearest(&context, likelihood, false)?.0),
         Mapped::Model(checkpoint) => {
             let (coefficients, _) = Coefficients::of(&context, likelihood)?;
             let process = checkpoint.process(cpu)?.into();
             let process = Regressed::new(process, coefficients.spread()?, likelihood, true);
             let posterior = process.condition(&context)?;
-            let fitted = dependence(&context, likelihood)?;
+            let fitted = dependence::fitted(&context, likelihood)?;
             let conditioned = fitted.condition(&context)?;
             let field = conditioned.field(draws, index, 2.5)?;
             let surfaces = Surfaces::joined(&*posterior, Device::Cpu, &*field, Link::Logit, &frame);
@@ -282,10 +292,11 @@ fn main() -> Result<()> {
     let checkpoint = Checkpoint::resolve("prevalence")?;
     type Way<'a> = Box<dyn Fn(u64) -> Result<Held> + Sync + 'a>;
     let with = |mapped| -> Way { Box::new(move |i| by_covariate(i, draws, mapped)) };
-    let ways: [(&str, Way); 7] = [
-        ("gp, told the kernel", Box::new(|i| by_gp(i, draws, true))),
+    let ways: [(&str, Way); 8] = [
+        ("gp, told the kernel", Box::new(|i| by_gp(i, draws, By::Told))),
         ("prevalence", Box::new(|i| by_model(&checkpoint, i, draws))),
-        ("gp, fitted", Box::new(|i| by_gp(i, draws, false))),
+        ("gp, fitted", Box::new(|i| by_gp(i, draws, By::All))),
+        ("gp, likeliest alone", Box::new(|i| by_gp(i, draws, By::Likeliest))),
         ("covariate: gp, told", with(Mapped::Told)),
         ("covariate: gp, fitted", with(Mapped::Fitted)),
         ("covariate: vecchia", with(Mapped::Vecchia)),

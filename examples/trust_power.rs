@@ -4,14 +4,15 @@
 //! cargo run --release --example trust_power -- prevalence 300 100
 //! ```
 //!
-//! prints the table of BENCHMARKS.md: model, surveys from the prior, wrong surveys of each kind. Sites
+//! prints the tables of BENCHMARKS.md: model, surveys from the prior, wrong surveys of each kind; and for those
+//! kinds that a model may read without being wrong, how many of its intervals hold the truth. Sites
 //! are 15 to 150, log-uniform, in a region 20 to 2,000 km wide. A kind with "(units)" shows in the units
 //! alone; the other figures say nothing of it, because coordinates and values are standardised.
 
 use std::time::Instant;
 
 use isopleth::{
-    Link, Result, Stream,
+    Link, Of, Result, Stream,
     checkpoint::Checkpoint,
     geo::{
         crs::Crs,
@@ -256,6 +257,83 @@ fn clean(tasks: &Tasks, rng: &mut Stream) -> Result<Clean> {
     Ok(Clean { km, eta: noisy, tested: trials })
 }
 
+/// How a map of some surfaces fares that no warning is sure of: whether intervals hold them.
+struct Outside {
+    name: &'static str,
+    prior: Prior,
+    /// Where the mean of the link scale is moved to.
+    mean: Option<[f64; 2]>,
+}
+
+const OUTSIDE: &[Outside] = &[
+    Outside { name: "none: the model's own prior", prior: Prior::Own, mean: None },
+    Outside { name: "length scale 8 to 40 half-sides", prior: Prior::LongRange, mean: None },
+    Outside { name: "the same, smooth and without a nugget", prior: Prior::Smooth, mean: None },
+    Outside {
+        name: "length scale 0.0005 to 0.003 half-sides",
+        prior: Prior::ShortRange,
+        mean: None,
+    },
+    Outside { name: "mean logit -7 to -10", prior: Prior::Own, mean: Some([-10.0, -7.0]) },
+    Outside { name: "mean logit 7 to 10", prior: Prior::Own, mean: Some([7.0, 10.0]) },
+];
+
+/// Share of the truths that intervals hold, of the surface and of new villages, ± over surveys.
+fn worth(checkpoint: &Checkpoint, surveys: usize) -> Result<()> {
+    let counts = checkpoint.likelihood()?.counts();
+    let process = checkpoint.process(&candle_core::Device::Cpu)?;
+    println!(
+        "\n| of {surveys} surveys | surface: 50 / 80 / 95 % | new village or value: 50 / 80 / 95 % |"
+    );
+    println!("| --- | --- | --- |");
+    for (k, kind) in OUTSIDE.iter().enumerate().filter(|(_, kind)| counts || kind.mean.is_none()) {
+        let tasks = tasks(&checkpoint.card.recipe, kind.prior)?;
+        let likelihood = tasks.likelihood();
+        let mut shares: Vec<[f64; 6]> = Vec::new();
+        for i in 0..surveys {
+            let mut rng = Stream::new(78, "worth of a map", (1000 * k + i) as u64);
+            let n = rng.log_uniform(15.0, 151.0) as usize;
+            let mut draw = tasks.draws(n, 1, &mut rng)?.swap_remove(0);
+            if let Some([low, high]) = kind.mean {
+                let mean = draw.latent.iter().sum::<f64>() / draw.latent.len() as f64;
+                let by = rng.uniform(low, high) - mean;
+                draw.latent.iter_mut().chain(&mut draw.noisy).for_each(|eta| *eta += by);
+                let trials = draw.trials.as_ref().expect("a model of counts");
+                let seen = |(eta, n): (&f64, &f64)| likelihood.observe(*eta, *n, &mut rng);
+                draw.y = draw.noisy.iter().zip(trials).map(seen).collect();
+            }
+            let task = tasks.pack(vec![draw])?.task;
+            let answer = process.condition(&task.context)?.at(&task.target.sites)?;
+            let mut held = [0.0; 6];
+            for (j, (of, truth)) in [(Of::Surface, &task.surface), (Of::Observation, &task.noisy)]
+                .into_iter()
+                .enumerate()
+            {
+                let truth: Vec<f32> = truth.flatten_all()?.to_vec1()?;
+                let marginals = answer.marginals(0, of)?;
+                for (i, truth) in truth.iter().enumerate() {
+                    let off = (marginals.link_cdf(i, f64::from(*truth)) - 0.5).abs();
+                    for (l, level) in [0.5, 0.8, 0.95].into_iter().enumerate() {
+                        held[3 * j + l] += f64::from(off <= 0.5 * level) / marginals.len() as f64;
+                    }
+                }
+            }
+            shares.push(held);
+        }
+        let mean = |c: usize| shares.iter().map(|s| s[c]).sum::<f64>() / surveys as f64;
+        let error = |c: usize| {
+            let square = shares.iter().map(|s| (s[c] - mean(c)).powi(2)).sum::<f64>();
+            (square / (surveys * (surveys - 1)) as f64).sqrt()
+        };
+        let cell = |at: usize| {
+            let [a, b, c] = [0, 1, 2].map(|l| mean(at + l));
+            format!("{a:.3} / {b:.3} / {c:.3} ± {:.3}", error(at + 2))
+        };
+        println!("| {} | {} | {} |", kind.name, cell(0), cell(3));
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let model = args.first().map_or("prevalence", String::as_str);
@@ -315,5 +393,5 @@ fn main() -> Result<()> {
         );
         eprintln!("  {:.0} s: {about:?}", start.elapsed().as_secs_f64());
     }
-    Ok(())
+    worth(&checkpoint, own)
 }

@@ -4,6 +4,8 @@
 mod autoregressive;
 #[path = "contract/covariates.rs"]
 mod covariates;
+#[path = "contract/dependence.rs"]
+mod dependence;
 #[path = "contract/displaced.rs"]
 mod displaced;
 #[path = "contract/drawn_covariates.rs"]

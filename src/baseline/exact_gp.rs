@@ -14,7 +14,8 @@ use candle_core::{DType, Tensor};
 use faer::{Accum, Mat, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
-use super::{field, nelder_mead::minimise, regression::Coefficients};
+pub use super::likely::FIT_SITES;
+use super::{field, likely::Search, nelder_mead::minimise, regression::Coefficients};
 pub use crate::likelihood::binomial_log_pmf;
 use crate::{
     error::{Error, Result},
@@ -29,10 +30,6 @@ use crate::{
 
 /// Targets predicted together: memory and speed, never the answer.
 const CHUNK: usize = 512;
-
-/// Sites that [`ExactGp::fit`] looks at, at most: its cost grows with their cube. The posterior is
-/// always conditioned on every site.
-pub const FIT_SITES: usize = 400;
 
 /// Sites that [`ExactGp`] is conditioned on, at most: three square matrices of them are 10 GB.
 pub const MOST_SITES: usize = 20_000;
@@ -80,9 +77,9 @@ pub(super) struct Fitted {
     weight: Vec<f64>,
     pub scale: Vec<f64>,
     pub factor: Cholesky,
-    log_marginal: f64,
+    pub log_marginal: f64,
     /// Deviation of the latent from the mean, link scale: where the next Newton search may start.
-    latent: Vec<f64>,
+    pub latent: Vec<f64>,
 }
 
 struct Conditioned<'a> {
@@ -201,105 +198,7 @@ impl ExactGp {
         likelihood: &'static dyn Likelihood,
         of: MadeOf,
     ) -> Result<Self> {
-        let (features, timed) = (width(&context.sites), context.sites.t.is_some());
-        let rows = rows(context, likelihood, features, timed)?;
-        let [row] = &rows[..] else {
-            return Err(Error::axis("rows to fit one Gaussian process to", rows.len(), 1));
-        };
-        let extent = extent(&row.sites, features + usize::from(timed));
-        if row.sites.len() < 3 || !(extent > 0.0 && extent.is_finite()) {
-            return Err(Error::input("a Gaussian process needs three sites in different places")
-                .fact("sites", row.sites.len())
-                .try_this("check the coordinates, or add sites"));
-        }
-        let row = row.thinned(FIT_SITES);
-        let (centre, variance) = row.centre(likelihood);
-        // Broad for a logit as for standardised values: the data move it at no visible price.
-        let mean_variance = if likelihood.counts() { 25.0 } else { 100.0 * variance };
-        // Centre and sd of the log-normal penalties: weak, for sd 1.5 allows a factor of 20.
-        let mut belief = vec![(0.25 * extent, 1.25), (variance, 1.5), (0.2 * variance, 2.0)];
-        // The size of counts, and then the coefficients' variance, last, where there are some.
-        let sized = likelihood.dispersion().is_some();
-        if sized {
-            belief.push((5.0, 2.0));
-        }
-        if timed {
-            // The span of a survey's times is 2 model units; the other are the odds of what stays.
-            belief.extend([(1.0, 1.5), (1.0, 1.5)]);
-        }
-        if features > 0 {
-            belief.push((0.2 * variance, 1.5));
-        }
-        type Smooth = (Smoothness, Smoothness); // in space, in time
-        let process = |(smoothness, in_time): Smooth, p: &[f64]| -> Result<ExactGp> {
-            let (length_scale, sill) = (p[0].exp(), p[1].exp());
-            let kernel = Matern { smoothness, length_scale, sill, metric: Metric::Euclidean };
-            let kernel = match timed {
-                true => changing(of(kernel)?, in_time, &p[3 + usize::from(sized)..]),
-                false => of(kernel)?,
-            };
-            let gp = ExactGp::new(kernel, p[2].exp(), centre, likelihood)?;
-            let gp = gp.uncertain_mean(mean_variance);
-            let coefficients = if features > 0 { p[p.len() - 1].exp() } else { 0.0 };
-            let gp = gp.with_covariates(features, coefficients)?;
-            if sized { gp.dispersed(p[3].exp()) } else { Ok(gp) }
-        };
-        let penalty = |p: &[f64]| -> f64 {
-            let terms = p.iter().zip(&belief).map(|(x, (c, sd))| ((x - c.ln()) / sd).powi(2));
-            0.5 * terms.sum::<f64>()
-        };
-        let mut best: Option<(f64, Vec<f64>, Smooth)> = None;
-        // Two parameters more, and no need to know the peak to the last digit.
-        let close = if timed { 1e-2 } else { 1e-4 };
-        // At last, a smoother change with time for the best.
-        let spaces = [Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves];
-        for space in spaces.map(Some).into_iter().chain([None]) {
-            let smoothness = match (space, &best) {
-                (Some(space), _) => (space, Smoothness::Half),
-                (None, Some((.., (space, _)))) if timed => (*space, Smoothness::ThreeHalves),
-                (None, _) => continue,
-            };
-            // Newton starts where it last ended: neighbouring parameters have neighbouring modes.
-            let mut latent = vec![0.0; row.sites.len()];
-            let mut cost = |p: &[f64]| {
-                // A corner where the arithmetic fails is no candidate; the search walks away.
-                let fitted = process(smoothness, p).and_then(|gp| gp.absorb(&row, &latent));
-                fitted.map_or(f64::INFINITY, |fitted| {
-                    let cost = penalty(p) - fitted.log_marginal;
-                    latent = fitted.latent;
-                    if cost.is_finite() { cost } else { f64::INFINITY }
-                })
-            };
-            let starts = match &best {
-                // Rougher kernels have explored: begin at their answer, and where they did not.
-                Some((_, p, _)) => vec![p.clone()],
-                None => [0.05, 0.3]
-                    .map(|part| {
-                        let size = if sized { Some(5.0) } else { None };
-                        let last = if features > 0 { Some(0.1 * variance) } else { None };
-                        let time = if timed { &[1.0, 1.0][..] } else { &[] };
-                        let start = [part * extent, 0.7 * variance, 0.2 * variance];
-                        let start = start.into_iter().chain(size).chain(time.to_vec()).chain(last);
-                        start.map(f64::ln).collect()
-                    })
-                    .to_vec(),
-            };
-            for start in starts {
-                let (p, value) = minimise(&mut cost, &start, 0.6, close, 200);
-                if best.as_ref().is_none_or(|(least, ..)| value < *least) {
-                    best = Some((value, p, smoothness));
-                }
-            }
-        }
-        match best {
-            Some((value, p, smoothness)) if value.is_finite() => {
-                let mut gp = process(smoothness, &p)?;
-                gp.log_marginal = Some(penalty(&p) - value);
-                Ok(gp)
-            }
-            _ => Err(Error::input("no Gaussian process could be fitted to the observations")
-                .try_this("check the outcomes for extreme values")),
-        }
+        Search::new(context, likelihood, of)?.best()
     }
 
     /// Regression on the covariates of every site and nothing else: no surface, only coefficients, a
@@ -444,15 +343,33 @@ impl ExactGp {
         self.kernel.covariance(a, b) + self.mean_variance + self.coefficient_variance * alike
     }
 
+    /// [`ExactGp::covariance`] of `at` and each of `sites`, whose coordinates and times are `places`: to
+    /// rounding, and all at once.
+    fn column(&self, at: &[f64], places: &[&[f64]], sites: &[Vec<f64>], out: &mut [f64]) {
+        let (place, z) = at.split_at(at.len() - self.features);
+        self.kernel.column_of(place, places, out);
+        for (out, site) in out.iter_mut().zip(sites) {
+            let x = &site[place.len()..];
+            let alike: f64 = x.iter().zip(z).map(|(x, z)| x * z).sum();
+            *out += self.mean_variance + self.coefficient_variance * alike;
+        }
+    }
+
+    /// Coordinates and times of sites, without their covariates.
+    fn without_covariates<'a>(&self, sites: &'a [Vec<f64>]) -> Vec<&'a [f64]> {
+        sites.iter().map(|site| &site[..site.len() - self.features]).collect()
+    }
+
     /// The factor a posterior needs. `start` is a first guess of the latent's deviation.
-    fn absorb(&self, row: &Row, start: &[f64]) -> Result<Fitted> {
+    pub(super) fn absorb(&self, row: &Row, start: &[f64]) -> Result<Fitted> {
         let n = row.sites.len();
         let mut covariance = Mat::zeros(n, n);
+        let places = self.without_covariates(&row.sites);
         for j in 0..n {
+            let column = &mut covariance.col_as_slice_mut(j)[j..];
+            self.column(&row.sites[j], &places[j..], &row.sites[j..], column);
             for i in j..n {
-                let c = self.covariance(&row.sites[i], &row.sites[j]);
-                covariance[(i, j)] = c;
-                covariance[(j, i)] = c;
+                covariance[(j, i)] = covariance[(i, j)];
             }
             covariance[(j, j)] += self.nugget;
         }
@@ -658,7 +575,7 @@ pub(crate) fn rows(
 
 impl Row {
     /// At most `most` sites, evenly spread over the row's order.
-    fn thinned(&self, most: usize) -> Row {
+    pub(super) fn thinned(&self, most: usize) -> Row {
         let n = self.sites.len();
         let kept = n.min(most);
         let at = |j: usize| j * n / kept;
@@ -688,7 +605,7 @@ impl Row {
 }
 
 /// Longest side of the box around the sites, whose last numbers are no coordinates.
-fn extent(sites: &[Vec<f64>], last: usize) -> f64 {
+pub(super) fn extent(sites: &[Vec<f64>], last: usize) -> f64 {
     let dimensions = sites.first().map_or(0, |site| site.len() - last);
     (0..dimensions)
         .map(|d| {
@@ -734,8 +651,11 @@ impl Conditioned<'_> {
     /// Posterior mean, and `L⁻¹ (scale · c)` `[context, target]` whose columns shrink the variance.
     fn project(&self, row: &Fitted, targets: &[Vec<f64>]) -> (Vec<f64>, Mat<f64>) {
         let n = row.sites.len();
-        let mut c =
-            Mat::from_fn(n, targets.len(), |i, j| self.gp.covariance(&row.sites[i], &targets[j]));
+        let mut c = Mat::zeros(n, targets.len());
+        let places = self.gp.without_covariates(&row.sites);
+        for (j, target) in targets.iter().enumerate() {
+            self.gp.column(target, &places, &row.sites, c.col_as_slice_mut(j));
+        }
         let mean = (0..targets.len())
             .map(|j| self.gp.mean + (0..n).map(|i| c[(i, j)] * row.weight[i]).sum::<f64>())
             .collect();

@@ -7,6 +7,7 @@ mod field;
 pub mod integrated;
 mod kriging;
 mod latent;
+mod likely;
 pub mod nearest;
 pub(crate) mod neighbours;
 pub(crate) mod nelder_mead;

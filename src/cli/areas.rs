@@ -227,7 +227,8 @@ pub fn run(args: &Args) -> Result<()> {
     let plan = Plan::on(cards.devices.clone());
     let posteriors = plan.condition_each(&model.with(&others), &context)?;
     let asked: &dyn Posterior = &*posteriors[0];
-    let joint = Joint::prepare(&model, asked, &context, args.draws)?;
+    let map = (&grid, &frames[0], &cards.devices[0]);
+    let joint = Joint::prepare(&model, asked, (&survey, &context), map, args.draws)?;
     let conditioned = joint.condition(&context)?;
     let field = joint.field(asked, conditioned.as_deref(), args.seed, &grid, &frames[0])?;
     let question = Question {

@@ -11,8 +11,10 @@ use crate::{
         frame::Frame,
         geotiff::{Band, Stack},
         grid::Grid,
+        survey::Survey,
     },
     mapping::{
+        dependence,
         draws::{self, Surfaces},
         plan::Bytes,
     },
@@ -55,7 +57,7 @@ pub(super) fn check_disk([draws, times]: [usize; 2], grid: &Grid) -> Result<()> 
 
 /// Where the dependence between places comes from.
 pub(super) struct Joint {
-    /// A process fitted for it; nothing where the model has joint draws of its own.
+    /// A process found for it; nothing where the model has joint draws of its own.
     fitted: Option<Box<dyn Process + Send + Sync>>,
     draws: usize,
     /// In words.
@@ -63,30 +65,45 @@ pub(super) struct Joint {
 }
 
 impl Joint {
-    /// The model's own joint draws, or those of a Gaussian process fitted to the same survey.
+    /// The model's own joint draws, or those of a Gaussian process that moves as the model does, or where
+    /// that cannot be asked is fitted to the same survey.
     ///
     /// # Errors
-    /// What fitting returns.
+    /// What asking and fitting return.
     pub fn prepare(
         model: &Model,
         posterior: &dyn Posterior,
-        context: &Observations,
+        (survey, context): (&Survey, &Observations),
+        (grid, frame, device): (&Grid, &Frame, &Device),
         draws: usize,
     ) -> Result<Self> {
         // One draw tells whether there are any, and costs nothing beside the fit.
         match posterior.field(1, 0, 2.0) {
             Ok(_) => {
-                Ok(Joint { fitted: None, draws, about: "from the model's own posterior".into() })
+                return Ok(Joint {
+                    fitted: None,
+                    draws,
+                    about: "from the model's own posterior".into(),
+                });
             }
-            Err(Error::NoJointDraws) => {
-                let fitted = draws::dependence(context, model.likelihood)?;
-                let about = "each place as the model has it, the dependence between places from a \
-                             Gaussian process fitted to the same survey"
-                    .into();
-                Ok(Joint { fitted: Some(fitted), draws, about })
-            }
-            Err(error) => Err(error),
+            Err(Error::NoJointDraws) => {}
+            Err(error) => return Err(error),
         }
+        // Displaced sites are told apart by their number: one more cannot be told.
+        let askable = survey.displacement.is_none() && dependence::can_be_asked(context);
+        let places = if askable { Some(dependence::anchors(grid, frame, device)?) } else { None };
+        let (fitted, whose): (Box<dyn Process + Send + Sync>, _) = match places {
+            Some(places) if places.len() >= dependence::FEWEST => {
+                let context = context.to_device(device)?;
+                let gp = dependence::learned(&*model.process, &context, &places, model.likelihood)?;
+                (Box::new(gp), "that moves as the model does when it is told of one village more")
+            }
+            _ => (dependence::fitted(context, model.likelihood)?, "fitted to the same survey"),
+        };
+        let about = format!(
+            "each place as the model has it, the dependence between places from a Gaussian process {whose}"
+        );
+        Ok(Joint { fitted: Some(fitted), draws, about })
     }
 
     /// The fitted process, given the survey.

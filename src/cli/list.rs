@@ -93,7 +93,7 @@ fn models() -> Vec<Entry> {
         name: name.to_string(),
         about: format!("{use_}: {about}"),
     };
-    let gp = "Gaussian process fitted to the survey by maximum likelihood, the yardstick";
+    let gp = "Gaussian process fitted to the survey, over what it leaves open of the covariance; the yardstick";
     let nearest = "the same from nearest neighbours (Vecchia), for thousands of sites and more";
     let trained = shipped().into_iter().map(|(name, about)| entry(name, "trained", about));
     let kinds = MODELS.iter().map(|kind| entry(kind.name(), "to train", kind.about()));

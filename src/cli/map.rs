@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     attention::{Reading, Tally},
-    baseline::{Coefficients, ExactGp, NearestGp, Regressed},
+    baseline::{Coefficients, IntegratedGp, NearestGp, Regressed},
     checkpoint::Checkpoint,
     error::{Error, Result},
     geo::{
@@ -244,7 +244,8 @@ pub fn run(args: &Args) -> Result<()> {
     let left_out = left_out.map(|[read, all]| Tally { read, all }.skipped());
     let mut made = Vec::new();
     if let Some(draws) = args.draws {
-        let joint = Joint::prepare(&model, asked[0], &context, draws)?;
+        let map = (&grid, &frames[0], &cards.devices[0]);
+        let joint = Joint::prepare(&model, asked[0], (&survey, &context), map, draws)?;
         let conditioned = joint.condition(&context)?;
         let field = joint.field(asked[0], conditioned.as_deref(), args.seed, &grid, &frames[0])?;
         let tags = super::draws::tags(&model.name, &outcome, args.seed, &joint);
@@ -709,14 +710,11 @@ pub(super) fn fit(
 ) -> Result<Fitted> {
     let covariates = context.sites.x.is_some();
     if name == "gp" {
-        let (gp, coefficients) = match covariates {
-            true => {
-                let (coefficients, gp) = Coefficients::of(context, likelihood)?;
-                (gp, Some(coefficients))
-            }
-            false => (exact(context, likelihood, moved)?, None),
-        };
+        let all = exact(context, likelihood, moved.filter(|_| !covariates))?;
+        let gp = all.likeliest();
+        let coefficients = if covariates { Some(gp.coefficients(context)?) } else { None };
         let mut facts = vec![
+            ("kernels", json!(all.len())),
             ("kernel", json!(format!("{:?}", gp.kernel))),
             ("nugget", json!(gp.nugget)),
             ("log_marginal", json!(gp.log_marginal)),
@@ -726,7 +724,7 @@ pub(super) fn fit(
             facts.push(("coefficient_variance", json!(gp.coefficient_variance)));
         }
         let about = ("exact Gaussian process", facts);
-        return Ok(Fitted { process: Box::new(gp), about, coefficients });
+        return Ok(Fitted { process: Box::new(all), about, coefficients });
     }
     let facts = |gp: &NearestGp| {
         let mut facts = vec![
@@ -773,15 +771,16 @@ pub(super) fn placed(
     }
 }
 
-/// The exact Gaussian process fitted to a context, whose sites may be displaced.
+/// The exact Gaussian process fitted to a context, whose sites may be displaced: the most likely, and what
+/// else the context leaves open.
 pub(super) fn exact(
     context: &Observations,
     likelihood: &'static dyn Likelihood,
     moved: Option<&Displacement>,
-) -> Result<ExactGp> {
-    let Some(moved) = moved else { return ExactGp::fit(context, likelihood) };
+) -> Result<IntegratedGp> {
+    let Some(moved) = moved else { return IntegratedGp::fit(context, likelihood) };
     let of = |kernel| Ok(Box::new(Displaced::new(kernel, &moved.laws)?) as Box<dyn Kernel>);
-    ExactGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
+    IntegratedGp::fit_as(&displaced::marked(context, moved)?, likelihood, &of)
 }
 
 /// The nearest-neighbour Gaussian process fitted to a context, whose sites may be displaced, with or

@@ -396,7 +396,8 @@ fn methods(found: &Findings) -> String {
         .map_or(String::new(), |[positive, tested]| format!(" ({positive} of {tested} in all)"));
     let process = match card("name").as_str() {
         "gp" => "a Gaussian process with a Matérn covariance, a nugget and an unknown mean, fitted by maximum marginal \
-                 likelihood (Laplace's approximation for counts) [3]"
+                 likelihood (Laplace's approximation for counts) [3] and, up to 500 sites, integrated over covariances \
+                 about the likeliest"
             .to_string(),
         "vecchia" => "a nearest-neighbour (Vecchia) Gaussian process with a Matérn covariance, fitted by maximum likelihood [3]".into(),
         TREND => "a nearest-neighbour (Vecchia) Gaussian process with a Matérn covariance and a mean that is linear in the \

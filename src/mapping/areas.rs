@@ -279,13 +279,14 @@ pub struct Said {
 }
 
 impl Said {
-    /// The interval holds `level` of the draws; between them by straight lines (Hyndman & Fan 1996,
-    /// doi:10.1080/00031305.1996.10473566, definition 7). Nothing without draws.
+    /// The interval holds one draw more with probability `level`, however few draws there are, down to
+    /// 2 / (1 − level); between them by straight lines (Hyndman & Fan 1996,
+    /// doi:10.1080/00031305.1996.10473566, definition 6). Nothing without draws.
     ///
     /// ```
     /// use isopleth::mapping::areas::Said;
     /// let said = Said::of(&[4.0, 0.0, 1.0, 3.0, 2.0], 0.5).unwrap();
-    /// assert_eq!((said.mean, said.lower, said.upper), (2.0, 1.0, 3.0));
+    /// assert_eq!((said.mean, said.lower, said.upper), (2.0, 0.5, 3.5));
     /// assert!((said.sd - 2.5f64.sqrt()).abs() < 1e-12);
     /// ```
     pub fn of(draws: &[f64], level: f64) -> Option<Self> {
@@ -295,7 +296,7 @@ impl Said {
         let mean = sorted.iter().sum::<f64>() / n;
         let square: f64 = sorted.iter().map(|v| (v - mean).powi(2)).sum();
         let quantile = |p: f64| {
-            let at = p * (n - 1.0);
+            let at = (p * (n + 1.0) - 1.0).clamp(0.0, n - 1.0);
             let low = sorted[at as usize];
             low + (at - at.floor()) * (sorted.get(at as usize + 1).unwrap_or(&last) - low)
         };

@@ -3,8 +3,8 @@
 //! A draw at a pixel is the quantile of the model's own predictive there at Φ(z), where z is a
 //! standardised joint field ([`Field`]): the model says what is likely at each place, the field says
 //! how places move together. For a Gaussian process both are its own, and draws are its joint
-//! posterior. For a network that knows each place alone, the field is that of a Gaussian process
-//! fitted to the same survey: a Gaussian copula, whose dependence the network did not learn.
+//! posterior. For a network that is asked about each place alone, the field is that of a Gaussian process
+//! whose places move together as the network's do ([`dependence`](super::dependence)): a Gaussian copula.
 //!
 //! Work is cut into blocks of [`BLOCK`] × [`BLOCK`] pixels of the grid, always the same ones: a tile
 //! is a number of them, so that neither tiles nor threads can change a bit.
@@ -18,7 +18,6 @@ use candle_core::Device;
 
 use super::plan;
 use crate::{
-    baseline::{ExactGp, NearestGp, Regressed},
     error::{Error, Result},
     fused::simd,
     geo::{
@@ -26,17 +25,13 @@ use crate::{
         grid::{Grid, Window},
     },
     kernel::Metric,
-    likelihood::Likelihood,
     predictive::{Link, Marginals, Of, normal_cdf},
-    process::{Field, Posterior, Process},
-    sites::{Observations, Sites},
+    process::{Field, Posterior},
+    sites::Sites,
 };
 
 /// Pixels along the side of a block.
 pub const BLOCK: usize = 32;
-
-/// Sites up to which the dependence between places is that of an exact Gaussian process.
-pub const EXACT_SITES: usize = 1_500;
 
 /// Bytes of draws that a tile may hold.
 const TILE_BYTES: usize = 64 << 20;
@@ -44,23 +39,6 @@ const TILE_BYTES: usize = 64 << 20;
 /// Knots of a mixture's quantile function: from −[`EDGE`] to [`EDGE`] normal sds.
 const KNOTS: usize = 61;
 const EDGE: f64 = 5.0;
-
-/// The Gaussian process whose field stands for the dependence between places, where a model knows
-/// each of them alone: fitted to the same context, exact or of nearest neighbours, with its covariates
-/// where it has some.
-///
-/// # Errors
-/// As [`ExactGp::fit`].
-pub fn dependence(
-    context: &Observations,
-    likelihood: &'static dyn Likelihood,
-) -> Result<Box<dyn Process + Send + Sync>> {
-    Ok(match (context.len() <= EXACT_SITES, &context.sites.x) {
-        (true, _) => Box::new(ExactGp::fit(context, likelihood)?),
-        (false, None) => Box::new(NearestGp::fit(context, likelihood)?),
-        (false, Some(_)) => Box::new(Regressed::nearest(context, likelihood, false)?.0),
-    })
-}
 
 /// Surfaces drawn jointly, in outcome units.
 pub struct Surfaces<'a> {

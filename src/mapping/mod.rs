@@ -14,6 +14,7 @@ use crate::{
 };
 
 pub mod areas;
+pub mod dependence;
 pub mod displaced;
 pub mod draws;
 pub mod machine;

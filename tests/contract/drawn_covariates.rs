@@ -10,10 +10,7 @@ use isopleth::{
     kernel::{Kernel, Matern, Metric, Smoothness},
     likelihood,
     linalg::{Cholesky, lower},
-    mapping::{
-        areas::Said,
-        draws::{Surfaces, dependence},
-    },
+    mapping::{areas::Said, dependence, draws::Surfaces},
     process::{Drawn, Field},
 };
 use rayon::prelude::*;
@@ -324,7 +321,7 @@ fn a_fitted_dependence_knows_the_covariates() -> Result<()> {
     let mut rng = Stream::new(35, "drawn covariates", 3);
     let (at, to) = (Places::new(60, &mut rng), targets(&mut rng));
     let context = seen(&at, false, &mut rng);
-    let fitted = dependence(&context, likelihood::find("gaussian")?)?;
+    let fitted = dependence::fitted(&context, likelihood::find("gaussian")?)?;
     let (few, near) = (fitted.condition(&context)?, {
         Regressed::nearest(&context, likelihood::find("gaussian")?, false)?.0
     });

@@ -4,8 +4,10 @@ use candle_core::{Device, Tensor};
 use isopleth::{
     Observations, Of, Process, Result, Sites, Stream,
     baseline::{ExactGp, IntegratedGp},
-    kernel::{Matern, Metric, Smoothness},
-    likelihood, prior,
+    kernel::{self, Matern, Metric, Smoothness},
+    likelihood,
+    linalg::Cholesky,
+    prior,
     prior::Prior,
 };
 
@@ -91,6 +93,110 @@ fn draws_follow_the_mixture() -> Result<()> {
         assert!((found - mean).abs() < 5.0 * sd / (n as f64).sqrt(), "{i}: {found}, not {mean}");
         assert!((square.sqrt() / sd - 1.0).abs() < 0.06, "{i}: sd {}, not {sd}", square.sqrt());
     }
+    Ok(())
+}
+
+/// A survey of 30 sites, and what is asked: places near and far.
+fn survey() -> (Observations, Sites) {
+    let mut rng = Stream::new(14, "a survey and what it leaves open", 0);
+    let xy: Vec<[f64; 2]> =
+        (0..35).map(|_| [rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0)]).collect();
+    let factor = Cholesky::factor(kernel::gram(&*known(0.6).kernel, &xy)).expect("a covariance");
+    let noisy = factor.colour(&rng.normals(35)).into_iter().map(|f| f + 0.3 * rng.normal());
+    let noisy: Vec<f64> = noisy.collect();
+    let seen = Observations::new(sites(&xy[..30]), column(&noisy[..30]), None);
+    (seen.expect("as many values as sites"), sites(&xy[30..]))
+}
+
+/// What a survey leaves open of a kernel's parameters is in the spread of what a fitted process foretells: as
+/// a fine grid over all of them has it, where the likeliest kernel alone is too sure.
+#[test]
+fn a_fit_integrates_what_the_sites_leave_open() -> Result<()> {
+    let gaussian = likelihood::find("gaussian")?;
+    let (seen, asked) = survey();
+    let fitted = IntegratedGp::fit(&seen, gaussian)?;
+    assert!((4..=21).contains(&fitted.len()), "{} kernels", fitted.len());
+    let best = fitted.likeliest();
+    // The beliefs that `ExactGp::fit` documents, and what they weigh.
+    let xy = &seen.sites.host()?[0];
+    let side = |d: usize| {
+        let axis = || xy.iter().map(|p| p[d]);
+        axis().fold(f64::MIN, f64::max) - axis().fold(f64::MAX, f64::min)
+    };
+    let y = seen.y.flatten_all()?.to_vec1::<f64>()?;
+    let (centre, sd) = isopleth::sites::mean_sd(&y);
+    let variance = sd * sd;
+    let belief = [(0.25 * side(0).max(side(1)), 1.25), (variance, 1.5), (0.2 * variance, 2.0)];
+    const FINE: usize = 13;
+    let steps = || (0..FINE).map(|i| 3.0 * (2.0 * i as f64 / (FINE - 1) as f64 - 1.0));
+    let mut all: Vec<(f64, Vec<(f64, f64)>)> = Vec::new();
+    let smooth = [Smoothness::Half, Smoothness::ThreeHalves, Smoothness::FiveHalves];
+    for (a, b) in steps().flat_map(|a| steps().map(move |b| (a, b))) {
+        for (c, smoothness) in steps().flat_map(|c| smooth.map(|s| (c, s))) {
+            let p: Vec<f64> =
+                belief.iter().zip([a, b, c]).map(|((x, sd), z)| (x.ln() + z * sd).exp()).collect();
+            let metric = Metric::Euclidean;
+            let kernel = Matern { smoothness, length_scale: p[0], sill: p[1], metric };
+            let gp = ExactGp::new(Box::new(kernel), p[2], centre, gaussian)?;
+            let gp = gp.uncertain_mean(100.0 * variance);
+            let log = gp.log_marginals(&seen)?[0] - 0.5 * (a * a + b * b + c * c);
+            if log > best.log_marginal.expect("it was fitted") - 16.0 {
+                let at = gp.condition(&seen)?.at(&asked)?.marginals(0, Of::Surface)?;
+                all.push((log.exp(), at.map(|m, i| m.mean_sd(i))));
+            }
+        }
+    }
+    let total: f64 = all.iter().map(|(w, _)| w).sum();
+    let over = |f: &dyn Fn(&(f64, f64)) -> f64, i: usize| -> f64 {
+        all.iter().map(|(w, at)| w / total * f(&at[i])).sum()
+    };
+    let of = |process: &dyn Process| -> Result<Vec<(f64, f64)>> {
+        Ok(process
+            .condition(&seen)?
+            .at(&asked)?
+            .marginals(0, Of::Surface)?
+            .map(|m, i| m.mean_sd(i)))
+    };
+    let (open, sure) = (of(&fitted)?, of(best)?);
+    let (mut off, mut plain) = (0.0, 0.0);
+    for i in 0..asked.len() {
+        let mean = over(&|m| m.0, i);
+        let sd = (over(&|m| m.0 * m.0 + m.1 * m.1, i) - mean * mean).sqrt();
+        assert!((open[i].0 - mean).abs() < 0.15 * sd, "{i}: mean {}, not {mean}", open[i].0);
+        assert!((open[i].1 / sd - 1.0).abs() < 0.12, "{i}: sd {}, not {sd}", open[i].1);
+        off += (open[i].1 / sd).ln().abs();
+        plain += (sure[i].1 / sd).ln().abs();
+    }
+    assert!(off < 0.4 * plain, "{off} off, and {plain} with one kernel");
+    Ok(())
+}
+
+/// Surfaces that can be asked anywhere are drawn from the mixture too, whole ones from one kernel each.
+#[test]
+fn fields_follow_the_mixture() -> Result<()> {
+    let (seen, asked) = survey();
+    let fitted = IntegratedGp::fit(&seen, likelihood::find("gaussian")?)?;
+    let posterior = fitted.condition(&seen)?;
+    let marginals = posterior.at(&asked)?.marginals(0, Of::Surface)?;
+    let n = 6000;
+    let field = posterior.field(n, 3, 3.0)?;
+    assert_eq!(field.draws(), n);
+    let drawn = field.at(&asked)?;
+    for i in 0..asked.len() {
+        let (mean, sd) = marginals.mean_sd(i);
+        assert!((drawn.mean[i] - mean).abs() < 1e-5 && (drawn.sd[i] / sd - 1.0).abs() < 1e-4);
+        let own = &drawn.deviations[i * n..(i + 1) * n];
+        let moment = |k: i32| own.iter().map(|d| f64::from(*d).powi(k)).sum::<f64>() / n as f64;
+        assert!(moment(1).abs() < 5.0 * sd / (n as f64).sqrt(), "{i}: {} off", moment(1));
+        assert!((moment(2).sqrt() / sd - 1.0).abs() < 0.05, "{i}: {}, not {sd}", moment(2).sqrt());
+        // No kernel's draws stand together.
+        let halves = own[..n / 2].iter().map(|d| f64::from(*d).powi(2)).sum::<f64>();
+        assert!((halves / (0.5 * n as f64 * sd * sd) - 1.0).abs() < 0.1);
+    }
+    // What is drawn at a place does not hang on what is asked with it.
+    let alone = field.at(&asked.narrow(2, 1)?)?;
+    let off = alone.deviations.iter().zip(&drawn.deviations[2 * n..3 * n]);
+    assert!(off.clone().count() == n && off.into_iter().all(|(a, b)| (a - b).abs() < 1e-4));
     Ok(())
 }
 

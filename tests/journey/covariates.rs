@@ -356,7 +356,7 @@ fn draws_and_districts_take_covariates() {
     };
     for model in ["gp", "vecchia", "prevalence"] {
         let how = ["--surveys", &survey, "--like", GRID, "--model", model, "--covariate", &height];
-        let quick = ["--no-pictures", "--products", "mean,sd", "--draws", "30"];
+        let quick = ["--no-pictures", "--products", "mean,sd", "--draws", "60"];
         let outs = [country.path(&format!("{model}-1")), country.path(&format!("{model}-2"))];
         for (out, tile) in outs.iter().zip(["32", "96"]) {
             let tile = ["--tile", tile, "--out", out];
@@ -364,7 +364,7 @@ fn draws_and_districts_take_covariates() {
         }
         let (mean, sd) = (pixels(&outs[0], "mean.tif", 1), pixels(&outs[0], "sd.tif", 1));
         let (mut off, mut wide, mut n) = (0.0, 0.0, 0.0);
-        let draws: Vec<Vec<f64>> = (1..=30).map(|b| pixels(&outs[0], "draws.tif", b)).collect();
+        let draws: Vec<Vec<f64>> = (1..=60).map(|b| pixels(&outs[0], "draws.tif", b)).collect();
         for (band, draw) in draws.iter().enumerate() {
             let other = pixels(&outs[1], "draws.tif", band + 1);
             let same = draw.iter().zip(&other).all(|(a, b)| a.to_bits() == b.to_bits());
@@ -373,12 +373,12 @@ fn draws_and_districts_take_covariates() {
         }
         for i in (0..mean.len()).filter(|i| !mean[*i].is_nan()) {
             let of: Vec<f64> = draws.iter().map(|d| d[i]).collect();
-            let m = of.iter().sum::<f64>() / 30.0;
+            let m = of.iter().sum::<f64>() / 60.0;
             off += (m - mean[i]) / sd[i];
-            wide += of.iter().map(|v| (v - m).powi(2)).sum::<f64>() / 29.0 / sd[i].powi(2);
+            wide += of.iter().map(|v| (v - m).powi(2)).sum::<f64>() / 59.0 / sd[i].powi(2);
             n += 1.0;
         }
-        // All pixels of a draw move together: a standard error of a fifth of an sd.
+        // All pixels of a draw move together: a standard error of an eighth of an sd.
         assert!((off / n).abs() < 0.6, "{model}: draws are {} sds off", off / n);
         assert!((0.6..1.5).contains(&(wide / n)), "{model}: variance {} of the map's", wide / n);
         // The same district from the finished map, and from its flags.

@@ -143,13 +143,16 @@ fn both_gaussian_processes_map_the_same_country() {
         for told in ["kernel", "nugget", "log_marginal"] {
             assert!(!record["model"][told].is_null(), "{model} does not tell its {told}");
         }
-        ["mean.tif", "sd.tif"].map(|name| pixels(&out.join(name)))
+        let likely = record["model"]["log_marginal"].as_f64().unwrap();
+        (likely, ["mean.tif", "sd.tif"].map(|name| pixels(&out.join(name))))
     });
-    for (what, (a, b)) in ["mean", "sd"].iter().zip(maps[0].iter().zip(&maps[1])) {
+    // Both find the same covariance the likeliest; `gp` mixes others in.
+    assert!((maps[0].0 - maps[1].0).abs() < 0.3, "{} and {}", maps[0].0, maps[1].0);
+    for (what, (a, b)) in ["mean", "sd"].iter().zip(maps[0].1.iter().zip(&maps[1].1)) {
         assert_eq!(a.len(), b.len());
         let pairs = a.iter().zip(b).filter(|(a, _)| !a.is_nan());
         let apart = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-        assert!(apart < 0.01, "{what} of prevalence is {apart} apart");
+        assert!(apart < 0.03, "{what} of prevalence is {apart} apart");
     }
 }
 
