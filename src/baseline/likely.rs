@@ -11,8 +11,6 @@
 //! their lengths to either side, and weights that are right for Gaussian posteriors; without the corners of
 //! their design, which say how parameters act on a prediction together.
 
-use std::sync::Mutex;
-
 use faer::{Mat, Side};
 
 use super::{
@@ -49,6 +47,8 @@ struct Peak {
     cost: f64,
     at: Parameters,
     smooth: Smooth,
+    /// Where Newton's search may start near it.
+    latent: Vec<f64>,
 }
 
 /// Parameters sought for one context.
@@ -160,7 +160,7 @@ impl<'a> Search<'a> {
             };
             let found = starts.iter().map(|start| minimise(&mut cost, start, 0.6, close, 200));
             if let Some((at, cost)) = found.min_by(|a, b| a.1.total_cmp(&b.1)) {
-                peaks.push(Peak { cost, at, smooth });
+                peaks.push(Peak { cost, at, smooth, latent });
             }
             peaks.sort_by(|a, b| a.cost.total_cmp(&b.cost));
         }
@@ -199,12 +199,12 @@ impl<'a> Search<'a> {
         for peak in peaks.iter().filter(|peak| peak.cost < peaks[0].cost - LEAST.ln()) {
             self.about(peak, peaks[0].cost, &mut all)?;
         }
-        let total = all.iter().map(|(log, _)| log.exp()).sum::<f64>();
-        let first = all.remove(0);
-        all.retain(|(log, _)| log.exp() > LEAST * total);
-        all.insert(0, first);
-        let total = all.iter().map(|(log, _)| log.exp()).sum::<f64>().ln();
-        all.iter_mut().for_each(|(log, _)| *log -= total);
+        let total = |all: &[(f64, ExactGp)]| all.iter().map(|(log, _)| log.exp()).sum::<f64>();
+        let whole = total(&all);
+        let mut best = true;
+        all.retain(|(log, _)| std::mem::take(&mut best) || log.exp() > LEAST * whole);
+        let whole = total(&all).ln();
+        all.iter_mut().for_each(|(log, _)| *log -= whole);
         Ok(all)
     }
 
@@ -221,7 +221,7 @@ impl<'a> Search<'a> {
             for (sign, sd) in [1.0, -1.0].into_iter().zip(sds) {
                 let p: Parameters =
                     peak.at.iter().zip(&axis).map(|(x, v)| x + sign * reach * sd * v).collect();
-                let fallen = self.cost(peak.smooth, &p, &mut self.no_latent()) - peak.cost;
+                let fallen = self.cost(peak.smooth, &p, &mut peak.latent.clone()) - peak.cost;
                 // A Gaussian's density there, and its longer side has more of its mass.
                 let share = 2.0 * sd / (sds[0] + sds[1]) / (points * REACH * REACH);
                 let log = mass + share.ln() + 0.5 * reach * reach - fallen;
@@ -234,15 +234,13 @@ impl<'a> Search<'a> {
     }
 
     /// Axes of the Hessian at the peak, and the posterior's sd to either side of each.
-    fn axes(&self, peak: &Peak) -> Vec<(Vec<f64>, [f64; 2])> {
+    fn axes(&self, peak: &Peak) -> Vec<(Parameters, [f64; 2])> {
         const STEP: f64 = 0.25;
         let m = peak.at.len();
-        let latent = Mutex::new(self.no_latent());
         let cost = |moves: &[(usize, f64)]| {
             let mut p = peak.at.clone();
             moves.iter().for_each(|(i, by)| p[*i] += by);
-            let mut start = latent.lock().expect("nobody panics").clone();
-            self.cost(peak.smooth, &p, &mut start)
+            self.cost(peak.smooth, &p, &mut peak.latent.clone())
         };
         let at = |moves: &[(usize, f64)]| cost(moves) - peak.cost;
         let mut hessian = Mat::zeros(m, m);

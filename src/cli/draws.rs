@@ -91,7 +91,11 @@ impl Joint {
         }
         // Displaced sites are told apart by their number: one more cannot be told.
         let askable = survey.displacement.is_none() && dependence::can_be_asked(context);
-        let places = if askable { Some(dependence::anchors(grid, frame, device)?) } else { None };
+        let places = if askable {
+            Some(dependence::anchors(grid, frame, context.len(), device)?)
+        } else {
+            None
+        };
         let (fitted, whose): (Box<dyn Process + Send + Sync>, _) = match places {
             Some(places) if places.len() >= dependence::FEWEST => {
                 let context = context.to_device(device)?;

@@ -40,8 +40,11 @@ use crate::{
 /// Sites up to which the dependence between places is that of an exact Gaussian process.
 pub const EXACT_SITES: usize = 1_500;
 
-/// Places between which a network is asked how they move together.
+/// Places between which a network is asked how they move together, at most and at least; and sites that
+/// all of them may be told beside, which is what asking costs.
 pub const ANCHORS: usize = 48;
+const LEAST_ANCHORS: usize = 16;
+const BESIDE: usize = 24_000;
 
 /// Places that it takes at least.
 pub const FEWEST: usize = 3;
@@ -126,7 +129,7 @@ pub fn learned(
             .map(|p| (miss(smoothness, &p), p))
             .min_by(|a, b| a.0.total_cmp(&b.0))
             .expect("there are lengths to try");
-        let (p, value) = minimise(|p| miss(smoothness, p), &best.1, 0.4, 1e-5, 40);
+        let (p, value) = minimise(|p| miss(smoothness, p), &best.1, 0.4, 1e-4, 30);
         (value, smoothness, p)
     });
     let tried: Vec<_> = tried.collect();
@@ -261,15 +264,21 @@ impl Given {
     fn correlations(&self, kernel: &dyn Kernel, nugget: f64) -> Result<Mat<f64>> {
         let (n, m) = (self.sites.len(), self.places.len());
         let with = |a: &[f64], b: &[f64]| kernel.covariance(a, b) + self.level;
-        let own = Mat::from_fn(n, n, |i, j| match i.cmp(&j) {
-            std::cmp::Ordering::Less => 0.0, // only the lower triangle is read
-            std::cmp::Ordering::Equal => {
-                with(&self.sites[i], &self.sites[i]) + self.noise[i] + nugget
-            }
-            std::cmp::Ordering::Greater => with(&self.sites[i], &self.sites[j]),
-        });
+        let sites: Vec<&[f64]> = self.sites.iter().map(Vec::as_slice).collect();
+        let column = |at: &[f64], sites: &[&[f64]], out: &mut [f64]| {
+            kernel.column_of(at, sites, out);
+            out.iter_mut().for_each(|c| *c += self.level);
+        };
+        let mut own = Mat::zeros(n, n); // whose lower triangle is read
+        for j in 0..n {
+            column(sites[j], &sites[j..], &mut own.col_as_slice_mut(j)[j..]);
+            own[(j, j)] += self.noise[j] + nugget;
+        }
         let factor = Cholesky::factor(own)?;
-        let mut between = Mat::from_fn(n, m, |i, j| with(&self.sites[i], &self.places[j]));
+        let mut between = Mat::zeros(n, m);
+        for (j, place) in self.places.iter().enumerate() {
+            column(place, &sites, between.col_as_slice_mut(j));
+        }
         factor.whiten(&mut between);
         let mut covariance = Mat::from_fn(m, m, |i, j| with(&self.places[i], &self.places[j]));
         let known = between.as_ref();
@@ -279,12 +288,13 @@ impl Given {
     }
 }
 
-/// Places of a map between which a network is asked: centres of pixels that chance picks, and always the
-/// same. Fewer where few pixels are wanted.
+/// Places of a map between which a network is asked that has seen so many sites: centres of pixels that chance
+/// picks, and always the same. Fewer where few pixels are wanted.
 ///
 /// # Errors
 /// As [`Frame::sites`].
-pub fn anchors(grid: &Grid, frame: &Frame, device: &Device) -> Result<Sites> {
+pub fn anchors(grid: &Grid, frame: &Frame, sites: usize, device: &Device) -> Result<Sites> {
+    let wanted = (BESIDE / sites.max(1)).clamp(LEAST_ANCHORS, ANCHORS);
     let mut rng = Stream::new(0, "anchors of a dependence", 0);
     let (mut x, mut y) = (Vec::new(), Vec::new());
     for _ in 0..100 * ANCHORS {
@@ -294,7 +304,7 @@ pub fn anchors(grid: &Grid, frame: &Frame, device: &Device) -> Result<Sites> {
             x.push(centre.0);
             y.push(centre.1);
         }
-        if x.len() == ANCHORS {
+        if x.len() == wanted {
             break;
         }
     }

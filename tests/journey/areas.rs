@@ -168,7 +168,7 @@ fn tiles_and_threads_change_no_draw() {
             "--surveys",
             SURVEY,
             "--resolution",
-            "8km",
+            "12km",
             "--model",
             model,
             "--products",

@@ -10,7 +10,7 @@ fn a_small_run_prints_a_table_and_writes_scores_and_pictures() {
     let out = folder.path().join("scale");
     let run = |models: &str| {
         let cases = "lattice-exponential,individuals,growing-region";
-        let sizes = ["--sites", "200,400", "--seeds", "2", "--models", models];
+        let sizes = ["--sites", "120,240", "--seeds", "2", "--models", models];
         let out = out.to_str().unwrap();
         ok(&[&["benchmark", "scale", "--case", cases, "--out", out][..], &sizes].concat())
     };
