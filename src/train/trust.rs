@@ -409,7 +409,7 @@ const PLANE_KM: f64 = 3_000.0;
 const FAR_OUT: f64 = 6.0;
 
 /// What can be wrong with a survey whatever the model: kilometres and metres, percentages as counts,
-/// heaps of one value, values far from all others, many surveys of one place.
+/// nobody positive or everybody, heaps of one value, values far from all others, many surveys of one place.
 pub fn units(survey: &Survey, frame: &Frame) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut find = |about: &str, text: String| {
@@ -442,6 +442,28 @@ pub fn units(survey: &Survey, frame: &Frame) -> Vec<Finding> {
     }
     let sites = survey.len();
     let share = |count: usize| 100.0 * count as f64 / sites as f64;
+    if let Outcome::Counts { positive, tested } = &survey.outcome
+        && sites >= 5
+    {
+        let [found, people] = [positive, tested].map(|n| n.iter().sum::<f64>());
+        // What a count of 0 leaves open: the rule of three.
+        let open = 100.0 * (1.0 - 0.05f64.powf(1.0 / people.max(1.0)));
+        let told = match (found == 0.0, found == people) {
+            (true, _) => Some(("nobody", format!("below {} %", short(open)), "higher")),
+            (_, true) => Some(("everybody", format!("above {} %", short(100.0 - open)), "lower")),
+            _ => None,
+        };
+        if let Some((who, bound, other)) = told {
+            find(
+                "positives",
+                format!(
+                    "{who} is positive of {people} people at {sites} sites: prevalence is {bound} on the \
+                     whole (95 %), and where it is {other} was not seen, so that the pattern of the map is \
+                     the model's belief; are positive and tested the right columns?"
+                ),
+            );
+        }
+    }
     match &survey.outcome {
         Outcome::Counts { tested, .. } if sites >= 5 => {
             let round = [100.0, 1000.0, 10_000.0, 100_000.0];

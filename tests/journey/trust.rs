@@ -64,8 +64,16 @@ fn wrong_surveys_are_named_for_what_is_wrong() {
         let away = if i == 11 { 9000.0 } else { 0.0 };
         format!("{},{},{n},{k}", 50.0 * x + away, 50.0 * y)
     });
+    let none = spoilt(&folder, "none.csv", "lon,lat,tested,positive", |_, [x, y, n, _]| {
+        format!("{x},{y},{n},0")
+    });
+    let all = spoilt(&folder, "all.csv", "lon,lat,tested,positive", |_, [x, y, n, _]| {
+        format!("{x},{y},{n},{n}")
+    });
     let local = ["--crs", "local:km"];
     for (file, more, what, words) in [
+        (&none, &[][..], "positives", "nobody is positive of"),
+        (&all, &[], "positives", "prevalence is above 99."),
         (&percent, &[][..], "number tested", "percentages"),
         (&rare, &[], "prevalence over all sites", "rather than a prevalence"),
         (&stray, &local[..], "share of the length", "squeeze the rest"),
