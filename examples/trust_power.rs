@@ -1,7 +1,9 @@
 //! How often `isopleth trust` warns: of surveys from a model's own prior, and of wrong ones.
 //!
 //! ```sh
-//! cargo run --release --example trust_power -- prevalence 300 100
+//! cargo run --release --example trust_power -- prevalence 300 100            # all of it
+//! cargo run --release --example trust_power -- prevalence 300 100 "mean"     # rows whose name has this
+//! cargo run --release --example trust_power -- prevalence 300 100 worth      # the second table alone
 //! ```
 //!
 //! prints the tables of BENCHMARKS.md: model, surveys from the prior, wrong surveys of each kind; and for those
@@ -347,7 +349,9 @@ fn main() -> Result<()> {
         "| {model}: what is wrong | surveys | refused by the reader | warned | of those read |"
     );
     println!("| --- | ---: | ---: | ---: | ---: |");
-    for (k, kind) in BOTH.iter().chain(if counts { COUNTS } else { VALUES }).enumerate() {
+    let only = args.get(3).map_or("", String::as_str);
+    let kinds = BOTH.iter().chain(if counts { COUNTS } else { VALUES }).enumerate();
+    for (k, kind) in kinds.filter(|(_, kind)| kind.name.contains(only)) {
         let tasks = tasks(&checkpoint.card.recipe, kind.prior)?;
         let surveys = if k == 0 { own } else { wrong };
         let (mut refused, mut warned, start) = (0, 0, Instant::now());
@@ -393,5 +397,5 @@ fn main() -> Result<()> {
         );
         eprintln!("  {:.0} s: {about:?}", start.elapsed().as_secs_f64());
     }
-    worth(&checkpoint, own)
+    if ["", "worth"].contains(&only) { worth(&checkpoint, own) } else { Ok(()) }
 }

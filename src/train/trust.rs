@@ -449,17 +449,18 @@ pub fn units(survey: &Survey, frame: &Frame) -> Vec<Finding> {
         // What a count of 0 leaves open: the rule of three.
         let open = 100.0 * (1.0 - 0.05f64.powf(1.0 / people.max(1.0)));
         let told = match (found == 0.0, found == people) {
-            (true, _) => Some(("nobody", format!("below {} %", short(open)), "higher")),
-            (_, true) => Some(("everybody", format!("above {} %", short(100.0 - open)), "lower")),
+            (true, _) => Some(("nobody", "prevalence", "higher")),
+            (_, true) => Some(("everybody", "the share of those who are not", "lower")),
             _ => None,
         };
-        if let Some((who, bound, other)) = told {
+        if let Some((who, what, other)) = told {
             find(
                 "positives",
                 format!(
-                    "{who} is positive of {people} people at {sites} sites: prevalence is {bound} on the \
-                     whole (95 %), and where it is {other} was not seen, so that the pattern of the map is \
-                     the model's belief; are positive and tested the right columns?"
+                    "{who} is positive of {people} people at {sites} sites: {what} is below {} % on the \
+                     whole (95 %), and where prevalence is {other} was not seen, so that the pattern of \
+                     the map is the model's belief; are positive and tested the right columns?",
+                    short(open)
                 ),
             );
         }

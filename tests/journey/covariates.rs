@@ -355,7 +355,8 @@ fn draws_and_districts_take_covariates() {
         raster.rasterband(band).unwrap().read_band_as::<f64>().unwrap().data().to_vec()
     };
     for model in ["gp", "vecchia", "prevalence"] {
-        let how = ["--surveys", &survey, "--like", GRID, "--model", model, "--covariate", &height];
+        let how =
+            ["--surveys", &survey, "--resolution", "8km", "--model", model, "--covariate", &height];
         let quick = ["--no-pictures", "--products", "mean,sd", "--draws", "60"];
         let outs = [country.path(&format!("{model}-1")), country.path(&format!("{model}-2"))];
         for (out, tile) in outs.iter().zip(["32", "96"]) {

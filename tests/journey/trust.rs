@@ -73,7 +73,7 @@ fn wrong_surveys_are_named_for_what_is_wrong() {
     let local = ["--crs", "local:km"];
     for (file, more, what, words) in [
         (&none, &[][..], "positives", "nobody is positive of"),
-        (&all, &[], "positives", "prevalence is above 99."),
+        (&all, &[], "positives", "the share of those who are not is below 0.0"),
         (&percent, &[][..], "number tested", "percentages"),
         (&rare, &[], "prevalence over all sites", "rather than a prevalence"),
         (&stray, &local[..], "share of the length", "squeeze the rest"),
