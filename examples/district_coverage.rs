@@ -190,7 +190,12 @@ fn by_model(checkpoint: &Checkpoint, index: u64, draws: usize) -> Result<Held> {
     some.truncate(dependence::ANCHORS);
     let some: Vec<[f64; 2]> = some.iter().map(|pixel| layout.xy[VILLAGES + pixel]).collect();
     let anchors = Sites::plane(&some, &Device::Cpu)?;
-    let moving = dependence::learned(&*process, &task.context, &anchors, checkpoint.likelihood()?)?;
+    let moving = dependence::learned(
+        (&*process, &*posterior),
+        &task.context,
+        &anchors,
+        checkpoint.likelihood()?,
+    )?;
     let conditioned = moving.condition(&task.context)?;
     let field = conditioned.field(draws, index, 2.5)?;
     let frame = frame()?;

@@ -63,14 +63,20 @@ impl Coefficients {
         likelihood: &'static dyn Likelihood,
     ) -> Result<(Self, ExactGp)> {
         let gp = ExactGp::fit(context, likelihood)?;
+        Ok((Self::given(&gp, context)?, gp))
+    }
+
+    /// The law of the coefficients of a process fitted to a context of one row, of which many sites are thinned.
+    ///
+    /// # Errors
+    /// As [`ExactGp::coefficients`].
+    pub fn given(gp: &ExactGp, context: &Observations) -> Result<Self> {
         let n = context.len();
-        let few = if n > MOST_SITES {
-            let kept: Vec<u32> = (0..MOST_SITES).map(|j| (j * n / MOST_SITES) as u32).collect();
-            pick(context, &kept)?
-        } else {
-            context.clone()
-        };
-        Ok((gp.coefficients(&few)?, gp))
+        if n <= MOST_SITES {
+            return gp.coefficients(context);
+        }
+        let kept: Vec<u32> = (0..MOST_SITES).map(|j| (j * n / MOST_SITES) as u32).collect();
+        gp.coefficients(&pick(context, &kept)?)
     }
 
     /// Standard deviations, `[feature]`.

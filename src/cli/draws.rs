@@ -91,18 +91,16 @@ impl Joint {
         }
         // Displaced sites are told apart by their number: one more cannot be told.
         let askable = survey.displacement.is_none() && dependence::can_be_asked(context);
-        let places = if askable {
-            Some(dependence::anchors(grid, frame, context.len(), device)?)
-        } else {
-            None
-        };
+        let places = askable.then(|| dependence::anchors(grid, frame, context.len(), device));
+        let places = places.transpose()?.filter(|places| places.len() >= dependence::FEWEST);
         let (fitted, whose): (Box<dyn Process + Send + Sync>, _) = match places {
-            Some(places) if places.len() >= dependence::FEWEST => {
+            Some(places) => {
                 let context = context.to_device(device)?;
-                let gp = dependence::learned(&*model.process, &context, &places, model.likelihood)?;
+                let asked: (&dyn Process, _) = (&*model.process, posterior);
+                let gp = dependence::learned(asked, &context, &places, model.likelihood)?;
                 (Box::new(gp), "that moves as the model does when it is told of one village more")
             }
-            _ => (dependence::fitted(context, model.likelihood)?, "fitted to the same survey"),
+            None => (dependence::fitted(context, model.likelihood)?, "fitted to the same survey"),
         };
         let about = format!(
             "each place as the model has it, the dependence between places from a Gaussian process {whose}"

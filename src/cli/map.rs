@@ -712,7 +712,7 @@ pub(super) fn fit(
     if name == "gp" {
         let all = exact(context, likelihood, moved.filter(|_| !covariates))?;
         let gp = all.likeliest();
-        let coefficients = if covariates { Some(gp.coefficients(context)?) } else { None };
+        let coefficients = if covariates { Some(Coefficients::given(gp, context)?) } else { None };
         let mut facts = vec![
             ("kernels", json!(all.len())),
             ("kernel", json!(format!("{:?}", gp.kernel))),

@@ -79,7 +79,7 @@ pub fn can_be_asked(context: &Observations) -> bool {
 }
 
 /// The Gaussian process whose posterior correlations between `places` are nearest to those that `process`
-/// has there, given the same `context`.
+/// has there, given the same `context`, on which `posterior` is already conditioned.
 ///
 /// # Shapes
 /// `context` and `places` have one row, on the device of `process`.
@@ -87,7 +87,7 @@ pub fn can_be_asked(context: &Observations) -> bool {
 /// [`Error::Input`] for a context that [cannot be asked about](can_be_asked), or for fewer than three places;
 /// else as [`ExactGp::fit`] and conditioning.
 pub fn learned(
-    process: &dyn Process,
+    (process, posterior): (&dyn Process, &dyn Posterior),
     context: &Observations,
     places: &Sites,
     likelihood: &'static dyn Likelihood,
@@ -100,12 +100,11 @@ pub fn learned(
         .fact("places", places.len()));
     }
     let places = &places.map(|x| Ok(x.to_dtype(context.sites.s.dtype())?))?;
-    let posterior = process.condition(context)?;
-    let wanted = correlations(process, &*posterior, context, places, likelihood)?;
+    let wanted = correlations(process, posterior, context, places, likelihood)?;
     let start = ExactGp::fit(context, likelihood)?;
     let given = Given {
         sites: context.sites.host()?.swap_remove(0),
-        noise: noise(&*posterior, context)?,
+        noise: noise(posterior, context)?,
         places: places.host()?.swap_remove(0),
         level: start.mean_variance,
     };

@@ -103,7 +103,12 @@ fn correlations_are_those_of_the_process_asked() -> Result<()> {
         let parts =
             Both(matern(Smoothness::Half, 0.1, 0.5), matern(Smoothness::ThreeHalves, 0.3, 0.5));
         let asked = Alone(process(Box::new(parts), 0.2)?.uncertain_mean(1.0));
-        let learned = dependence::learned(&asked, &context, &anchors?, likelihood)?;
+        let learned = dependence::learned(
+            (&asked, &*asked.condition(&context)?),
+            &context,
+            &anchors?,
+            likelihood,
+        )?;
         let truth = correlations(&asked.0, &context, &others)?;
         let off = apart(&correlations(&learned, &context, &others)?, &truth);
         let fitted = ExactGp::fit(&context, likelihood)?;
@@ -121,7 +126,7 @@ fn what_cannot_be_asked_is_refused() -> Result<()> {
     let gp = ExactGp::new(Box::new(matern(Smoothness::Half, 0.3, 1.0)), 0.1, 0.0, likelihood)?;
     let mut context = seen(&gp, "binomial", &spots(20, &mut rng), &mut rng)?;
     let places = Sites::plane(&spots(dependence::FEWEST - 1, &mut rng), &Device::Cpu)?;
-    let few = dependence::learned(&gp, &context, &places, likelihood);
+    let few = dependence::learned((&gp, &*gp.condition(&context)?), &context, &places, likelihood);
     assert!(matches!(few, Err(Error::Input { .. })), "two places have one correlation");
     context.sites.t = Some(Tensor::zeros((1, 20, 1), candle_core::DType::F32, &Device::Cpu)?);
     assert!(!dependence::can_be_asked(&context));
